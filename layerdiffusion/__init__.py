@@ -1,0 +1,13 @@
+__version__ = "0.1.0"
+
+from importlib import import_module as _import_module
+
+_home = dict(LayerDiffusion="pipeline", EditConfig="pipeline", EditResult="pipeline", load_edit="pipeline", BadInput="core")
+__all__ = list(_home)
+
+def __getattr__(name):
+    "Import a public name when it is first asked for, so that `import layerdiffusion` stays quick."
+    if name not in _home: raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(_import_module(f".{_home[name]}", __name__), name)
+
+def __dir__(): return sorted({*globals(), *_home})

@@ -1,0 +1,60 @@
+"Each module stands alone, looks only downwards, and is made of short functions."
+import ast, re, subprocess, sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT/"layerdiffusion"
+MODULES = sorted(p.stem for p in PACKAGE.glob("*.py") if not p.stem.startswith("_"))
+PAGES = {re.sub(r"^\d+_", "", p.stem): int(m[1]) for p in (ROOT/"nbs").glob("*.ipynb") if (m := re.match(r"(\d+)_", p.name))}
+TOOLS = ["nbdev", "fastcore", "execnb", "jupyterlab", "IPython", "ipywidgets", "matplotlib", "smalldocs", "nbconvert"]
+
+def python(code): return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, stdin=subprocess.DEVNULL)
+
+def tree(module): return ast.parse((PACKAGE/f"{module}.py").read_text(encoding="utf-8"))
+
+def own_imports(module):
+    "The modules of this package that a module imports, wherever in its text."
+    for node in ast.walk(tree(module)):
+        if isinstance(node, ast.Import): names = [a.name for a in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = ".".join(filter(None, ["layerdiffusion" if node.level else None, node.module]))
+            names = [f"{base}.{a.name}" for a in node.names]
+        else: continue
+        yield from (n.split(".")[1] for n in names if re.match(r"layerdiffusion\.\w", n) and n.split(".")[1] in PAGES)
+
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_alone_and_without_tools(module):
+    "A fresh interpreter in which the notebook and docs tools cannot be imported."
+    done = python(f"import sys; sys.modules.update(dict.fromkeys({TOOLS})); import layerdiffusion.{module}")
+    assert done.returncode == 0, done.stderr
+
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_only_lower_numbers(module):
+    assert module in PAGES, f"{module} has no page in nbs/"
+    assert not [m for m in own_imports(module) if PAGES[m] >= PAGES[module]]
+
+@pytest.mark.parametrize("module", MODULES)
+def test_functions_are_short(module):
+    "At most 40 lines after signature and docstring."
+    def lines(f):
+        body = f.body[1:] if ast.get_docstring(f) is not None else f.body
+        return body[-1].end_lineno - body[0].lineno + 1 if body else 0
+    functions = [n for n in ast.walk(tree(module)) if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef))]
+    assert not [(f.name, lines(f)) for f in functions if lines(f) > 40]
+
+def test_ruff():
+    done = subprocess.run([sys.executable, "-m", "ruff", "check", "--isolated", "--no-cache", "--select", "E9,F", PACKAGE], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+@pytest.mark.parametrize("module", ["layerdiffusion", "layerdiffusion.cli"])
+def test_import_is_light(module):
+    heavy = ["torch", "torchvision", "diffusers", "transformers", "segment_anything", "open_clip", *TOOLS]
+    done = python(f"import sys, {module}; print([m for m in {heavy} if m in sys.modules])")
+    assert done.stdout.strip() == "[]", done.stdout + done.stderr
+
+def test_public_names():
+    "What `from layerdiffusion import ...` offers is there; another name is an ordinary AttributeError."
+    done = python("import layerdiffusion as l; [getattr(l, n) for n in l.__all__]; print(hasattr(l, 'nonsense'), set(l.__all__) <= set(dir(l)))")
+    assert done.stdout.split() == ["False", "True"], done.stderr

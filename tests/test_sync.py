@@ -1,0 +1,38 @@
+"Pages, modules and README say the same: exporting, cleaning and writing the README anew change no byte."
+import os, shutil, subprocess, sys
+from pathlib import Path
+
+import pytest
+from readme import ROOT, readme
+
+@pytest.fixture
+def copy(tmp_path):
+    "A copy of what nbdev reads and writes."
+    ignore = shutil.ignore_patterns("weights", "__pycache__", ".ipynb_checkpoints", "_proc", "_docs")
+    for folder in ("nbs", "layerdiffusion"): shutil.copytree(ROOT/folder, tmp_path/folder, ignore=ignore)
+    for file in ("settings.ini", "setup.py", "pyproject.toml"): shutil.copy(ROOT/file, tmp_path)
+    return tmp_path
+
+def nbdev(command, folder):
+    env = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "IN_TEST")}
+    subprocess.run([shutil.which(command, path=Path(sys.executable).parent)], cwd=folder, env=env, check=True, stdin=subprocess.DEVNULL)
+
+def contents(folder, glob): return {p.name: p.read_bytes() for p in folder.glob(glob)}
+
+def same(new, old):
+    assert sorted(new) == sorted(old)
+    assert not [name for name in old if new[name] != old[name]], "these differ from what the tool writes"
+
+def test_export_changes_nothing(copy):
+    for module in (copy/"layerdiffusion").glob("*.py"):
+        if module.name != "__init__.py": module.unlink()
+    nbdev("nbdev_export", copy)
+    same(contents(copy/"layerdiffusion", "*.py"), contents(ROOT/"layerdiffusion", "*.py"))
+    same(contents(copy, "*.*"), {n: (ROOT/n).read_bytes() for n in ("settings.ini", "setup.py", "pyproject.toml")})
+
+def test_clean_changes_nothing(copy):
+    nbdev("nbdev_clean", copy)
+    same(contents(copy/"nbs", "*.ipynb"), contents(ROOT/"nbs", "*.ipynb"))
+
+def test_readme_is_the_index_page():
+    assert (ROOT/"README.md").read_text(encoding="utf-8") == readme(), "run `python tests/readme.py`"
