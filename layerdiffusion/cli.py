@@ -6,11 +6,11 @@
 __all__ = ['SUBJECT', 'WORDS', 'TUNING', 'DRAWING', 'MASKS', 'RUN', 'app', 'PANELS', 'METHOD', 'EXAMPLES', 'STAGES', 'REPORT',
            'Opt', 'in_range', 'as_parameter', 'with_options', 'parse_seeds', 'parse_numbers', 'default_folder',
            'check_writable', 'read_settings', 'typed', 'read_request', 'announce', 'describe_mask', 'prepare',
-           'Stopped', 'run_edit', 'after_stop', 'forget', 'edit', 'examples', 'train_mini', 'check_mini', 'bench',
-           'usage', 'explain', 'run_app', 'main']
+           'Stopped', 'run_edit', 'after_stop', 'close_bars', 'forget', 'edit', 'examples', 'train_mini', 'check_mini',
+           'bench', 'usage', 'explain', 'run_app', 'main']
 
-# %% ../nbs/11_cli.ipynb #d27da9d3
-import inspect, json, os, re, shutil, sys
+# %% ../nbs/11_cli.ipynb #9c2efb69
+import inspect, json, re, shutil, sys
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
@@ -122,18 +122,16 @@ def with_options(panels: dict  # name of the panel: its rows
         return command
     return decorate
 
-# %% ../nbs/11_cli.ipynb #19137567
+# %% ../nbs/11_cli.ipynb #1227fea3
 def parse_seeds(text: str  # "0-7", "0,3,5" or "0-3,9"
                ) -> List[int]:
     "The seeds that a list stands for, in its order."
-    seeds = []
-    for part in text.split(","):
-        low, _, high = part.strip().partition("-")
-        if not (low.isdecimal() and (high or low).isdecimal()): raise BadInput(f"--seeds must be like 0-7 or 0,3,5, not {text!r}.")
-        seeds += range(int(low), int(high or low) + 1) if int(high or low) - int(low) < 10_000 else [-1]
-    if not seeds: raise BadInput(f"--seeds {text!r} holds no seed: a range counts upwards, like 0-7.")
-    if min(seeds) < 0 or len(seeds) > 1000: raise BadInput(f"--seeds {text!r} asks for more than 1000 pictures.")
-    if max(seeds) >= 2**63: raise BadInput(f"--seeds {text!r} holds a seed of 2**63 or more.")
+    ranges = [re.fullmatch(r"\s*(\d{1,18})(?:-(\d{1,18}))?\s*", part) for part in text.split(",")]
+    if not all(ranges): raise BadInput(f"--seeds must be like 0-7 or 0,3,5, not {text!r}.")
+    ends = [(int(m[1]), int(m[2] or m[1])) for m in ranges]
+    if any(high < low for low, high in ends): raise BadInput(f"--seeds {text!r} counts backwards; a range goes upwards, like 0-7.")
+    if sum(high - low + 1 for low, high in ends) > 1000: raise BadInput(f"--seeds {text!r} asks for more than 1000 pictures.")
+    seeds = [seed for low, high in ends for seed in range(low, high + 1)]
     if len(set(seeds)) < len(seeds): raise BadInput(f"--seeds {text!r} names a seed twice, which would draw the same picture twice.")
     return seeds
 
@@ -246,7 +244,7 @@ def prepare(method, text: str, request: dict, config, show: Callable):
         if "mini knows" in str(w.message): print(f"Warning: {w.message}", file=sys.stderr)
     return scene, given
 
-# %% ../nbs/11_cli.ipynb #cf272ba5
+# %% ../nbs/11_cli.ipynb #48f1e776
 class Stopped(Exception):
     "Ctrl-C, with a sentence about what is left."
 
@@ -259,14 +257,20 @@ def run_edit(method, text: str, request: dict, config):
         result = method.edit(request["image"], text, seeds=request["seeds"], config=config, callback=show, folder=out, resume=request["resume"], **given)
     except KeyboardInterrupt: raise Stopped(after_stop(out)) from None
     except Exception: forget(out); raise
+    finally: close_bars()
     result.times.update(scene.times)
     return result
 
-# %% ../nbs/11_cli.ipynb #3a7ff0c1
+# %% ../nbs/11_cli.ipynb #7adbca05
 def after_stop(out: Path) -> str:
     "What a person should know after Ctrl-C."
     if not any(out.glob("checkpoint-*")): return "Stopped by Ctrl-C; nothing was written."
     return f"Stopped by Ctrl-C; what was fitted is kept in {out}, and the same command with --out {out} --resume goes on there."
+
+def close_bars():
+    "Close the progress bars that are still open."
+    from tqdm import tqdm
+    for bar in list(getattr(tqdm, "_instances", ())): bar.close()
 
 def forget(out: Path):
     "Remove checkpoints, and the folder if nothing else is in it."

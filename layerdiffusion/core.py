@@ -7,8 +7,8 @@ __all__ = ['FORMATS', 'MAX_PIXELS', 'BadInput', 'refusal', 'show_images', 'to_pi
            'example_path', 'load_image', 'fit_image', 'fit_points', 'make_sheet', 'write_atomic', 'write_json',
            'environment', 'content_hash', 'pick_device', 'Event', 'join_callbacks', 'progress_bars']
 
-# %% ../nbs/00_core.ipynb #130f6ea6
-import contextlib, hashlib, importlib.metadata, importlib.util, json, math, os, subprocess, time, uuid, warnings
+# %% ../nbs/00_core.ipynb #3eeca0f9
+import contextlib, hashlib, importlib.metadata, importlib.util, json, math, os, subprocess, uuid, warnings
 from dataclasses import asdict, dataclass, is_dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -31,7 +31,7 @@ def refusal(call: Callable,  # what is expected to refuse
     except BadInput as e: return str(e)
     raise AssertionError(f"{call.__name__} accepted what it should have refused.")
 
-# %% ../nbs/00_core.ipynb #a19c669c
+# %% ../nbs/00_core.ipynb #9da25c20
 def _for_display(image):
     "A picture as an array that matplotlib can draw: (H, W, 3) or (H, W), 0-1."
     if not hasattr(image, "detach"): return _as_tensor(image).permute(1, 2, 0).numpy()
@@ -45,6 +45,12 @@ def _as_list(images):
     if hasattr(images, "detach") and images.ndim == 3 and len(images) in (1, 3): return [images]
     return [images] if not hasattr(images, "__len__") or hasattr(images, "detach") and images.ndim == 2 else list(images)
 
+def _row_height(images, titles, size):
+    "Room for the tallest picture and the longest title, in inches."
+    shapes = [i.size[::-1] if hasattr(i, "convert") else i.shape[-2:] for i in images]
+    lines = max((str(t).count("\n") + 1 for t in titles), default=0)
+    return size * max(h / w for h, w in shapes) + .16 * lines
+
 def _smoothing(image):
     "Colour pictures are enlarged smoothly; masks and tiny ones show their pixels."
     return "bicubic" if hasattr(image, "convert") or image.ndim > 2 and image.shape[-3] == 3 and image.shape[-1] > 32 else None
@@ -56,12 +62,13 @@ def _display(fig):
     except ImportError: return
     if get_ipython() is None: return
     png, jpeg = io.BytesIO(), io.BytesIO()
-    fig.savefig(png, dpi=100); fig.savefig(jpeg, format="jpeg", dpi=100, pil_kwargs=dict(quality=85))
+    whole = dict(dpi=84, bbox_inches="tight", pad_inches=.03)
+    fig.savefig(png, **whole); fig.savefig(jpeg, format="jpeg", pil_kwargs=dict(quality=80), **whole)
     plt.close(fig)
     small = png.tell() < max(30_000, jpeg.tell())
     display.display(display.Image((png if small else jpeg).getvalue(), format="png" if small else "jpeg"))
 
-# %% ../nbs/00_core.ipynb #0e001027
+# %% ../nbs/00_core.ipynb #358ad03d
 def show_images(images,  # tensors (C, H, W), (1, C, H, W) or (H, W) in 0-1, or Pillow pictures; a batch or a list
                 titles: Optional[Sequence[str]] = None,  # one for each picture, or fewer
                 ncols: Optional[int] = None,  # pictures in a row; None: all of them
@@ -73,13 +80,13 @@ def show_images(images,  # tensors (C, H, W), (1, C, H, W) or (H, W) in 0-1, or 
     images, titles = _as_list(images), list(titles or [])
     ncols = min(ncols or len(images), len(images))
     rows = math.ceil(len(images) / ncols)
-    fig, axes = plt.subplots(rows, ncols, figsize=(ncols * size, rows * size * (1.12 if titles else 1)), squeeze=False)
+    fig, axes = plt.subplots(rows, ncols, figsize=(ncols * size, rows * _row_height(images, titles, size)), squeeze=False)
     for i, ax in enumerate(axes.flat):
         ax.axis("off")
         if i < len(images): ax.imshow(_for_display(images[i]), cmap="gray", vmin=0, vmax=1, interpolation=_smoothing(images[i]))
         if i < len(titles): ax.set_title(str(titles[i]), fontsize=8)
-    if suptitle: fig.suptitle(suptitle, fontsize=9)
     plt.tight_layout(pad=.2)
+    if suptitle: fig.suptitle(suptitle, fontsize=9, y=1 + .1 / fig.get_figheight(), va="bottom")
     _display(fig)
 
 # %% ../nbs/00_core.ipynb #9582a790
@@ -187,13 +194,16 @@ def fit_image(image: "Image.Image",  # any size
     w, h = (max(8, round(n * scale / 8) * 8) for n in image.size)
     return _as_tensor(image.resize((w, h), Image.Resampling.LANCZOS, reducing_gap=3.))
 
-# %% ../nbs/00_core.ipynb #fc6662aa
+# %% ../nbs/00_core.ipynb #0e88a5e9
 def fit_points(points: Sequence,  # numbers x, y, x, y ... or pairs (x, y), in pixels of the picture as it was
                image: "Image.Image",  # the picture as it was
                fitted: "torch.Tensor"  # the picture after `fit_image`, (3, H, W)
               ) -> list:
     "The same points in pixels of the fitted picture."
     if len(points) and not isinstance(points[0], (int, float)): return [tuple(fit_points(p, image, fitted)) for p in points]
+    for x, y in zip(points[::2], points[1::2]):
+        if not (0 <= x <= image.width and 0 <= y <= image.height):
+            raise BadInput(f"The point ({x:g}, {y:g}) is outside the picture, which is {image.width} pixels wide and {image.height} high.")
     scale = fitted.shape[-1] / image.width, fitted.shape[-2] / image.height
     return [v * scale[i % 2] for i, v in enumerate(points)]
 

@@ -6,7 +6,7 @@
 __all__ = ['object_loss', 'background_loss', 'union', 'squared_weight', 'stack_layers', 'layered_loss', 'LowRank', 'trainable',
            'fine_tune', 'settled', 'weight_difference', 'apply_difference', 'low_rank', 'full_rank']
 
-# %% ../nbs/05_fine_tuning.ipynb #a77709d9
+# %% ../nbs/05_fine_tuning.ipynb #172ec5de
 import copy
 from typing import Callable, Optional
 
@@ -14,7 +14,7 @@ import torch
 import torch.nn as nn
 from torch.nn.utils import parametrize
 
-from .core import BadInput, Event, show_images
+from .core import BadInput, Event
 from .sd import Models, noise_loss, optimise, sample_noise_and_t
 
 # %% ../nbs/05_fine_tuning.ipynb #2da03476

@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['turns']
 
-# %% ../nbs/06_guidance.ipynb #072436b8
+# %% ../nbs/06_guidance.ipynb #91e72a07
 from typing import Callable, Literal
 
 import torch
 
-from .core import BadInput, show_images
+from .core import BadInput
 
 # %% ../nbs/06_guidance.ipynb #5a4fae52
 def turns(e_a: torch.Tensor,  # (1, L, D) the subject's fitted embedding

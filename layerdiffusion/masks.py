@@ -7,7 +7,7 @@ __all__ = ['SAM_FILES', 'RESAMPLE', 'overlay', 'dilate', 'iou', 'bounding_box', 
            'find_mask', 'Proposal', 'subject_scores', 'propose_subject', 'mask_from_file', 'to_latent', 'composite',
            'fill_hole', 'move_mask', 'move_subject']
 
-# %% ../nbs/03_masks.ipynb #11792f17
+# %% ../nbs/03_masks.ipynb #8fd6f55d
 import json, math
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Callable, Optional, Sequence, Union
 import torch
 import torch.nn.functional as F
 
-from .core import BadInput, load_image, package_folder, show_images
+from .core import BadInput, load_image, package_folder
 
 if TYPE_CHECKING:
     from PIL import Image

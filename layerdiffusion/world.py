@@ -10,15 +10,12 @@ __all__ = ['SPECIES', 'POSES', 'PATTERNS', 'ACCESSORIES', 'SIZES', 'COLOURS', 'P
            'worn_parts', 'draw_subjects', 'draw_shadows', 'render', 'say_subject', 'say_place', 'captions',
            'world_words', 'Edit', 'make_edit', 'pictures_per_second']
 
-# %% ../nbs/01_world.ipynb #1ee5bcfd
+# %% ../nbs/01_world.ipynb #725a7c83
 import hashlib, math, time
 from dataclasses import dataclass, fields, replace
 from typing import Optional, Sequence, Union
 
 import torch
-import torch.nn.functional as F
-
-from .core import show_images
 
 # %% ../nbs/01_world.ipynb #432b5c9c
 SPECIES = ["dog", "cat", "rabbit"]

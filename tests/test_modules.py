@@ -1,5 +1,5 @@
 "Each module stands alone, looks only downwards, and is made of short functions."
-import ast, re, subprocess, sys
+import ast, json, re, subprocess, sys
 from pathlib import Path
 
 import pytest
@@ -45,7 +45,7 @@ def test_functions_are_short(module):
     assert not [(f.name, lines(f)) for f in functions if lines(f) > 40]
 
 def test_ruff():
-    done = subprocess.run([sys.executable, "-m", "ruff", "check", "--isolated", "--no-cache", "--select", "E9,F", PACKAGE], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-m", "ruff", "check", "--isolated", "--no-cache", "--select", "E9,F", "--output-format", "concise", PACKAGE], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
 
 @pytest.mark.parametrize("module", ["layerdiffusion", "layerdiffusion.cli"])
@@ -53,6 +53,27 @@ def test_import_is_light(module):
     heavy = ["torch", "torchvision", "diffusers", "transformers", "segment_anything", "open_clip", *TOOLS]
     done = python(f"import sys, {module}; print([m for m in {heavy} if m in sys.modules])")
     assert done.stdout.strip() == "[]", done.stdout + done.stderr
+
+def page_imports(module):
+    "The import statements of a module's page, those of hidden cells too, as source."
+    page = next((ROOT/"nbs").glob(f"*_{module}.ipynb"))
+    cells = ["".join(c["source"]) for c in json.loads(page.read_text(encoding="utf-8"))["cells"] if c["cell_type"] == "code"]
+    trees = [ast.parse(re.sub(r"^[%!].*", "", cell, flags=re.M)) for cell in cells]
+    return "\n".join(ast.unparse(n) for tree in trees for n in tree.body if isinstance(n, (ast.Import, ast.ImportFrom)))
+
+@pytest.mark.parametrize("module", MODULES)
+def test_signatures_can_be_read(module):
+    "The site shows each public signature: its annotations name only what the module, or else its page, imports."
+    done = python(page_imports(module) + f"""
+import inspect, layerdiffusion.{module} as module
+names = {{**globals(), **vars(module)}}
+for public in map(vars(module).get, module.__all__):
+    for f in [public, *vars(public).values()] if inspect.isclass(public) else [public]:
+        if inspect.isfunction(f) and f.__module__ == module.__name__:
+            try: inspect.signature(f, eval_str=True, globals=names)
+            except NameError as e: print(f.__qualname__, e)
+""")
+    assert done.returncode == 0 and not done.stdout, done.stdout + done.stderr
 
 def test_public_names():
     "What `from layerdiffusion import ...` offers is there; another name is an ordinary AttributeError."

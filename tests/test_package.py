@@ -63,7 +63,7 @@ def test_what_is_imported_is_required(told):
     trees = [ast.parse(p.read_text(encoding="utf-8")) for p in DATA.glob("*.py")]
     nodes = [n for tree in trees for n in ast.walk(tree)]
     names = {a.name for n in nodes if isinstance(n, ast.Import) for a in n.names} | {n.module for n in nodes if isinstance(n, ast.ImportFrom) and not n.level}
-    tops = {n.split(".")[0] for n in names} - set(sys.stdlib_module_names) - {"layerdiffusion", "matplotlib"}
+    tops = {n.split(".")[0] for n in names} - set(sys.stdlib_module_names) - {"layerdiffusion", "matplotlib", "IPython"}
     plain = lambda name: re.split(r"[<>=!\[]", name)[0].lower().replace("_", "-")
     required, where = {plain(r) for r in told["install_requires"]}, packages_distributions()
     assert not {t for t in tops if not required & {plain(d) for d in where.get(t, [t])}}

@@ -1,0 +1,246 @@
+"""The command line as a person uses it: every bad input, every kind of picture, a small real edit.
+
+All commands run through `main`, in an empty folder. Nothing here depends on how well the mini models are trained.
+"""
+import json, os, shutil, signal, subprocess, sys, time
+from pathlib import Path
+
+import pytest
+from PIL import Image, ImageDraw
+
+from layerdiffusion.cli import main
+from layerdiffusion.core import example_path, package_folder
+
+TEXT = "a dog jumping in a forest"
+SHORT = "--embedding-steps 1 --tuning-steps 1 --steps 2 --seeds 0 --device cpu".split()
+WRITTEN = {"edit.json", "edit.safetensors", "input.png", "mask.png", "reference.png", "seed-0.png", "sheet.png"}
+
+
+def ellipse(size=(64, 64)):
+    mask = Image.new("L", size)
+    w, h = size
+    ImageDraw.Draw(mask).ellipse((w // 4, h // 4, 3 * w // 4, 7 * h // 8), fill=255)
+    return mask
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch, capfd):
+    """Runs a command in an empty folder; gives exit code, stdout, stderr."""
+    monkeypatch.chdir(tmp_path)
+    ellipse().save("mask.png")
+
+    def call(*args):
+        code = main([str(a) for a in args])
+        out, err = capfd.readouterr()
+        return code, out, err
+    return call
+
+
+def files(): return sorted(str(p) for p in Path(".").rglob("*"))
+
+
+# What is bad, in arguments, and words that its sentence must hold. {x} is a file of `prepare_bad_files`.
+BAD = dict(
+    missing_file=(["edit", "nowhere.png", TEXT], ["nowhere.png"]),
+    not_a_picture=(["edit", "text.png", TEXT], ["text.png", "not a picture"]),
+    cut_short=(["edit", "half.png", TEXT], ["half.png", "damaged"]),
+    folder=(["edit", "folder", TEXT], ["folder", "is a folder"]),
+    unknown_example=(["edit", "example:cow", TEXT], ["cow", "dog", "cat", "rabbit"]),
+    empty_mask=(["edit", "example:dog", TEXT, "--mask", "empty.png"], ["mask", "empty"]),
+    full_mask=(["edit", "example:dog", TEXT, "--mask", "full.png"], ["mask"]),
+    mask_missing=(["edit", "example:dog", TEXT, "--mask", "nowhere.png"], ["nowhere.png"]),
+    reference_missing=(["edit", "example:dog", TEXT, "--mask", "mask.png", "--reference", "nowhere.png"], ["nowhere.png"]),
+    mask_and_point=(["edit", "example:dog", TEXT, "--mask", "mask.png", "--point", "3,3"], ["--mask", "--point"]),
+    point_outside=(["edit", "example:dog", TEXT, "--point", "640,10"], ["640", "64"]),
+    point_negative=(["edit", "example:dog", TEXT, "--point", "-3,10"], ["-3"]),
+    point_form=(["edit", "example:dog", TEXT, "--point", "3"], ["--point", "'3'", "X,Y"]),
+    point_nan=(["edit", "example:dog", TEXT, "--point", "nan,1"], ["nan,1"]),
+    box_form=(["edit", "example:dog", TEXT, "--box", "1,2,3"], ["--box", "'1,2,3'"]),
+    unknown_word=(["edit", "example:dog", "a wombat jumping in a forest", "--mask", "mask.png"], ["wombat"]),
+    too_long=(["edit", "example:dog", TEXT, "--mask", "mask.png", "--object", "a dog" + " jumping" * 30, "--background", "in a forest"], ["tokens"]),
+    no_place=(["edit", "example:dog", "a dog jumping", "--mask", "mask.png"], ["place", "--background"]),
+    empty_text=(["edit", "example:dog", "", "--mask", "mask.png"], ["empty"]),
+    alpha_high=(["edit", "example:dog", TEXT, "--alpha", "1.5"], ["--alpha", "1.5", "between 0 and 1"]),
+    alpha_low=(["edit", "example:dog", TEXT, "--alpha", "-0.1"], ["--alpha", "-0.1"]),
+    alpha_nan=(["edit", "example:dog", TEXT, "--alpha", "nan"], ["--alpha", "nan"]),
+    alpha_word=(["edit", "example:dog", TEXT, "--alpha", "much"], ["--alpha"]),
+    steps=(["edit", "example:dog", TEXT, "--steps", "0"], ["--steps", "0"]),
+    embedding_steps=(["edit", "example:dog", TEXT, "--embedding-steps", "0"], ["--embedding-steps", "at least 1"]),
+    tuning_steps=(["edit", "example:dog", TEXT, "--tuning-steps", "-4"], ["--tuning-steps", "-4"]),
+    steps_many=(["edit", "example:dog", TEXT, "--steps", "1001"], ["--steps", "1001"]),
+    lambda_negative=(["edit", "example:dog", TEXT, "--lambda-obj", "-1"], ["--lambda-obj", "-1"]),
+    learning_rate_zero=(["edit", "example:dog", TEXT, "--tuning-lr", "0"], ["--tuning-lr"]),
+    choice=(["edit", "example:dog", TEXT, "--eq2-region", "sky"], ["sky", "background"]),
+    seeds_word=(["edit", "example:dog", TEXT, "--seeds", "many"], ["--seeds", "many"]),
+    seeds_backwards=(["edit", "example:dog", TEXT, "--seeds", "5-2"], ["5-2"]),
+    seeds_twice=(["edit", "example:dog", TEXT, "--seeds", "1,1"], ["1,1", "twice"]),
+    seeds_negative=(["edit", "example:dog", TEXT, "--seeds", "-1"], ["-1"]),
+    seeds_none=(["edit", "example:dog", TEXT, "--seeds", ""], ["--seeds"]),
+    out_below_file=(["edit", "example:dog", TEXT, "--out", "text.png/x"], ["--out", "text.png/x"]),
+    out_is_file=(["edit", "example:dog", TEXT, "--out", "text.png"], ["--out", "text.png"]),
+    out_unwritable=(["edit", "example:dog", TEXT, "--out", "/proc/nobody/x"], ["--out", "/proc/nobody/x"]),
+    model_missing=(["edit", "example:dog", TEXT, "--model", "no-such-model"], ["no-such-model"]),
+    model_empty=(["edit", "example:dog", TEXT, "--model", "folder"], ["folder"]),
+    model_truncated=(["edit", "example:dog", TEXT, "--model", "truncated"], ["cut short", "unet"]),
+    model_no_weights=(["edit", "example:dog", TEXT, "--model", "weightless"], ["no weights", "unet"]),
+    sam_missing=(["edit", "example:dog", TEXT, "--sam", "no-such-sam", "--point", "30,30"], ["no-such-sam"]),
+    device_missing=(["edit", "example:dog", TEXT, "--device", "cuda:99"], ["cuda:99"]),
+    device_unknown=(["edit", "example:dog", TEXT, "--device", "abacus"], ["abacus"]),
+    config_missing=(["edit", "example:dog", TEXT, "--config", "nowhere.json"], ["nowhere.json"]),
+    config_not_json=(["edit", "example:dog", TEXT, "--config", "text.png"], ["text.png", "JSON"]),
+    config_list=(["edit", "example:dog", TEXT, "--config", "list.json"], ["list.json"]),
+    config_unknown=(["edit", "example:dog", TEXT, "--config", "unknown.json"], ["lambda_three"]),
+    no_text=(["edit", "example:dog"], ["text"]),
+    unknown_option=(["edit", "example:dog", TEXT, "--strength", "3"], ["--strength"]),
+    unknown_command=(["paint"], ["paint"]),
+    examples_out=(["examples", "--out", "text.png/x"], ["text.png"]),
+    train_stage=(["train-mini", "poetry"], ["poetry", "vae", "diffusion"]),
+    train_minutes=(["train-mini", "vae", "--minutes", "0"], ["--minutes", "0"]),
+    train_level=(["train-mini", "vae", "--level", "2"], ["--level", "2"]),
+    train_order=(["train-mini", "diffusion", "--out", "run"], ["vae"]),
+    check_folder=(["check-mini", "--model", "folder"], ["folder"]),
+    bench_device=(["bench", "--device", "cuda:99"], ["cuda:99"]))
+
+
+def prepare_bad_files():
+    Path("text.png").write_text("I am not a picture.")
+    whole = example_path("dog").read_bytes()
+    Path("half.png").write_bytes(whole[:len(whole) // 2])
+    Path("folder").mkdir()
+    Image.new("L", (64, 64)).save("empty.png")
+    Image.new("L", (64, 64), 255).save("full.png")
+    Path("list.json").write_text("[1, 2]")
+    Path("unknown.json").write_text('{"lambda_three": 3}')
+
+
+def prepare_bad_models(name):
+    if name not in ("truncated", "weightless"): return
+    parts = shutil.ignore_patterns("clip", "judge", "sam")
+    shutil.copytree(package_folder() / "weights" / "mini", name, ignore=parts)
+    weights = Path(name) / "unet" / "diffusion_pytorch_model.safetensors"
+    if name == "weightless": weights.unlink()
+    else: weights.write_bytes(weights.read_bytes()[:-1000])
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input(run, name):
+    args, words = BAD[name]
+    prepare_bad_files()
+    prepare_bad_models(args[-1])
+    before = files()
+    code, out, err = run(*args)
+    assert code == 2, err
+    lines = [line for line in err.splitlines() if line.strip()]
+    assert len(lines) == 1 and lines[0].startswith("layerdiffusion: ") and lines[0].endswith("."), err
+    for word in words: assert word in lines[0]
+    assert files() == before
+
+
+def test_numbers_that_are_no_numbers(run):
+    code, out, err = run("edit", "example:dog", TEXT, "--mask", "mask.png", *SHORT, "--tuning-steps", 4, "--tuning-lr", "1e30", "--out", "out")
+    last = [line for line in err.splitlines() if line.strip()][-1]
+    assert code == 2 and last.startswith("layerdiffusion: ") and "learning rate" in last
+    assert files() == ["mask.png"]
+
+
+def test_edit_writes_everything_and_repeats(run):
+    first = run("edit", "example:dog", TEXT, "--mask", "mask.png", *SHORT, "--out", "a")
+    assert first[0] == 0 and "a dog jumping | in a forest" in first[1] and "sheet.png" in first[1]
+    assert run("edit", "example:dog", TEXT, "--mask", "mask.png", *SHORT, "--out", "b")[0] == 0
+    assert {p.name for p in Path("a").iterdir()} == WRITTEN
+    for name in WRITTEN - {"edit.json", "edit.safetensors"}: assert Path("a", name).read_bytes() == Path("b", name).read_bytes(), name
+    from safetensors.torch import load_file
+    a, b = (load_file(Path(x, "edit.safetensors")) for x in "ab")
+    assert a.keys() == b.keys() and all((a[k] == b[k]).all() for k in a)
+    settings = json.loads(Path("a", "edit.json").read_text())
+    for key in ("text", "object", "background", "seeds", "config", "model", "model_hash", "torch", "diffusers", "seconds"): assert key in settings
+    assert settings["config"]["tuning_steps"] == 1 and settings["seeds"] == [0]
+
+
+def test_folders_are_numbered_and_settings_reused(run):
+    assert run("edit", "example:dog", TEXT, "--mask", "mask.png", *SHORT, "--alpha", ".4")[0] == 0
+    again = [a for a in SHORT if a not in ("--embedding-steps", "--tuning-steps", "1")]
+    assert run("edit", "example:dog", TEXT, "--mask", "mask.png", *again, "--config", "edits/dog-1/edit.json", "--lambda-obj", "3")[0] == 0
+    config = json.loads(Path("edits/dog-2/edit.json").read_text())["config"]
+    assert (config["alpha"], config["lambda_obj"], config["embedding_steps"]) == (.4, 3, 1)
+
+
+def noise(size=(64, 64)): return Image.effect_noise(size, 120).convert("RGB")
+
+
+def exif_rotated(path):
+    image, exif = noise((64, 40)), Image.Exif()
+    exif[0x0112] = 6
+    image.save(path, exif=exif)
+
+
+PICTURES = dict(
+    rgba=("a.png", (64, 64), lambda p: noise().convert("RGBA").save(p)),
+    grey=("a.png", (64, 64), lambda p: noise().convert("L").save(p)),
+    palette=("a.png", (64, 64), lambda p: noise().convert("P").save(p)),
+    cmyk=("a.jpg", (64, 64), lambda p: noise().convert("CMYK").save(p)),
+    bits16=("a.png", (64, 64), lambda p: Image.new("I;16", (64, 64), 30000).save(p)),
+    webp=("a.webp", (64, 64), lambda p: noise().save(p)),
+    exif=("a.jpg", (40, 64), exif_rotated),
+    wide=("a.png", (200, 120), lambda p: noise((200, 120)).save(p)),
+    tiny=("a.png", (5, 5), lambda p: noise((5, 5)).save(p)),
+    huge=("a.jpg", (5000, 4000), lambda p: noise((5000, 4000)).save(p)))
+
+
+@pytest.mark.parametrize("kind", PICTURES)
+def test_real_pictures(run, kind):
+    name, size, save = PICTURES[kind]
+    save(name)
+    ellipse(size if min(size) > 8 else (50, 50)).save("mask.png")
+    code, out, err = run("edit", name, TEXT, "--mask", "mask.png", *SHORT, "--out", "out")
+    assert code == 0, err
+    w, h = Image.open("out/seed-0.png").size
+    assert max(w, h) == 64 and w % 8 == h % 8 == 0 and abs(w / h - size[0] / size[1]) < .15
+
+
+def test_photo_that_mini_cannot_represent(run):
+    noise().save("photo.png")
+    code, out, err = run("edit", "photo.png", TEXT, "--mask", "mask.png", *SHORT, "--out", "out")
+    assert code == 0 and "mini knows only" in err and "--model CompVis/stable-diffusion-v1-4" in err
+
+
+def test_examples(run):
+    code, out, err = run("examples", "--out", "pictures")
+    assert code == 0 and {"dog.png", "cat.png", "rabbit.png"} <= {p.name for p in Path("pictures").iterdir()}
+    assert "example:dog" in run("examples")[1]
+
+
+def test_help_is_light():
+    """Help answers without torch."""
+    check = "import sys; from layerdiffusion.cli import main; c = main(sys.argv[1:]); assert 'torch' not in sys.modules and 'numpy' not in sys.modules; sys.exit(c)"
+    for args in (["--help"], ["edit", "--help"], ["train-mini", "--help"], ["bench", "-h"]):
+        out = subprocess.run([sys.executable, "-c", check, *args], capture_output=True, text=True)
+        assert out.returncode == 0, out.stderr
+        assert "Usage: layerdiffusion" in out.stdout
+
+
+def test_unexpected_errors_ask_for_a_report(run, monkeypatch):
+    import layerdiffusion.cli as cli
+    def breaks(*a): raise KeyError("deep inside")
+    monkeypatch.setattr(cli, "read_request", breaks)
+    code, out, err = run("edit", "example:dog", TEXT)
+    assert code == 1 and "--debug" in err and "Traceback" not in err and len(err.splitlines()) == 1
+    with pytest.raises(KeyError): main(["edit", "example:dog", TEXT, "--debug"])
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals")
+def test_ctrl_c_and_resume(run):
+    """Ctrl-C ends with 130 and a sentence; --resume ends with the bytes of a run that was never stopped."""
+    steps = "--embedding-steps 100 --tuning-steps 1 --steps 1 --seeds 0 --device cpu --mask mask.png".split()
+    command = [sys.executable, "-c", "import sys; from layerdiffusion.cli import main; sys.exit(main())", "edit", "example:dog", TEXT, *steps, "--out", "out"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
+    seen, end = b"", time.time() + 120
+    while b"embeddings" not in seen and time.time() < end: seen += process.stderr.read1(1000)
+    process.send_signal(signal.SIGINT)
+    rest = process.communicate(timeout=60)[1].decode()
+    assert process.returncode == 130 and "Stopped by Ctrl-C" in rest and "--resume" in rest and "Traceback" not in rest
+    assert {p.name for p in Path("out").iterdir()} == {"checkpoint-embeddings.safetensors"}
+    assert run("edit", "example:dog", TEXT, *steps, "--out", "out", "--resume")[0] == 0
+    assert {p.name for p in Path("out").iterdir()} == WRITTEN
+    assert run("edit", "example:dog", TEXT, *steps, "--out", "whole")[0] == 0
+    for name in ("seed-0.png", "sheet.png"): assert Path("out", name).read_bytes() == Path("whole", name).read_bytes()
