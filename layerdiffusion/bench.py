@@ -160,11 +160,12 @@ def plain_tune(pipe, image, reference, mask, e_opt, config):
         optimizer.zero_grad(); loss.backward(); optimizer.step()
     pipe.unet.requires_grad_(False)
 
-# %% ../nbs/10_bench.ipynb #45c1ee96
+# %% ../nbs/10_bench.ipynb #a68a520e
 JOB = dict(image="example:dog", words=("a dog jumping", "in a forest"), point=(32, 36), seeds=list(range(8)))
 
 READING = dict(eq2_region="background", eq2_picture="input", eq2_conditioning="concat", object_picture="input", eq45_pictures="each", eq5_region="union", eq5_words="opt",
-               reference_mask="empty", tuned_parameters="all", loss_scale="all", mask_resample="area", mask_hard=False, iterative_guidance=True, eq8_first="object", scheduler="ddim")
+               reference_mask="empty", tuned_parameters="all", loss_scale="all", mask_resample="area", mask_hard=False, iterative_guidance=True, eq8_first="object", eq8_index="loop", scheduler="ddim",
+               alpha=.7, lambda_obj=2., lambda_bg=1., seed=0)
 
 def schedule(quick: bool = False, **changes):
     "The settings of the job: the paper's schedule or a tenth of it, and the readings that the plain loop has."

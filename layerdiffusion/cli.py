@@ -171,7 +171,7 @@ def check_writable(folder: Path):
         for path, remove in [(trial, Path.unlink), *((p, Path.rmdir) for p in made)]:
             if path.exists(): remove(path)
 
-# %% ../nbs/11_cli.ipynb #aef218e5
+# %% ../nbs/11_cli.ipynb #b9783f1e
 app = typer.Typer(name="layerdiffusion", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, context_settings=dict(help_option_names=["-h", "--help"]),
                   help="Change what the subject of a photo does and where it is, while it stays the same subject (LayerDiffusion, arXiv 2305.18676).",
                   epilog='First try:  layerdiffusion edit example:dog "a dog jumping in a forest"')
@@ -185,15 +185,15 @@ EXAMPLES = """Examples:
 
   layerdiffusion edit example:cat "a cat lying on a beach" --point 32,40 --seeds 0-3 --out beach
 
-A quick look, a tenth of the steps:
+A quick look, with few steps:
 
   layerdiffusion edit example:dog "a dog sitting in the snow" --embedding-steps 50 --tuning-steps 25 --steps 20
 
 With the paper's model, on your own picture:
 
-  layerdiffusion edit me.jpg "a corgi jumping in a forest" --model CompVis/stable-diffusion-v1-4 --device cuda
+  layerdiffusion edit me.jpg "a corgi jumping in a forest" --model CompVis/stable-diffusion-v1-4 --sam sam_vit_h_4b8939.pth --device cuda
 
-Defaults are the paper's. Exit code: 0 done, 2 something in the input must be changed, 130 stopped by Ctrl-C."""
+Step counts, alpha and lambda are the paper's; learning rates and guidance are the model's own. Exit code: 0 done, 2 something in the input must be changed, 130 stopped by Ctrl-C."""
 
 # %% ../nbs/11_cli.ipynb #419f0d06
 def read_settings(file: Optional[Path]) -> dict:
@@ -303,11 +303,11 @@ def examples(out: Annotated[Optional[Path], typer.Option(help="Copy the pictures
         if out: write_atomic(out / f"{name}.png", lambda path: shutil.copy(example_path(name), path))
         announce(str(out / f"{name}.png") if out else f"example:{name}")
 
-# %% ../nbs/11_cli.ipynb #f38d7077
+# %% ../nbs/11_cli.ipynb #a6968386
 STAGES = ("vae", "sam", "clip", "judge", "diffusion")
 
 @app.command("train-mini", no_args_is_help=True, epilog="The whole recipe:  for s in vae sam clip judge diffusion; do layerdiffusion train-mini $s; done")
-def train_mini(stage: Annotated[Literal[STAGES], typer.Argument(help="Which model: vae first, the others need it.")],
+def train_mini(stage: Annotated[Literal[STAGES], typer.Argument(help="Which model: vae first, judge and diffusion need it.")],
                out: Annotated[Path, typer.Option(help="Folder of the run: checkpoints, logs and sheets.", metavar="DIR")] = Path("mini-run"),
                device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 or mps.", metavar="NAME")] = "cpu",
                minutes: Annotated[Optional[float], typer.Option(help="Stop after so long, at a whole step. Unset: train to the end of the recipe.")] = None,

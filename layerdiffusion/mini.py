@@ -635,9 +635,9 @@ def check_judge(judge, level, n=1000):
     "Each answer on held-out renders."
     return [_rate(f"judge: {q}", *kn) for q, kn in judge_errors(judge, n, level).items()]
 
-# %% ../nbs/09_mini.ipynb #cc3c63b1
+# %% ../nbs/09_mini.ipynb #6abd5be7
 def check_labels(models, judge, file, guidance_scale):
-    "Agreement of the judge with a person's labels of generated pictures; empty when there are none for these weights."
+    "Agreement of the judge with labels of generated pictures; empty when there are none for these weights."
     if not Path(file).exists(): return []
     record = json.loads(Path(file).read_text())
     if record["weights"] != models.hash: return []

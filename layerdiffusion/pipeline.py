@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['PAPER', 'KEEP', 'EditConfig', 'config_error', 'LayerDiffusion', 'Checkpoint', 'snapshot', 'restore', 'Scene', 'cover',
-           'pixels', 'with_scheduler', 'read_mask', 'check_world', 'clock', 'check_seeds', 'EditResult',
-           'clear_checkpoints', 'whole_folder', 'load_edit', 'read_edit', 'beside']
+           'pixels', 'read_mask', 'check_world', 'clock', 'check_seeds', 'EditResult', 'clear_checkpoints',
+           'whole_folder', 'load_edit', 'read_edit', 'beside']
 
-# %% ../nbs/07_pipeline.ipynb #6d24439a
+# %% ../nbs/07_pipeline.ipynb #373dfb2c
 import json, os, re, shutil, time, uuid, warnings
 from collections import OrderedDict
 from contextlib import contextmanager
@@ -24,7 +24,7 @@ from .embeddings import Split, embedding_objective, interpolate, split_text
 from .fine_tuning import apply_difference, fine_tune, low_rank, union, weight_difference
 from .guidance import turns
 from .masks import check_mask, composite, find_mask, load_sam, mask_from_file, overlay, to_latent
-from .sd import Models, ddim_sample, decode_latents, encode_image, encode_text, initial_latents, load_models, optimise, vae_psnr
+from .sd import Models, ddim_sample, decode_latents, encode_image, encode_text, initial_latents, load_models, optimise, vae_psnr, with_scheduler
 
 # %% ../nbs/07_pipeline.ipynb #2c13a603
 class EditConfig(BaseModel):
@@ -252,14 +252,6 @@ def draw(self: LayerDiffusion, text: str, size: tuple, config: EditConfig, stage
         return decode_latents(models, latents)[0].cpu()
     return self.once("draw", settings, compute)
 
-# %% ../nbs/07_pipeline.ipynb #fb097d58
-def with_scheduler(models: Models, name: str = "ddim") -> Models:
-    "The same model with another D in Eq. 7: \"ddim\" or \"pndm\"."
-    if name == "ddim": return models
-    from diffusers import PNDMScheduler
-    config = {k: v for k, v in models.scheduler.config.items() if not k.startswith("_") and k != "rescale_betas_zero_snr"}
-    return replace(models, scheduler=PNDMScheduler.from_config(config, skip_prk_steps=True))
-
 # %% ../nbs/07_pipeline.ipynb #f3281e20
 @patch
 def find_subject(self: LayerDiffusion, source, image: torch.Tensor, mask=None, point=None, box=None) -> torch.Tensor:
@@ -274,12 +266,12 @@ def read_mask(mask, height: int, width: int) -> torch.Tensor:
     if tuple(mask.shape[-2:]) != (height, width): raise BadInput(f"The mask is {mask.shape[-2]}×{mask.shape[-1]} and the picture {height}×{width} px at the model's size; give it at that size, or as a file.")
     return check_mask(mask.detach().cpu().float().reshape(1, height, width))
 
-# %% ../nbs/07_pipeline.ipynb #1e875979
+# %% ../nbs/07_pipeline.ipynb #e410e354
 def check_world(models: Models, image: torch.Tensor, least: float = 20.):
     "Warn when a mini model's autoencoder cannot represent the picture."
     if models.card.get("name") != "mini" or (psnr := vae_psnr(models, image)) >= least: return
     warnings.warn(f"mini knows only its drawn world: its autoencoder gives this picture back with {psnr:.0f} dB, so the edit cannot look like it. "
-                  "For photos use a full model: --model CompVis/stable-diffusion-v1-4.", stacklevel=3)
+                  "For photos use a full model: --model CompVis/stable-diffusion-v1-4 --sam sam_vit_h_4b8939.pth.", stacklevel=3)
 
 # %% ../nbs/07_pipeline.ipynb #436a1ca5
 @patch

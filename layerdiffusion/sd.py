@@ -442,12 +442,12 @@ def ddim_sample(models: Models,
         if callback: callback(Event(stage, i + 1, len(scheduler.timesteps), None, time.perf_counter() - begin, latents, x0))
     return latents
 
-# %% ../nbs/02_sd.ipynb #bb653c65
+# %% ../nbs/02_sd.ipynb #ae4c95fc
 def with_scheduler(models: Models,
                    name: str  # "ddim" or "pndm"
                   ) -> Models:
     "The same parts with another sampler; `models` is not changed."
-    if name == "ddim": return replace(models, scheduler=load_scheduler(models.folder))
+    if name == "ddim": return models if type(models.scheduler).__name__ == "DDIMScheduler" else replace(models, scheduler=load_scheduler(models.folder))
     if name != "pndm": raise BadInput(f"The scheduler {name!r} is unknown; give 'ddim' or 'pndm'.")
     from diffusers import PNDMScheduler
     if models.scheduler.config.prediction_type == "sample": raise BadInput("PNDM cannot draw with a model that predicts the picture itself; use 'ddim'.")
