@@ -31,7 +31,7 @@ def refusal(call: Callable,  # what is expected to refuse
     except BadInput as e: return str(e)
     raise AssertionError(f"{call.__name__} accepted what it should have refused.")
 
-# %% ../nbs/00_core.ipynb #9da25c20
+# %% ../nbs/00_core.ipynb #b8abc061
 def _for_display(image):
     "A picture as an array that matplotlib can draw: (H, W, 3) or (H, W), 0-1."
     if not hasattr(image, "detach"): return _as_tensor(image).permute(1, 2, 0).numpy()
@@ -49,7 +49,7 @@ def _row_height(images, titles, size):
     "Room for the tallest picture and the longest title, in inches."
     shapes = [i.size[::-1] if hasattr(i, "convert") else i.shape[-2:] for i in images]
     lines = max((str(t).count("\n") + 1 for t in titles), default=0)
-    return size * max(h / w for h, w in shapes) + .16 * lines
+    return size * max(h / w for h, w in shapes) + .22 * lines
 
 def _smoothing(image):
     "Colour pictures are enlarged smoothly; masks and tiny ones show their pixels."
