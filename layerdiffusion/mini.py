@@ -116,7 +116,7 @@ def moving_average(decay: float):
     "An exponential moving average of weights that is short at first, for `AveragedModel`."
     return lambda average, current, n: torch._foreach_lerp_(average, current, 1 - min(decay, (1 + int(n)) / (10 + int(n))))
 
-# %% ../nbs/09_mini.ipynb #401577a2
+# %% ../nbs/09_mini.ipynb #1a75fafc
 def train_loop(objective: nn.Module,  # returns (loss, logs) for (scenes, generator)
                folder: Path,  # checkpoint, log and sheets go here
                samples: int,  # length of the whole run, in pictures
@@ -143,7 +143,7 @@ def train_loop(objective: nn.Module,  # returns (loss, logs) for (scenes, genera
         nn.utils.clip_grad_norm_(objective.parameters(), 1.)
         opt.step(); opt.zero_grad(); ema.update_parameters(objective)
         record["step"] += 1; record["samples"] += objective.batch * getattr(objective, "reuse", 1) * ranks
-        recorder(dict(loss=loss.item(), **{k: float(v) for k, v in logs.items()}), lambda: (save_checkpoint(path, objective, ema, opt, record), write_sheet(ema.module, folder, record)))
+        recorder(dict(loss=loss.item(), **{k: v.item() for k, v in logs.items()}), lambda: (save_checkpoint(path, objective, ema, opt, record), write_sheet(ema.module, folder, record)))
     recorder.finish(lambda: (save_checkpoint(path, objective, ema, opt, record), write_sheet(ema.module, folder, record)))
     return record
 
