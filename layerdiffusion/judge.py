@@ -46,11 +46,12 @@ class Judge(nn.Module):
         x = F.silu(self.hidden(self.blocks(F.silu(self.stem(x * 2 - 1))).flatten(1)))
         return {k: head(x) for k, head in self.heads.items()}
 
-# %% ../nbs/08_judge.ipynb #ba58c47e
+# %% ../nbs/08_judge.ipynb #ccc17fbb
 def load_judge(folder=None) -> Judge:
     "The judge of a mini folder; None: the one that is shipped."
     from safetensors.torch import load_file
     folder = Path(folder or package_folder() / "weights" / "mini") / "judge"
+    if not (folder / "config.json").exists(): raise BadInput(f"There is no judge in {folder}; give a folder made by write_mini, or none for the shipped one.")
     judge = Judge(**json.loads((folder / "config.json").read_text()))
     judge.load_state_dict({k: v.float() for k, v in load_file(folder / "model.safetensors").items()})
     return judge.eval().requires_grad_(False)
