@@ -2,7 +2,7 @@ __version__ = "0.1.0"
 
 from importlib import import_module as _import_module
 
-_home = dict(LayerDiffusion="pipeline", EditConfig="pipeline", EditResult="pipeline", load_edit="pipeline", BadInput="core")
+_home = dict(LayerDiffusion="pipeline", EditConfig="pipeline", EditResult="pipeline", load_edit="pipeline", preset="settings", BadInput="core")
 __all__ = list(_home)
 
 def __getattr__(name):

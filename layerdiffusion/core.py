@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['FORMATS', 'MAX_PIXELS', 'BadInput', 'refusal', 'show_images', 'to_pil', 'package_folder', 'list_examples',
            'example_path', 'load_image', 'fit_image', 'fit_points', 'make_sheet', 'write_atomic', 'write_json',
-           'environment', 'content_hash', 'pick_device', 'Event', 'join_callbacks', 'progress_bars']
+           'environment', 'content_hash', 'pick_device', 'Event', 'join_callbacks', 'sparkline', 'progress_bars',
+           'Preview', 'live_preview']
 
 # %% ../nbs/00_core.ipynb #3eeca0f9
-import contextlib, hashlib, importlib.metadata, importlib.util, json, math, os, subprocess, uuid, warnings
+import contextlib, hashlib, importlib.metadata, importlib.util, json, math, os, subprocess, time, uuid, warnings
 from dataclasses import asdict, dataclass, is_dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -355,6 +356,7 @@ class Event:
     seconds: float = 0.  # since the stage began
     latents: Optional["torch.Tensor"] = None  # (B, C, h, w) where the stage has them
     x0: Optional["torch.Tensor"] = None  # (B, C, h, w) the finished latents as predicted now
+    image: Optional["torch.Tensor"] = None  # (B, 3, H, W) in 0-1, where the stage has drawn pictures on the way
 
 # %% ../nbs/00_core.ipynb #4cfb4ef6
 def join_callbacks(*callbacks: Optional[Callable[[Event], None]]  # any of them may be None
@@ -365,18 +367,94 @@ def join_callbacks(*callbacks: Optional[Callable[[Event], None]]  # any of them 
             if each is not None: each(event)
     return callback
 
+# %% ../nbs/00_core.ipynb #6503cd91
+def sparkline(values: Sequence[float],  # in their order
+              width: int = 12,  # signs at most
+              marks: str = "▁▂▃▄▅▆▇█"  # from low to high
+             ) -> str:
+    "The course of some numbers in one line of text."
+    values = [v for v in values if math.isfinite(v)]
+    n = min(width, len(values))
+    means = [sum(part) / len(part) for part in (values[i * len(values) // n:(i + 1) * len(values) // n] for i in range(n))]
+    low, span = min(means, default=0), max(means, default=0) - min(means, default=0) or 1
+    return "".join(marks[round((m - low) / span * (len(marks) - 1))] for m in means)
+
 # %% ../nbs/00_core.ipynb #3964b224
 def progress_bars(**options  # for tqdm, such as `file=` or `disable=True`
                  ) -> Callable[[Event], None]:
-    "A callback that shows one bar for each stage, with the time left."
+    "A callback that shows one bar for each stage, with the time left and the course of the loss."
     from tqdm.auto import tqdm
     from tqdm.std import tqdm as text_bar
-    bars, make = {}, text_bar if "file" in options else tqdm
+    bars, losses, make = {}, {}, text_bar if "file" in options else tqdm
     def callback(event):
         if event.stage not in bars or event.step <= bars[event.stage].n:
-            bars[event.stage] = make(total=event.total, initial=event.step - 1, desc=event.stage, **options)
-        bar = bars[event.stage]
-        if event.loss is not None: bar.set_postfix(loss=f"{event.loss:.4f}", refresh=False)
+            bars[event.stage], losses[event.stage] = make(total=event.total, initial=event.step - 1, desc=event.stage, **options), []
+        bar, curve = bars[event.stage], losses[event.stage]
+        if event.loss is not None:
+            curve.append(event.loss)
+            bar.set_postfix_str(f"loss {event.loss:.4f} {sparkline(curve, **(dict(marks='_.-=^') if getattr(bar, 'ascii', False) else {}))}", refresh=False)
         bar.update(event.step - bar.n)
         if event.step >= event.total: bar.close()
     return callback
+
+# %% ../nbs/00_core.ipynb #334db2e4
+@dataclass
+class Preview:
+    "A callback that shows what a run is making, now and then."
+    decode: Callable[["torch.Tensor"], "torch.Tensor"]  # latents (B, C, h, w) to pictures (B, 3, H, W) in 0-1
+    show: Callable[[Event, str, Optional["Image.Image"]], None]  # gets the event, a line of text and the newest sheet, if there is one
+    every: float = .5  # seconds between two previews, at least
+    most: int = 4  # pictures of a batch that are shown
+    def __post_init__(self): self.stage, self.step, self.start, self.due, self.sheet = None, 0, 0, 0., None
+
+    def __call__(self, event):
+        if event.stage != self.stage or event.step <= self.step: self.stage, self.start = event.stage, event.step - 1
+        self.step, begin = event.step, time.monotonic()
+        if begin < self.due and event.step < event.total and event.image is None: return
+        images = event.image if event.image is not None else None if event.x0 is None else self.decode(event.x0[:self.most])
+        if images is not None: self.sheet = make_sheet(list(images[:self.most]), [f"{event.stage} {event.step}/{event.total}"], self.most, cell=128)
+        self.show(event, self.line(event), self.sheet)
+        end = time.monotonic()
+        self.due = end + max(self.every, 9 * (end - begin))
+
+    def line(self, event) -> str:
+        left = round(event.seconds / max(event.step - self.start, 1) * (event.total - event.step))
+        loss = "" if event.loss is None else f" · loss {event.loss:.4f}"
+        return f"{event.stage} {event.step}/{event.total}{loss} · {left // 60}:{left % 60:02} left"
+
+# %% ../nbs/00_core.ipynb #a8e373ad
+def _in_notebook():
+    "Something to show a preview in: one output of the running cell. None outside of a notebook."
+    try: from IPython import get_ipython, display
+    except ImportError: return None
+    if not hasattr(get_ipython(), "kernel"): return None
+    handle = display.display(display.HTML(""), display_id=True)
+    return lambda event, line, sheet: handle.update(display.HTML(_as_html(event, line, sheet)))
+
+def _as_html(event, line, sheet):
+    "A bar, the line and the sheet as one piece of HTML."
+    import base64, io
+    bar = f'<progress value="{event.step}" max="{event.total}" style="width: 16em"></progress> {line}'
+    if sheet is None: return bar
+    jpeg = io.BytesIO()
+    sheet.save(jpeg, "JPEG", quality=85)
+    return f'{bar}<br><img src="data:image/jpeg;base64,{base64.b64encode(jpeg.getvalue()).decode()}">'
+
+# %% ../nbs/00_core.ipynb #ff746c62
+def _in_file(path):
+    "Something to show a preview in: a picture file."
+    def show(event, line, sheet):
+        with contextlib.suppress(BadInput):
+            if sheet is not None: write_atomic(path, sheet.save)
+    return show
+
+# %% ../nbs/00_core.ipynb #da0ef73c
+def live_preview(decode: Callable[["torch.Tensor"], "torch.Tensor"],  # latents (B, C, h, w) to pictures (B, 3, H, W) in 0-1
+                 path: Union[str, Path, None] = None,  # a picture file that is replaced again and again; None: in the notebook
+                 every: float = .5,  # seconds between two previews, at least
+                 most: int = 4  # pictures of a batch that are shown
+                ) -> Callable[[Event], None]:
+    "A callback that shows what a run is making: in a notebook, or in a file beside progress bars."
+    show = _in_file(path) if path else _in_notebook()
+    bars = None if show and not path else progress_bars()
+    return join_callbacks(bars, show and Preview(decode, show, every, most))

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['object_loss', 'background_loss', 'union', 'squared_weight', 'stack_layers', 'layered_loss', 'LowRank', 'trainable',
-           'fine_tune', 'settled', 'weight_difference', 'apply_difference', 'low_rank', 'full_rank']
+           'with_prior', 'fine_tune', 'settled', 'weight_difference', 'apply_difference', 'factors', 'low_rank',
+           'full_rank']
 
 # %% ../nbs/05_fine_tuning.ipynb #172ec5de
 import copy
@@ -113,6 +114,18 @@ def trainable(unet: nn.Module,  # a copy that may be changed
     else: found = list(unet.parameters()) if params == "all" else [p for m in layers for p in m.parameters()]
     return [p.requires_grad_(True) for p in found]
 
+# %% ../nbs/05_fine_tuning.ipynb #f27f5fd9
+def with_prior(latents: torch.Tensor, weights: torch.Tensor, embeds: torch.Tensor,  # of `stack_layers`, and its words (B, L, D)
+               prior: Optional[tuple],  # pictures (n, C, h, w) and words (n, L, D)
+               count: int,  # how many of them
+               weight: float,  # of their mean
+               generator: torch.Generator) -> tuple:  # latents, weights and words, longer by `count`
+    "The pictures of Eq. 6, and some of the model's own."
+    if not prior or not count: return latents, weights, embeds
+    k = torch.randint(len(prior[0]), (count,), generator=generator).to(latents.device)
+    more = torch.full((count, *weights.shape[1:]), (weight / count) ** .5).to(weights)
+    return torch.cat([latents, prior[0][k]]), torch.cat([weights, more]), torch.cat([embeds, prior[1][k].to(embeds)])
+
 # %% ../nbs/05_fine_tuning.ipynb #50a93de9
 def fine_tune(models: Models,  # the loaded model; it is not changed
               prompt_embeds: torch.Tensor,  # (1, L, D) e_opt, or (2, L, D): other words for the second picture
@@ -128,20 +141,25 @@ def fine_tune(models: Models,  # the loaded model; it is not changed
               params: str = "all",  # see `trainable`
               rank: int = 8,  # of params="lora"
               seed: int = 0,  # of noise and timesteps
+              prior: Optional[tuple] = None,  # the model's own pictures (n, C, h, w) and their words (n, L, D); None: none
+              prior_batch: int = 4,  # how many of them in each step
+              lambda_prior: float = 1.,  # their weight
+              start: Optional[dict] = None,  # a difference that the copy begins with (see `weight_difference`)
               callback: Optional[Callable[[Event], None]] = None,  # called after each step
               begin: Optional[Callable] = None  # gets (parameters, optimizer, losses) once, may restore them, gives the step to go on from
              ) -> tuple:  # the tuned copy of the U-Net, and the loss of each step
     "Eq. 4-6: tune a copy of the U-Net on the subject's picture and the reference."
     latents, weights = stack_layers(subject_latents, subject_mask, reference_latents, reference_mask, lambda_obj, lambda_bg, scale)
-    embeds, tuned = prompt_embeds.expand(len(latents), -1, -1), copy.deepcopy(models.unet)
+    embeds, tuned = prompt_embeds.expand(len(latents), -1, -1), apply_difference(models.unet, start) if start else copy.deepcopy(models.unet)
     def loss_fn(step, generator):
-        noise, timesteps = sample_noise_and_t(models.scheduler, latents.shape, generator)
-        return layered_loss(tuned, models.scheduler, latents, weights, noise.to(latents), timesteps.to(latents.device), embeds)
+        x, w, e = with_prior(latents, weights, embeds, prior, prior_batch, lambda_prior, generator)
+        noise, timesteps = sample_noise_and_t(models.scheduler, x.shape, generator)
+        return layered_loss(tuned, models.scheduler, x, w, noise.to(x), timesteps.to(x.device), e)
     moving = trainable(tuned, params, rank, seed)
     optimizer = torch.optim.Adam(moving, lr=learning_rate, fused=latents.device.type in ("cpu", "cuda"))
     losses = []
-    start = begin(moving, optimizer, losses) if begin else 0
-    optimise(loss_fn, moving, steps, learning_rate, "tuning", callback, start, optimizer, seed, losses)
+    done = begin(moving, optimizer, losses) if begin else 0
+    optimise(loss_fn, moving, steps, learning_rate, "tuning", callback, done, optimizer, seed, losses)
     return settled(tuned), losses
 
 # %% ../nbs/05_fine_tuning.ipynb #b9b44e17
@@ -173,17 +191,26 @@ def apply_difference(unet: nn.Module,  # it is not changed
     return tuned
 
 # %% ../nbs/05_fine_tuning.ipynb #11085562
-def low_rank(difference: dict,  # from `weight_difference`
+def factors(matrix: torch.Tensor,  # (rows, columns)
+            rank: int  # directions kept
+           ) -> tuple:  # up (rows, rank), down (rank, columns)
+    "The best `up @ down` of a rank; zeros fill up where the matrix has fewer directions."
+    if rank < 1: raise BadInput(f"rank is {rank}; it must be at least 1.")
+    u, s, v = torch.linalg.svd(matrix.float(), full_matrices=False)
+    root, missing = s[:rank].sqrt(), max(0, rank - len(s))
+    return nn.functional.pad(u[:, :rank] * root, (0, missing)), nn.functional.pad(root[:, None] * v[:rank], (0, 0, 0, missing))
+
+# %% ../nbs/05_fine_tuning.ipynb #0626127f
+def low_rank(difference: dict,  # from `weight_difference`, or a low-rank one
              rank: int  # directions kept for each matrix
             ) -> dict:  # matrices as two thin factors, "name.down" and "name.up"
     "The best approximation of a difference with matrices of the given rank."
     out = {}
-    for name, change in difference.items():
-        matrix = change.flatten(1).float() if change.ndim > 1 else None
-        if matrix is None or rank * sum(matrix.shape) >= matrix.numel(): out[name] = change; continue
-        u, s, v = torch.linalg.svd(matrix, full_matrices=False)
-        root = s[:rank].sqrt()
-        out |= {f"{name}.up": (u[:, :rank] * root).half(), f"{name}.down": (root[:, None] * v[:rank]).half()}
+    for name, change in full_rank(difference).items():
+        matrix = change.flatten(1) if change.ndim > 1 else None
+        if matrix is None or rank * sum(matrix.shape) >= matrix.numel(): out[name] = change.half(); continue
+        up, down = factors(matrix, rank)
+        out |= {f"{name}.up": up.half(), f"{name}.down": down.half()}
     return out
 
 def full_rank(difference: dict) -> dict:

@@ -418,6 +418,11 @@ def timesteps(scheduler, num_inference_steps: int, device="cpu") -> torch.Tensor
     scheduler.set_timesteps(num_inference_steps, device=device)
     return scheduler.timesteps
 
+# %% ../nbs/02_sd.ipynb #c4e5a0d1
+def _check_numbers(latents, stage: str, step: int):
+    "Refuse to go on with latents that are no numbers."
+    if not latents.isfinite().all(): raise BadInput(f"The stage {stage!r} stopped at step {step}: its latents are no numbers any more; try a smaller learning rate in the stages before it, or float32.")
+
 # %% ../nbs/02_sd.ipynb #5138fa92
 @torch.no_grad()
 def ddim_sample(models: Models,
@@ -439,6 +444,7 @@ def ddim_sample(models: Models,
         noise_pred = guided_noise(models.unet, latents, t, embeds, negative_embeds, guidance_scale)
         x0 = predict_x0(scheduler, latents, noise_pred, t) if callback else None
         latents = scheduler.step(noise_pred, t, latents).prev_sample
+        _check_numbers(latents, stage, i)
         if callback: callback(Event(stage, i + 1, len(scheduler.timesteps), None, time.perf_counter() - begin, latents, x0))
     return latents
 

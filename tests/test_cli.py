@@ -13,7 +13,7 @@ from layerdiffusion.core import example_path, package_folder
 
 TEXT = "a dog jumping in a forest"
 SHORT = "--embedding-steps 1 --tuning-steps 1 --steps 2 --seeds 0 --device cpu".split()
-WRITTEN = {"edit.json", "edit.safetensors", "input.png", "mask.png", "reference.png", "seed-0.png", "sheet.png"}
+WRITTEN = {"edit.json", "edit.safetensors", "input.png", "mask.png", "object.png", "object_mask.png", "reference.png", "seed-0.png", "sheet.png"}
 
 
 def ellipse(size=(64, 64)):
@@ -56,6 +56,20 @@ BAD = dict(
     point_form=(["edit", "example:dog", TEXT, "--point", "3"], ["--point", "'3'", "X,Y"]),
     point_nan=(["edit", "example:dog", TEXT, "--point", "nan,1"], ["nan,1"]),
     box_form=(["edit", "example:dog", TEXT, "--box", "1,2,3"], ["--box", "'1,2,3'"]),
+    move_form=(["edit", "example:dog", TEXT, "--move", "0.2"], ["--move", "'0.2'", "DX,DY", "shares"]),
+    move_nan=(["edit", "example:dog", TEXT, "--move", "nan,0"], ["--move", "nan,0"]),
+    move_pixels=(["edit", "example:dog", TEXT, "--mask", "mask.png", "--move", "12,0"], ["(12, 0)", "-1 to 1"]),
+    move_away=(["edit", "example:dog", TEXT, "--mask", "mask.png", "--object-picture", "input", "--move", "-1,0"], ["-1", "nothing of the subject"]),
+    scale_zero=(["edit", "example:dog", TEXT, "--scale", "0"], ["--scale", "0.05"]),
+    object_reference_missing=(["edit", "example:dog", TEXT, "--object-reference", "nowhere.png"], ["nowhere.png"]),
+    object_mask_alone=(["edit", "example:dog", TEXT, "--object-mask", "mask.png"], ["--object-mask", "--object-reference"]),
+    object_mask_empty=(["edit", "example:dog", TEXT, "--mask", "mask.png", "--object-reference", "example:cat", "--object-mask", "empty.png"], ["mask", "empty"]),
+    preset_unknown=(["edit", "example:dog", TEXT, "--preset", "worst"], ["worst", "best"]),
+    preset_and_config=(["edit", "example:dog", TEXT, "--preset", "best", "--config", "list.json"], ["--preset", "--config"]),
+    preview_ending=(["edit", "example:dog", TEXT, "--preview", "now.txt"], ["--preview", "now.txt", ".png"]),
+    preview_folder=(["edit", "example:dog", TEXT, "--preview", "folder.png"], ["--preview", "is a folder"]),
+    preview_below_file=(["edit", "example:dog", TEXT, "--preview", "text.png/now.png"], ["--preview", "text.png"]),
+    look_every=(["edit", "example:dog", TEXT, "--look-every", "-5"], ["--look-every", "at least 0"]),
     unknown_word=(["edit", "example:dog", "a wombat jumping in a forest", "--mask", "mask.png"], ["wombat"]),
     too_long=(["edit", "example:dog", TEXT, "--mask", "mask.png", "--object", "a dog" + " jumping" * 30, "--background", "in a forest"], ["tokens"]),
     no_place=(["edit", "example:dog", "a dog jumping", "--mask", "mask.png"], ["place", "--background"]),
@@ -107,6 +121,7 @@ def prepare_bad_files():
     whole = example_path("dog").read_bytes()
     Path("half.png").write_bytes(whole[:len(whole) // 2])
     Path("folder").mkdir()
+    Path("folder.png").mkdir()
     Image.new("L", (64, 64)).save("empty.png")
     Image.new("L", (64, 64), 255).save("full.png")
     Path("list.json").write_text("[1, 2]")
@@ -163,6 +178,54 @@ def test_folders_are_numbered_and_settings_reused(run):
     assert run("edit", "example:dog", TEXT, "--mask", "mask.png", *again, "--config", "edits/dog-1/edit.json", "--lambda-obj", "3")[0] == 0
     config = json.loads(Path("edits/dog-2/edit.json").read_text())["config"]
     assert (config["alpha"], config["lambda_obj"], config["embedding_steps"]) == (.4, 3, 1)
+
+
+def same_results(a, b, but=()):
+    """Two folders hold the same pictures and tensors, byte for byte."""
+    from safetensors.torch import load_file
+    names = [{p.name for p in Path(x).iterdir()} - set(but) for x in (a, b)]
+    assert names[0] == names[1]
+    for name in names[0] - {"edit.json", "edit.safetensors"}: assert Path(a, name).read_bytes() == Path(b, name).read_bytes(), name
+    tensors = [load_file(Path(x, "edit.safetensors")) for x in (a, b)]
+    assert tensors[0].keys() == tensors[1].keys() and all((tensors[0][k] == tensors[1][k]).all() for k in tensors[0])
+
+
+def test_watching_changes_nothing(run):
+    """--preview and --look-every show pictures and leave the results as they are."""
+    steps = "--embedding-steps 2 --tuning-steps 5 --steps 3 --seeds 0-1 --device cpu --mask mask.png".split()
+    assert run("edit", "example:dog", TEXT, *steps, "--out", "a")[0] == 0
+    code, out, err = run("edit", "example:dog", TEXT, *steps, "--out", "b", "--preview", "seen/now.png", "--look-every", 2)
+    assert code == 0 and "looks.png" in out
+    same_results("a", "b", but=["looks.png"])
+    assert files() == sorted(["a", "b", "mask.png", "seen", "seen/now.png", "b/looks.png", *(f"{x}/{name}" for x in "ab" for name in WRITTEN | {"seed-1.png"})])
+    assert Image.open("seen/now.png").size[0] > Image.open("seen/now.png").size[1]  # two seeds, side by side
+    assert Image.open("b/looks.png").size[0] // 160 == 3  # steps 2, 4 and the last
+
+
+def test_moved_subject_is_shown_saved_and_repeated(run):
+    photo = ["--mask", "mask.png", "--object-picture", "input", *SHORT]
+    assert run("edit", "example:dog", TEXT, *photo, "--out", "plain")[0] == 0
+    code, out, err = run("edit", "example:dog", TEXT, *photo, "--move", "-0.2,0.05", "--scale", ".5", "--out", "a")
+    assert code == 0 and "Eq. 4" in out
+    assert {p.name for p in Path("a").iterdir()} == WRITTEN
+    assert {p.name for p in Path("plain").iterdir()} == WRITTEN - {"object.png", "object_mask.png"}
+    saved = json.loads(Path("a/edit.json").read_text())
+    assert (saved["move"], saved["scale"]) == ([-.2, .05], .5)
+    before, after = (Image.open(f"a/{name}.png").convert("L").getbbox() for name in ("mask", "object_mask"))
+    assert after[2] - after[0] < before[2] - before[0] and after[0] + after[2] < before[0] + before[2]
+    assert Path("a/seed-0.png").read_bytes() != Path("plain/seed-0.png").read_bytes()
+    again = "--seeds 0 --device cpu --mask mask.png --config a/edit.json".split()
+    assert run("edit", "example:dog", TEXT, *again, "--out", "b")[0] == 0
+    same_results("a", "b")
+    assert run("edit", "example:dog", TEXT, *again, "--move", "0,0", "--scale", 1, "--out", "c")[0] == 0
+    same_results("c", "plain")
+
+
+def test_another_picture_of_the_object(run):
+    code, out, err = run("edit", "example:dog", TEXT, "--mask", "mask.png", *SHORT, "--object-reference", "example:cat", "--object-mask", "mask.png", "--out", "a")
+    assert code == 0, err
+    assert Path("a/object.png").read_bytes() == example_path("cat").read_bytes() or Image.open("a/object.png").tobytes() == Image.open(example_path("cat")).convert("RGB").tobytes()
+    assert Image.open("a/object_mask.png").convert("L").tobytes() == ellipse().tobytes()
 
 
 def noise(size=(64, 64)): return Image.effect_noise(size, 120).convert("RGB")

@@ -1,0 +1,104 @@
+"An exported edit is drawn by diffusers alone, in a process that cannot import this library."
+import json, os, subprocess, sys
+from dataclasses import replace
+
+import pytest, torch
+from safetensors.torch import load_file
+from layerdiffusion.core import BadInput
+from layerdiffusion.fine_tuning import low_rank
+from layerdiffusion.pipeline import EditConfig, LayerDiffusion, load_edit
+from layerdiffusion.saving import export, pixels
+from layerdiffusion.settings import preset
+
+SHORT = EditConfig(embedding_steps=3, tuning_steps=8, sampling_steps=8, iterative_guidance=False)
+SEEDS = [3, 5]
+
+ALONE = """
+import sys
+sys.modules["layerdiffusion"] = None
+import torch
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from safetensors.torch import load_file, save_file
+kind, mini, folder, steps, guidance, *seeds = sys.argv[1:]
+tuned = dict(unet=UNet2DConditionModel.from_pretrained(f"{folder}/unet")) if kind == "unet" else {}
+pipe = StableDiffusionPipeline.from_pretrained(mini, **tuned)
+if kind == "lora": pipe.load_lora_weights(folder, weight_name="lora.safetensors")
+words = {k: v for k, v in load_file(f"{folder}/embeddings.safetensors").items() if k != "object_embeds"}
+pictures = [pipe(**words, num_inference_steps=int(steps), guidance_scale=float(guidance), generator=torch.Generator().manual_seed(int(s)), output_type="pt").images for s in seeds]
+save_file({"images": torch.cat(pictures)}, f"{folder}/alone.safetensors")
+"""
+
+@pytest.fixture(scope="module")
+def method(): return LayerDiffusion.from_pretrained("mini")
+
+@pytest.fixture(scope="module")
+def edit(method):
+    "A short edit whose U-Net has moved enough to be seen in the pictures."
+    return method.edit("example:dog", "a dog jumping in a forest", point=(32, 36), seeds=SEEDS, config=EditConfig(**SHORT.model_dump() | dict(tuning_lr=2e-4)))
+
+def run(code, *args):
+    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | dict(HF_HUB_OFFLINE="1")
+    done = subprocess.run([sys.executable, "-c", code, *map(str, args)], capture_output=True, text=True, stdin=subprocess.DEVNULL, env=env, cwd="/")
+    assert done.returncode == 0, done.stderr
+
+def drawn_alone(kind, method, edit, folder):
+    "What StableDiffusionPipeline draws from the model's folder and the exported files."
+    config = edit.config
+    run(ALONE, kind, method.models.folder, folder, config.sampling_steps, config.guidance_scale, *edit.seeds)
+    return load_file(folder/"alone.safetensors")["images"]
+
+def off(a, b): return (a - b).abs().mean().item()
+
+def test_unet_draws_the_same(method, edit, tmp_path):
+    "The same pictures to 1e-4 of the range from black to white, and not those of the untouched model."
+    alone = drawn_alone("unet", method, edit, export(edit, method.models, tmp_path/"unet"))
+    assert (alone - edit.images).abs().max() < 1e-4
+    untouched = method.sample(edit.embeddings, {}, (64, 64), SEEDS, edit.config)
+    assert off(untouched, edit.images) > .01
+
+def test_lora_draws_what_the_low_rank_form_draws(method, edit, tmp_path, rank=8):
+    "Nearer to our low-rank pictures than a tenth of what tuning changed: only vectors and small matrices differ."
+    alone = drawn_alone("lora", method, edit, export(edit, method.models, tmp_path/"lora", kind="lora", rank=rank))
+    ours = method.sample(edit.embeddings, low_rank(edit.difference, rank), (64, 64), SEEDS, edit.config)
+    untouched = method.sample(edit.embeddings, {}, (64, 64), SEEDS, edit.config)
+    assert off(alone, ours) < .1 * off(ours, untouched)
+    assert off(alone, edit.images) < .5 * off(untouched, edit.images)
+
+@pytest.mark.parametrize("kind, changes", [("unet", dict(eq8_first="opt")), ("unet", dict(guidance_scale=1.)), ("unet", dict(scheduler="pndm")), ("lora", dict(eq8_index="timestep"))])
+def test_script_draws_the_whole_method(method, edit, tmp_path, kind, changes):
+    "draw.py, with turns (Eq. 8): ours but for the rounding to 256 steps; the LoRA's nearer to ours than half of what tuning changed."
+    config = EditConfig(**edit.config.model_dump() | dict(iterative_guidance=True) | changes)
+    ours, untouched = (method.sample(edit.embeddings, change, (64, 64), SEEDS, config) for change in (edit.difference, {}))
+    folder = export(replace(edit, config=config, images=ours), method.models, tmp_path/"out", kind=kind, rank=24)
+    run("import runpy, sys; sys.modules['layerdiffusion'] = None; runpy.run_path(sys.argv.pop(1))", folder/"draw.py")
+    alone = torch.stack([pixels(folder/f"drawn-{s}.png") for s in SEEDS])
+    if kind == "unet": assert (alone - ours).abs().max() < 1.01 / 255
+    assert off(alone, ours) < .5 * off(untouched, ours)
+
+def test_export_of_a_loaded_edit(method, edit, tmp_path):
+    "An edit that was saved in the small form can be exported as well."
+    loaded = load_edit(edit.save(tmp_path/"saved", rank=4), method)
+    alone = drawn_alone("unet", method, edit, export(loaded, method.models, tmp_path/"unet"))
+    assert (alone - loaded.images).abs().max() < 1e-4
+    assert export(loaded, method.models, tmp_path/"lora", kind="lora", rank=4).is_dir()
+
+def test_export_twice_and_refused(method, edit, tmp_path):
+    "A second export takes the first one's place; what cannot be written leaves nothing."
+    folder = tmp_path/"out"
+    for _ in range(2): export(edit, method.models, folder)
+    assert json.loads((folder/"settings.json").read_text())["seeds"] == SEEDS
+    with pytest.raises(BadInput, match="unet or lora"): export(edit, method.models, tmp_path/"no", kind="gguf")
+    with pytest.raises(BadInput, match="rank"): export(edit, method.models, tmp_path/"no", kind="lora", rank=0)
+    with pytest.raises(BadInput, match="was made with"): export(replace(edit, record=dict(edit.record, model_hash="0")), method.models, tmp_path/"no")
+    assert not (tmp_path/"no").exists() and sorted(p.name for p in tmp_path.iterdir()) == ["out"]
+
+@pytest.mark.parametrize("name", ["paper", "best"])
+def test_reuse_from_the_folder(method, tmp_path, name):
+    "A saved edit, loaded into an object that knows nothing else, is reused with the same bytes as the one in memory."
+    tiny = preset(name, embedding_steps=2, tuning_steps=3, sampling_steps=2, prior_batch=0)
+    edit = method.edit("example:dog", "a dog jumping in a forest", point=(32, 36), seeds=[1], config=tiny, source="a brown dog standing in a meadow")
+    loaded = load_edit(edit.save(tmp_path/"dog"), LayerDiffusion(method.models, method.sam))
+    again = [LayerDiffusion(method.models, method.sam).reuse(e, "a dog lying in the snow", seeds=[1, 2], steps=2) for e in (edit, loaded)]
+    assert torch.equal(again[0].images, again[1].images) and again[1].record["reused"]["text"] == edit.text
+    assert len(again[1].losses["tune"]) == 2 and again[1].config.tuning_lr == 2 * edit.config.tuning_lr
+    assert torch.equal(load_edit(again[1].save(tmp_path/"again"), method).images, again[1].images)
