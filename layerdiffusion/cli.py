@@ -95,6 +95,7 @@ BEYOND = [
     Opt("learnt_words", int, 0, "Eq. 2 fits so many new words to the subject, instead of e_a and e_b. 0: as in the paper.", 0, 8),
     Opt("word_lr", Optional[float], None, "Learning rate of those words. Unset: the model's own, else 5e-3.", 1e-12),
     Opt("object_words", Literal["object", "whole"], "object", "e_a is made of the subject's words (the paper), or of the whole TEXT."),
+    Opt("subject_scale", float, 0., "How strongly the model that draws O_t sees the subject of IMAGE. 0: not at all, as in the paper.", 0, 20),
     Opt("target_draws", int, 1, "O_t is the best of so many drawn pictures: the one whose subject looks most like yours. 1: as in the paper.", 1, 1024),
     Opt("eq4_words", Literal["opt", "source"], "opt", "Eq. 4 under e_opt (the paper), or under the words that are true of IMAGE (--source)."),
     Opt("prior_batch", int, 0, "So many of the model's own pictures in every step of the tuning. 0: as in the paper.", 0, 32),

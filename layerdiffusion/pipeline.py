@@ -250,8 +250,8 @@ def target(self: LayerDiffusion, text: str, photo: torch.Tensor, found: torch.Te
         check_world(self.models, picture)
         return picture, self.find_subject(None, picture) if given[1] is None else check_mask(cover(given[1], *size)[:1].round())
     if config.object_picture == "input": return photo, found
-    if config.target_draws > 1:
-        settings = dict(draws=config.target_draws, seed=config.seed)
+    if config.target_draws > 1 or config.subject_scale:
+        settings = dict(draws=config.target_draws, seed=config.seed, subject_scale=config.subject_scale)
         return self.once("target", [text, photo, found, settings], lambda _: search_target(self.models, self.sam, text, photo, found, **settings, callback=callback)[:2])
     picture = self.draw(text, size, config, "target", callback)
     return picture, self.find_subject(None, picture)

@@ -31,6 +31,7 @@ class EditConfig(BaseModel):
     lambda_bg: float = Field(1., ge=0, description="Eq. 6: λ2, weight of the background")
     object_picture: Literal["input", "target"] = Field("target", description="Eq. 4: O_t is SD(T) with SAM's mask of it, or the user's photo")
     target_draws: int = Field(1, ge=1, le=1024, description="Eq. 4: O_t is the best of so many pictures SD(T), the one whose subject looks most like the photo's (beyond the paper)")
+    subject_scale: float = Field(0., ge=0, le=20, description="Eq. 4: how strongly the model that draws O_t sees the photo's subject (beyond the paper); 0: not at all")
     eq45_pictures: Literal["each", "one", "composite"] = Field("composite", description="Eq. 4, 5: subject pasted on the reference; each its own picture; the subject's with two masks")
     eq5_region: Literal["union", "reference"] = Field("union", description="Eq. 5: 1-M_r leaves out the subject's place too (union), or the reference's subject only")
     eq4_words: Literal["opt", "source"] = Field("opt", description="Eq. 4: under e_opt as in the paper, or under the words that are true of the photo (beyond the paper)")
@@ -70,7 +71,7 @@ class EditConfig(BaseModel):
 PAPER = dict(embedding_lr=1e-3, word_lr=5e-3, tuning_lr=2e-6, guidance_scale=7.5)
 
 # %% ../nbs/08_settings.ipynb #83ac60e7
-PRESETS = dict(paper=dict(), best=dict(target_draws=128, embedding_steps=0))
+PRESETS = dict(paper=dict(), best=dict(subject_scale=1., target_draws=96, embedding_steps=0, tuning_steps=750))
 
 def preset(name: str = "best",  # "paper" or "best"
            card: Optional[dict] = None,  # of the model: `models.card`
