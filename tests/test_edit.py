@@ -11,6 +11,7 @@ TEXT = "a dog jumping in a forest"
 WRITTEN = {"edit.json", "edit.safetensors", "input.png", "mask.png", "reference.png", "seed-0.png", "seed-1.png", "sheet.png"}
 STAGES = dict(reference=5, embeddings=14, tuning=10, drawing=5)
 COMMAND = ["edit", "example:dog", TEXT, *"--mask mask.png --object-picture input --embedding-steps 14 --tuning-steps 10 --steps 5 --seeds 0-1 --device cpu --out out".split()]
+DRAWN = ["edit", "example:dog", TEXT, *"--mask mask.png --embedding-steps 10 --tuning-steps 8 --steps 5 --seeds 0-1 --device cpu --out out".split()]  # with O_t = SD(T), as by default
 
 
 # A life is a process that runs the command. It is forked from a server that has imported the libraries, so that it starts at once.
@@ -55,9 +56,9 @@ def run(args, folder, at=None, send=signal.SIGKILL):
     sys.exit(main(args))
 
 
-def begin(folder, *more, **how):
+def begin(folder, *more, command=COMMAND, **how):
     "Start a life."
-    life = lives.Process(target=run, args=([*COMMAND, *more], folder), kwargs=how)
+    life = lives.Process(target=run, args=([*command, *more], folder), kwargs=how)
     life.start()
     return life
 
@@ -94,22 +95,24 @@ def mask_file(folder):
     return folder
 
 
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    "The digest of an uninterrupted edit, by an interpreter of its own."
-    folder = mask_file(tmp_path_factory.mktemp("whole"))
+def uninterrupted(folder, command):
+    "The digest of an edit by an interpreter of its own."
     code = "import sys; from layerdiffusion.cli import main; sys.exit(main())"
-    subprocess.run([sys.executable, "-c", code, *COMMAND], cwd=folder, check=True, capture_output=True)
+    subprocess.run([sys.executable, "-c", code, *command], cwd=mask_file(folder), check=True, capture_output=True)
     return digest(folder/"out")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory): return uninterrupted(tmp_path_factory.mktemp("whole"), COMMAND)
 
 
 @pytest.fixture
 def place(tmp_path): return mask_file(tmp_path)
 
 
-def check_whole(place, whole):
+def check_whole(place, whole, written=WRITTEN):
     assert digest(place/"out") == whole
-    assert {p.name for p in (place/"out").iterdir()} == WRITTEN
+    assert {p.name for p in (place/"out").iterdir()} == written
     assert {p.name for p in place.iterdir()} == {"out", "mask.png", "said"}
 
 
@@ -129,6 +132,16 @@ def test_killed_again_and_again(place, whole, seed):
     assert exits.count(-signal.SIGKILL) >= 8 and set(exits) <= {-signal.SIGKILL, 0}, exits
     assert end(begin(place, "--resume")) == 0, said(place)
     check_whole(place, whole)
+
+
+def test_killed_with_a_drawn_target(place, tmp_path_factory):
+    "The default, O_t = SD(T): killed nine times at steps of all five stages and at touches of its files, at least ten times in all, and the same bytes in the end."
+    draw = random.Random(2)
+    steps = [(stage, step) for stage, n, times in (("target", 5, 1), ("reference", 5, 1), ("embeddings", 10, 3), ("tuning", 8, 3), ("drawing", 5, 1)) for step in sorted(draw.sample(range(1, n), times))]
+    exits = [end(begin(place, "--resume", command=DRAWN, at=at)) for at in (*steps, *draw.sample(range(3, 30), 3))]
+    assert exits.count(-signal.SIGKILL) >= 10 and set(exits) <= {-signal.SIGKILL, 0}, exits
+    assert end(begin(place, "--resume", command=DRAWN)) == 0, said(place)
+    check_whole(place, uninterrupted(tmp_path_factory.mktemp("drawn"), DRAWN), WRITTEN | {"object.png", "object_mask.png"})
 
 
 # Ctrl-C
