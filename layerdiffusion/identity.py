@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['DIRECTIONS', 'CHANGED', 'ACTIONS', 'PLACES', 'Subject', 'cut_out', 'Listener', 'plain_attention', 'self_attention',
-           'SubjectAttention', 'subject_weights', 'read_subject', 'small', 'see_subject', 'palette', 'unlike', 'breed',
-           'choose', 'search_target', 'with_words', 'encode_with', 'first_vectors', 'word_objective', 'known',
-           'prior_texts', 'prior_pictures', 'load_clip', 'propose_source']
+           'SubjectAttention', 'subject_weights', 'subject_name', 'read_subject', 'small', 'see_subject', 'palette',
+           'unlike', 'breed', 'choose', 'search_target', 'with_words', 'encode_with', 'first_vectors', 'word_objective',
+           'known', 'prior_texts', 'prior_pictures', 'load_clip', 'propose_source']
 
 # %% ../nbs/07_identity.ipynb #bc7464f6
-import math, re, time
+import hashlib, math, re, time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Callable, Optional, Sequence
@@ -89,6 +89,11 @@ def subject_weights(models: Models) -> Optional[dict]:
     if not path.is_file(): return None
     check_weights(path)
     return {name: x.to(models.device, models.dtype) for name, x in load_file(path).items()}
+
+def subject_name(models: Models) -> str:
+    "Sixteen hexadecimal digits that name the weights for subject attention; empty where there are none."
+    path = models.folder / "subject" / "model.safetensors"
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16] if path.is_file() else ""
 
 @torch.no_grad()
 def read_subject(models: Models, subject: Subject) -> dict:
