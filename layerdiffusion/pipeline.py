@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['KEEP', 'LayerDiffusion', 'Checkpoint', 'snapshot', 'restore', 'Scene', 'cover', 'read_mask', 'check_world',
-           'read_object', 'check_placement', 'clock', 'check_seeds', 'Looks', 'load_edit', 'check_reusable']
+           'read_object', 'check_placement', 'clock', 'check_seeds', 'Looks', 'load_edit', 'shorter', 'check_reusable']
 
 # %% ../nbs/10_pipeline.ipynb #373dfb2c
 import re, time, warnings
@@ -542,17 +542,18 @@ def reuse(self: LayerDiffusion,
           object: Optional[str] = None, background: Optional[str] = None,  # T_a and T_b; None: split by rule
           move: Sequence = (0., 0.), scale: float = 1.,  # as in `edit`, from where the subject was then
           seeds: Sequence[int] = range(8),  # one picture each
-          steps: int = 20,  # of tuning
-          learning_rate: Optional[float] = None,  # of tuning; None: twice the edit's
+          steps: Optional[int] = None,  # of tuning; None: a sixteenth of the edit's, at least 10
+          learning_rate: Optional[float] = None,  # of tuning; None: eight times the edit's
+          sampling_steps: Optional[int] = None,  # None: half of the edit's
           keep: float = .5,  # share of the U-Net's change to begin with, 0-1
-          draws: int = 8,  # pictures that O_t is chosen from, at most, where the edit's settings choose it
+          draws: int = 12,  # pictures that O_t is chosen from, at most, where the edit's settings choose it
           callback: Optional[Callable[[Event], None]] = None, look_every: int = 0  # see `edit`
          ) -> EditResult:
     "Another text or place for a subject that was learnt, by a short tuning instead of a whole edit."
     if not 0 <= keep <= 1: raise BadInput(f"keep is {keep}; it must be between 0 (the U-Net begins anew) and 1 (with all its change).")
     check_reusable(result, self.models)
     old, seeds = result.config, check_seeds(seeds)
-    config = EditConfig(**old.model_dump() | dict(tuning_steps=steps, tuning_lr=learning_rate or 2 * old.tuning_lr, target_draws=min(draws, old.target_draws)))
+    config = shorter(old, steps, learning_rate, sampling_steps, draws)
     if reference is None and split_text(text, object, background).background == result.split.background: reference = result.reference
     own = {} if old.object_picture == "target" else dict(object_reference=result.object_image, object_mask=result.object_mask)
     scene = replace(self.prepare(result.image, text, mask=result.mask, reference=reference, object=object, background=background, move=move, scale=scale,
@@ -562,6 +563,12 @@ def reuse(self: LayerDiffusion,
     with clock(times, "tune"): difference, losses = self.tune(scene, words, config, callback, None, look_every, seeds[0], start)
     with clock(times, "sample"): images = self.sample(words, difference, scene.size, seeds, config, callback)
     return self.pack(scene, words, difference, images, seeds, config, times, dict(embed=[], tune=losses), move=list(map(float, move)), scale=float(scale), reused=dict(text=result.text, keep=keep))
+
+# %% ../nbs/10_pipeline.ipynb #a0306e37
+def shorter(old: EditConfig, steps: Optional[int] = None, learning_rate: Optional[float] = None, sampling_steps: Optional[int] = None, draws: int = 12) -> EditConfig:
+    "The settings of a reuse; what is None is taken from those of the edit."
+    return EditConfig(**old.model_dump() | dict(tuning_steps=max(10, old.tuning_steps // 16) if steps is None else steps, tuning_lr=learning_rate or 8 * old.tuning_lr,
+                                                sampling_steps=sampling_steps or -(-old.sampling_steps // 2), target_draws=min(draws, old.target_draws)))
 
 # %% ../nbs/10_pipeline.ipynb #86a1c2ee
 def check_reusable(result: EditResult, models: Models):
