@@ -543,7 +543,7 @@ def reuse(self: LayerDiffusion,
           move: Sequence = (0., 0.), scale: float = 1.,  # as in `edit`, from where the subject was then
           seeds: Sequence[int] = range(8),  # one picture each
           steps: Optional[int] = None,  # of tuning; None: a sixteenth of the edit's, at least 10
-          learning_rate: Optional[float] = None,  # of tuning; None: eight times the edit's
+          learning_rate: Optional[float] = None,  # of tuning; None: eight times the edit's, up to 4e-4
           sampling_steps: Optional[int] = None,  # None: half of the edit's
           keep: float = .5,  # share of the U-Net's change to begin with, 0-1
           draws: int = 12,  # pictures that O_t is chosen from, at most, where the edit's settings choose it
@@ -564,10 +564,10 @@ def reuse(self: LayerDiffusion,
     with clock(times, "sample"): images = self.sample(words, difference, scene.size, seeds, config, callback)
     return self.pack(scene, words, difference, images, seeds, config, times, dict(embed=[], tune=losses), move=list(map(float, move)), scale=float(scale), reused=dict(text=result.text, keep=keep))
 
-# %% ../nbs/10_pipeline.ipynb #a0306e37
+# %% ../nbs/10_pipeline.ipynb #fda8ff5b
 def shorter(old: EditConfig, steps: Optional[int] = None, learning_rate: Optional[float] = None, sampling_steps: Optional[int] = None, draws: int = 12) -> EditConfig:
     "The settings of a reuse; what is None is taken from those of the edit."
-    return EditConfig(**old.model_dump() | dict(tuning_steps=max(10, old.tuning_steps // 16) if steps is None else steps, tuning_lr=learning_rate or 8 * old.tuning_lr,
+    return EditConfig(**old.model_dump() | dict(tuning_steps=max(10, old.tuning_steps // 16) if steps is None else steps, tuning_lr=learning_rate or max(old.tuning_lr, min(8 * old.tuning_lr, 4e-4)),
                                                 sampling_steps=sampling_steps or -(-old.sampling_steps // 2), target_draws=min(draws, old.target_draws)))
 
 # %% ../nbs/10_pipeline.ipynb #86a1c2ee
