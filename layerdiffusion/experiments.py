@@ -8,7 +8,7 @@ __all__ = ['BASELINES', 'EXPERIMENTS', 'SIZES', 'SHORTENED', 'Setting', 'table_1
            'run_experiment', 'plan', 'start_processes', 'watch', 'summary', 'load_experiment', 'show_experiment',
            'plot_experiment', 'framed', 'seed_sheet']
 
-# %% ../nbs/18_experiments.ipynb #3a7cadb0
+# %% ../nbs/18_experiments.ipynb #14e75506
 import json, multiprocessing, os, time
 from concurrent.futures import ProcessPoolExecutor, wait
 from dataclasses import dataclass, field
@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-# %% ../nbs/18_experiments.ipynb #37e6e738
+# %% ../nbs/18_experiments.ipynb #ea511c6f
 from .baselines import imagic, plug_and_play, sdedit
 from .core import BadInput, content_hash, environment, fit_image, make_sheet, pick_device, to_pil, write_atomic, write_json
 from .identity import subject_name
@@ -27,7 +27,7 @@ from .judge import load_judge
 from .scores import Scorer, edit_set, interval
 from .settings import PRESETS, EditConfig, preset
 
-# %% ../nbs/18_experiments.ipynb #c37e8488
+# %% ../nbs/18_experiments.ipynb #afcd49d6
 @dataclass(frozen=True)
 class Setting:
     "One column of a figure, or one row of a table."
@@ -37,7 +37,7 @@ class Setting:
 
 BASELINES = dict(sdedit=sdedit, imagic=imagic, plug_and_play=plug_and_play)
 
-# %% ../nbs/18_experiments.ipynb #8af93e62
+# %% ../nbs/18_experiments.ipynb #d8f49bab
 def table_1(of: str) -> list:  # `of`: "paper" or "best"
     "Table 1, (a) to (k)."
     rows = {"(f) whole method": {}, "(a) no subject term": dict(lambda_obj=0.), "(b) no background term": dict(lambda_bg=0.), "(c) λ1 = 1": dict(lambda_obj=1.),
@@ -59,7 +59,7 @@ def step_sweep(of: str) -> list:
     "Fig. 9: steps of Eq. 2, and of Eq. 6."
     return [*(Setting(f"Eq. 2: {n} steps", of, dict(embedding_steps=n)) for n in (0, 250, 500, 1000)), *(Setting(f"Eq. 6: {n} steps", of, dict(tuning_steps=n)) for n in (0, 125, 250, 500, 750))]
 
-# %% ../nbs/18_experiments.ipynb #8d7cd833
+# %% ../nbs/18_experiments.ipynb #6b13aefa
 def comparison(of: str) -> list:
     "Figs. 4 and 7: ours beside the baselines on the same edits and seeds."
     return [*(Setting(f"ours, {name}", name) for name in PRESETS), *(Setting(f"SDEdit {s:g}", "sdedit", dict(strength=s)) for s in (.5, .7, .9)),
@@ -67,7 +67,7 @@ def comparison(of: str) -> list:
 
 EXPERIMENTS = dict(validity=validity_sheets, alpha=alpha_sweep, ablation=table_1, steps=step_sweep, comparison=comparison)
 
-# %% ../nbs/18_experiments.ipynb #90c690ea
+# %% ../nbs/18_experiments.ipynb #67bcf2f3
 SIZES = dict(quick=dict(edits=1, seeds=4, share=.2), paper=dict(edits=15, seeds=20, share=1.))
 SHORTENED = ("embedding_steps", "tuning_steps", "target_draws", "num_inference_steps", "sampling_steps")
 
@@ -75,7 +75,7 @@ def shorten(numbers: dict, share: float) -> dict:
     "The same settings with a share of all steps; a 0 stays 0."
     return {k: -(-int(v * share * 1000) // 1000) if k in SHORTENED and v else v for k, v in numbers.items()}
 
-# %% ../nbs/18_experiments.ipynb #a580cc79
+# %% ../nbs/18_experiments.ipynb #8b09dfdc
 def numbers_of(method,  # a `LayerDiffusion`
                setting: Setting, share: float = 1.) -> dict:
     "All numbers of a setting, the model's own included."
@@ -88,7 +88,7 @@ def cell_name(method, task, setting: Setting, seeds: Sequence[int], numbers: dic
     seen = subject_name(method.models) if numbers.get("subject_scale") else ""
     return content_hash(setting.method, numbers, task.name, list(seeds), method.models.hash, seen)[:16]
 
-# %% ../nbs/18_experiments.ipynb #4479d852
+# %% ../nbs/18_experiments.ipynb #f7d58d63
 def draw_cell(method, task, setting: Setting, seeds: Sequence[int], numbers: dict) -> torch.Tensor:  # (B, 3, H, W), 0-1
     "The pictures of one setting on one edit."
     e = task.edit
@@ -105,13 +105,13 @@ def load_strip(path: Path) -> list:
     strip = Image.open(path).convert("RGB")
     return [strip.crop((x, 0, x + strip.height, strip.height)) for x in range(0, strip.width, strip.height)]
 
-# %% ../nbs/18_experiments.ipynb #b38db8f7
+# %% ../nbs/18_experiments.ipynb #7ffb0054
 def run_cell(method, task, setting: Setting, seeds: Sequence[int], folder: Path, share: float = 1., judge=None) -> dict:
     "One setting on one edit, drawn and scored, or read when it is there."
     numbers = numbers_of(method, setting, share)
     name = cell_name(method, task, setting, seeds, numbers)
     path = Path(folder) / f"{name}.json"
-    if path.exists(): return json.loads(path.read_text())
+    if path.exists(): return json.loads(path.read_text()) | dict(setting=setting.name)
     start = time.time()
     images = draw_cell(method, task, setting, seeds, numbers)
     seconds = time.time() - start
@@ -121,7 +121,7 @@ def run_cell(method, task, setting: Setting, seeds: Sequence[int], folder: Path,
     write_json(path, row)
     return row
 
-# %% ../nbs/18_experiments.ipynb #524d14c9
+# %% ../nbs/18_experiments.ipynb #e15a7a32
 def _start(model, devices, threads):
     "What each process does once: load the models on a device of its own."
     from layerdiffusion.pipeline import LayerDiffusion
@@ -134,7 +134,7 @@ def _run_edit(settings, number, seeds, folder, share):
     task = edit_set("joint")[number]
     return [run_cell(_METHOD, task, s, seeds, folder, share) for s in settings]
 
-# %% ../nbs/18_experiments.ipynb #d671f0ab
+# %% ../nbs/18_experiments.ipynb #5b269965
 def run_experiment(name: str,  # one of `EXPERIMENTS`
                    size: str = "quick",  # "quick" or "paper"
                    of: str = "best",  # the preset it starts from
@@ -155,7 +155,7 @@ def run_experiment(name: str,  # one of `EXPERIMENTS`
     write_json(Path(folder) / f"{name}-{of}-{size}.json", record)
     return record
 
-# %% ../nbs/18_experiments.ipynb #0d259493
+# %% ../nbs/18_experiments.ipynb #bdf91eb1
 def plan(name: str, size: str, of: str) -> list:
     "The settings of an experiment; refuses names that there are not."
     for what, given, there in (("experiment", name, EXPERIMENTS), ("size", size, SIZES), ("preset", of, PRESETS)):
@@ -183,7 +183,7 @@ def watch(jobs: list, cells: Path, total: int, pool: ProcessPoolExecutor):
             pool.shutdown(cancel_futures=True)
             raise
 
-# %% ../nbs/18_experiments.ipynb #4396ed2d
+# %% ../nbs/18_experiments.ipynb #f787187f
 def summary(name, size, of, settings: list, rows: list) -> dict:
     "The table of an experiment."
     table = []
@@ -208,7 +208,7 @@ def show_experiment(record: dict) -> str:
         lines.append(f"{row['setting']:26}" + "".join(map(cell, ("right", "valid", "identity", "background"))) + f"{row['n']:5}")
     return "\n".join(lines)
 
-# %% ../nbs/18_experiments.ipynb #022b4d9b
+# %% ../nbs/18_experiments.ipynb #7ce354a5
 def plot_experiment(record: dict):
     "Right, valid, identity and background of all settings, with 95 % intervals."
     import matplotlib.pyplot as plt
@@ -225,7 +225,7 @@ def plot_experiment(record: dict):
     plt.tight_layout()
     return fig
 
-# %% ../nbs/18_experiments.ipynb #5df471f0
+# %% ../nbs/18_experiments.ipynb #e41ef2be
 def framed(picture, good: bool, width: int = 3):
     "The picture, in a red frame if it is not good."
     from PIL import ImageOps

@@ -41,6 +41,16 @@ def test_a_lost_cell_is_made_again_the_same(done):
     timeless = lambda r: [{k: v for k, v in row.items() if k != "seconds"} for row in r["settings"]]
     assert timeless(again) == timeless(record)
 
+def test_two_names_for_the_same_numbers_share_a_cell(done):
+    folder, record = done
+    cells = sorted((folder / "cells").glob("*.json"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(SIZES, "tiny", dict(edits=2, seeds=2, share=.1))
+        patch.setitem(EXPERIMENTS, "named", lambda of: [Setting("half way up", "sdedit", dict(strength=.5))])
+        named = run_experiment("named", "tiny", "paper", folder, workers=1)
+    assert [(r["setting"], r["cells"], r["right"]) for r in named["settings"]] == [("half way up", record["settings"][0]["cells"], record["settings"][0]["right"])]
+    assert sorted((folder / "cells").glob("*.json")) == cells
+
 def test_a_failure_is_told_and_leaves_no_half_cell(done, tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(EXPERIMENTS, "bad", lambda of: [Setting("none", "sdedit", dict(strength=2.))])
