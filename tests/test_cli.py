@@ -294,7 +294,7 @@ def test_unexpected_errors_ask_for_a_report(run, monkeypatch):
 @pytest.mark.skipif(os.name == "nt", reason="signals")
 def test_ctrl_c_and_resume(run):
     """Ctrl-C ends with 130 and a sentence; --resume ends with the bytes of a run that was never stopped."""
-    steps = "--embedding-steps 100 --tuning-steps 1 --steps 1 --seeds 0 --device cpu --mask mask.png".split()
+    steps = "--embedding-steps 600 --tuning-steps 1 --steps 1 --seeds 0 --device cpu --mask mask.png".split()
     command = [sys.executable, "-c", "import sys; from layerdiffusion.cli import main; sys.exit(main())", "edit", "example:dog", TEXT, *steps, "--out", "out"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
     seen, end = b"", time.time() + 120
