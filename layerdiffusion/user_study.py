@@ -6,17 +6,17 @@
 __all__ = ['QUESTIONS', 'MARKS', 'SIMULATED', 'trials', 'show_trial', 'ratings_file', 'rate', 'load_ratings', 'StudyForm',
            'as_png', 'simulated_rating', 'simulate', 'study_table', 'plot_study']
 
-# %% ../nbs/19_user_study.ipynb #0375b9fa
+# %% ../nbs/19_user_study.ipynb #d9afd6a7
 import io, json, random
 from pathlib import Path
 from typing import Sequence
 
-# %% ../nbs/19_user_study.ipynb #e2a14b09
+# %% ../nbs/19_user_study.ipynb #55d7f9f8
 from .core import BadInput, content_hash, to_pil
 from .experiments import load_strip
 from .scores import append_line, edit_set, interval, read_record
 
-# %% ../nbs/19_user_study.ipynb #5e1888e5
+# %% ../nbs/19_user_study.ipynb #c33f6d3a
 QUESTIONS = dict(background="How well does the place match the reference picture?", action="How well does the animal do what the words say?")
 MARKS = {1: "1 very poor", 2: "2", 3: "3", 4: "4", 5: "5 very good"}
 
@@ -33,7 +33,7 @@ def trials(record: dict,  # of an experiment
     random.Random(f"{rater} {seed}").shuffle(found)
     return [dict(name=content_hash(t["cell"], t["place"])[:12], **t) for t in found]
 
-# %% ../nbs/19_user_study.ipynb #f2ccc43b
+# %% ../nbs/19_user_study.ipynb #5f8519ca
 def show_trial(trial: dict, folder: Path) -> tuple:  # words, reference, picture
     "What a rater sees of a trial; not whose picture it is."
     cell = Path(folder) / "cells" / f"{trial['cell']}.json"
@@ -41,7 +41,7 @@ def show_trial(trial: dict, folder: Path) -> tuple:  # words, reference, picture
     edit = next(t.edit for t in edit_set("joint") if t.name == name)
     return edit.text, edit.reference, load_strip(cell.with_suffix(".webp"))[trial["place"]]
 
-# %% ../nbs/19_user_study.ipynb #5b98d0a9
+# %% ../nbs/19_user_study.ipynb #4f6aa1c8
 def ratings_file(folder: Path, rater: str) -> Path:
     "Where a rater's answers are."
     if not rater or any(c in rater for c in "/\\:") or rater.startswith("."): raise BadInput(f"The rater's name is {rater!r}; give one without / \\ : that does not begin with a dot.")
@@ -58,13 +58,14 @@ def load_ratings(folder: Path) -> dict:
     "All answers by rater: the name of a trial -> its marks."
     return {f.stem: read_record(f) for f in sorted(Path(folder).glob("*.jsonl"))}
 
-# %% ../nbs/19_user_study.ipynb #9679acf6
+# %% ../nbs/19_user_study.ipynb #89def88c
 class StudyForm:
     "A form that asks a rater about one picture after the other."
     def __init__(self, record: dict, rater: str, folder: Path,  # where `cells` are
                  answers: Path,  # the folder of ratings
                  per: int = 10):
-        import ipywidgets as w
+        try: import ipywidgets as w
+        except ImportError: raise BadInput("The form needs ipywidgets; install it with: pip install ipywidgets") from None
         self.rater, self.folder, self.answers = rater, Path(folder), Path(answers)
         done = read_record(ratings_file(answers, rater))
         self.todo = [t for t in trials(record, rater, per) if t["name"] not in done]
@@ -103,7 +104,7 @@ def as_png(picture) -> bytes:
     image.resize((256, 256), 0).save(out, "PNG")
     return out.getvalue()
 
-# %% ../nbs/19_user_study.ipynb #da1045ec
+# %% ../nbs/19_user_study.ipynb #a0c03c4c
 SIMULATED = "simulated (the world's truth, not a person)"
 
 def simulated_rating(scores: dict  # of one picture
@@ -117,7 +118,7 @@ def simulate(record: dict, folder: Path, answers: Path, per: int = 10):
         cell = json.loads((Path(folder) / "cells" / f"{t['cell']}.json").read_text())
         rate(answers, SIMULATED, t, **simulated_rating(cell["scores"][t["place"]]))
 
-# %% ../nbs/19_user_study.ipynb #8e74bc82
+# %% ../nbs/19_user_study.ipynb #a49de7b4
 def study_table(record: dict, ratings: dict, per: int = 10) -> list:
     "For each setting and question: mean mark, its 95 % interval over pictures, how many marks."
     rows = []
