@@ -144,6 +144,7 @@ def fine_tune(models: Models,  # the loaded model; it is not changed
               prior: Optional[tuple] = None,  # the model's own pictures (n, C, h, w) and their words (n, L, D); None: none
               prior_batch: int = 4,  # how many of them in each step
               lambda_prior: float = 1.,  # their weight
+              batch: int = 1,  # draws of noise and timestep in each step
               start: Optional[dict] = None,  # a difference that the copy begins with (see `weight_difference`)
               callback: Optional[Callable[[Event], None]] = None,  # called after each step
               begin: Optional[Callable] = None  # gets (parameters, optimizer, losses) once, may restore them, gives the step to go on from
@@ -152,9 +153,9 @@ def fine_tune(models: Models,  # the loaded model; it is not changed
     latents, weights = stack_layers(subject_latents, subject_mask, reference_latents, reference_mask, lambda_obj, lambda_bg, scale)
     embeds, tuned = prompt_embeds.expand(len(latents), -1, -1), apply_difference(models.unet, start) if start else copy.deepcopy(models.unet)
     def loss_fn(step, generator):
-        x, w, e = with_prior(latents, weights, embeds, prior, prior_batch, lambda_prior, generator)
+        x, w, e = (v.repeat(batch, *[1] * (v.ndim - 1)) for v in with_prior(latents, weights, embeds, prior, prior_batch, lambda_prior, generator))
         noise, timesteps = sample_noise_and_t(models.scheduler, x.shape, generator)
-        return layered_loss(tuned, models.scheduler, x, w, noise.to(x), timesteps.to(x.device), e)
+        return layered_loss(tuned, models.scheduler, x, w, noise.to(x), timesteps.to(x.device), e) / batch
     moving = trainable(tuned, params, rank, seed)
     optimizer = torch.optim.Adam(moving, lr=learning_rate, fused=latents.device.type in ("cpu", "cuda"))
     losses = []

@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['DIRECTIONS', 'CHANGED', 'ACTIONS', 'PLACES', 'Subject', 'cut_out', 'Listener', 'plain_attention', 'self_attention',
            'SubjectAttention', 'subject_weights', 'subject_name', 'read_subject', 'small', 'see_subject', 'palette',
-           'unlike', 'breed', 'choose', 'search_target', 'with_words', 'encode_with', 'first_vectors', 'word_objective',
-           'known', 'prior_texts', 'prior_pictures', 'load_clip', 'propose_source']
+           'unlike', 'breed', 'choose', 'search_target', 'coat_colour', 'typical_coat', 'recolour', 'change_coat',
+           'with_words', 'encode_with', 'first_vectors', 'word_objective', 'known', 'prior_texts', 'prior_pictures',
+           'load_clip', 'propose_source']
 
 # %% ../nbs/07_identity.ipynb #bc7464f6
 import hashlib, math, re, time
@@ -198,6 +199,57 @@ def search_target(models: Models, sam,
         if subject_scale and best[0][0] > CHANGED: break  # another coat is wanted: children of the nearest would lead away from it
     found = best[choose(torch.stack([b[4] for b in best]), wanted) if subject_scale else 0]
     return found[2], found[3], history
+
+# %% ../nbs/07_identity.ipynb #5a3c0e12
+def coat_colour(image: torch.Tensor,  # (3, H, W), 0-1
+                mask: torch.Tensor,  # (1, H, W), 0 or 1
+                radius: float = .12,  # how near is near, in RGB
+                most: int = 4096  # pixels looked at
+               ) -> torch.Tensor:  # (3,)
+    "The commonest colour of a subject."
+    colours = image[:, mask[0] > .5].T
+    colours = colours[:: -(-len(colours) // most)]
+    near = torch.cdist(colours, colours) < radius
+    return colours[near[near.sum(1).argmax()]].mean(0)
+
+# %% ../nbs/07_identity.ipynb #5a3c0e14
+@torch.no_grad()
+def typical_coat(models: Models, sam, text: str,  # T_a
+                 seed: int = 0, draws: int = 8, sampling_steps: int = 20, guidance_scale: float = 1.5) -> Optional[tuple]:
+    "The coat that a text asks for, (3,), and the spread of the draws; None where SAM finds nobody in them."
+    shape = initial_latents(models, [0]).shape[1:]
+    noise = torch.randn(draws, *shape, generator=stream("typical coat", seed)).to(models.device, models.dtype) * models.scheduler.init_noise_sigma
+    pictures = decode_latents(models, ddim_sample(models, encode_text(models, text), None, noise, sampling_steps, guidance_scale)).cpu()
+    found = []
+    for x in pictures:
+        try: found.append(coat_colour(x, propose_subject(sam, x).mask))
+        except BadInput: pass
+    if not found: return None
+    middle = torch.stack(found).median(0).values
+    return middle, (torch.stack(found) - middle).norm(dim=1).median().item()
+
+# %% ../nbs/07_identity.ipynb #5a3c0e16
+def recolour(image: torch.Tensor,  # (3, H, W), 0-1
+             mask: torch.Tensor,  # (1, H, W), 0 or 1
+             old: torch.Tensor, new: torch.Tensor,  # (3,) colours
+             radius: float = .2  # fully recoloured up to here, not at all from twice that, in RGB
+            ) -> torch.Tensor:
+    "The picture with a subject's coat in another colour."
+    old, new = (c.to(image)[:, None, None] for c in (old, new))
+    share = (2 - (image - old).norm(dim=0, keepdim=True) / radius).clamp(0, 1) * mask.to(image)
+    shade = (image.mean(0, keepdim=True) / old.mean().clamp_min(.05)).clamp(.3, 1.6)
+    return share * (new * shade).clamp(0, 1) + (1 - share) * image
+
+# %% ../nbs/07_identity.ipynb #5a3c0e18
+def change_coat(image: torch.Tensor,  # (3, H, W), 0-1
+                mask: torch.Tensor,  # (1, H, W)
+                asked: Optional[tuple],  # from `typical_coat`
+                least: float = .2  # colours nearer than this are one colour, in RGB
+               ) -> torch.Tensor:
+    "The photo with its subject in the coat that is asked for; the photo itself where it wears that already."
+    if asked is None: return image
+    old, (new, spread) = coat_colour(image, mask), asked
+    return recolour(image, mask, old, new) if (old - new).norm() > max(least, 3 * spread) else image
 
 # %% ../nbs/07_identity.ipynb #d1b5d18e
 def with_words(text: str,  # of the picture

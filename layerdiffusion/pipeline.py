@@ -17,11 +17,11 @@ from typing import Any, Callable, Optional, Sequence, Union
 import torch
 
 from .core import BadInput, Event, content_hash, environment, fit_image, fit_points, join_callbacks, live_preview, load_image, pick_device, to_pil, write_atomic
-from .embeddings import Split, embedding_objective, interpolate, split_text, subject_phrase
+from .embeddings import Split, embedding_objective, interpolate, split_text, subject_action, subject_phrase
 from .fine_tuning import apply_difference, fine_tune, full_rank, trainable, union, weight_difference
 from .guidance import turns
-from .identity import ACTIONS, PLACES, encode_with, first_vectors, known, load_clip, prior_pictures, prior_texts, propose_source, search_target, with_words, word_objective
-from .masks import check_mask, composite, find_mask, load_sam, mask_from_file, move_subject, to_latent
+from .identity import ACTIONS, PLACES, change_coat, encode_with, first_vectors, known, load_clip, prior_pictures, prior_texts, propose_source, search_target, typical_coat, with_words, word_objective
+from .masks import check_mask, composite, dilate, find_mask, load_sam, mask_from_file, move_subject, to_latent
 from .saving import EditResult, beside, clear_checkpoints, patch, pixels, read_edit, same_model
 from .sd import Models, ddim_sample, decode_latents, encode_image, encode_text, initial_latents, load_models, optimise, vae_psnr, with_scheduler
 from .settings import EditConfig
@@ -224,7 +224,7 @@ def prepare(self: LayerDiffusion,
     photo = fit_image(whole, self.models.size)
     check_world(self.models, photo)
     with clock(times, "mask"): found = self.find_subject(whole, photo, mask, point, box)
-    with clock(times, "target"): subject, subject_mask = self.target(text, photo, found, config, given, callback)
+    with clock(times, "target"): subject, subject_mask = self.target(text, split, photo, found, config, given, source, callback)
     if placement != (0, 0, 1): subject, subject_mask = move_subject(subject, subject_mask, *placement)
     with clock(times, "words"): source = self.describe(photo, text, source, config)
     with clock(times, "reference"): place, place_mask = self.background(reference, split, photo, config, callback)
@@ -242,19 +242,43 @@ def background(self: LayerDiffusion, reference, split: Split, photo: torch.Tenso
     except BadInput: return place, nobody  # SAM finds nobody
 
 @patch
-def target(self: LayerDiffusion, text: str, photo: torch.Tensor, found: torch.Tensor, config: EditConfig, given: Optional[tuple] = None, callback=None) -> tuple:
+def target(self: LayerDiffusion, text: str, split: Split, photo: torch.Tensor, found: torch.Tensor, config: EditConfig,
+           given: Optional[tuple] = None, source: Optional[str] = None, callback=None) -> tuple:
     "O_t and M_t: the photo and its subject, another picture and its subject, or SD(T) and SAM's subject in it."
     size = tuple(photo.shape[-2:])
     if given:
         picture = cover(given[0], *size)
         check_world(self.models, picture)
         return picture, self.find_subject(None, picture) if given[1] is None else check_mask(cover(given[1], *size)[:1].round())
-    if config.object_picture == "input": return photo, found
+    shown = self.in_coat(split, photo, found, config)
+    if config.object_picture == "input" or config.object_picture == "auto" and self.already(shown, split, source): return shown, found
     if config.target_draws > 1 or config.subject_scale:
         settings = dict(draws=config.target_draws, seed=config.seed, subject_scale=config.subject_scale)
-        return self.once("target", [text, photo, found, settings], lambda _: search_target(self.models, self.sam, text, photo, found, **settings, callback=callback)[:2])
-    picture = self.draw(text, size, config, "target", callback)
-    return picture, self.find_subject(None, picture)
+        picture, mask = self.once("target", [text, shown, found, settings], lambda _: search_target(self.models, self.sam, text, shown, found, **settings, callback=callback)[:2])
+    else:
+        picture = self.draw(text, size, config, "target", callback)
+        mask = self.find_subject(None, picture)
+    grow = round(config.target_widen * max(size))
+    return picture, dilate(mask, grow) if grow else mask
+
+# %% ../nbs/10_pipeline.ipynb #5a3c0e22
+@patch
+def in_coat(self: LayerDiffusion, split: Split, photo: torch.Tensor, found: torch.Tensor, config: EditConfig) -> torch.Tensor:
+    "The photo, its subject in the coat that T_a asks for."
+    if not config.recolour: return photo
+    return change_coat(photo, found, self.once("coat", [split.object, config.seed], lambda _: typical_coat(self.models, self.sam, split.object, config.seed)))
+
+@patch
+def already(self: LayerDiffusion, photo: torch.Tensor, split: Split, source: Optional[str] = None) -> bool:
+    "Whether the photo's subject does what T_a says; yes where T_a says nothing about it."
+    asked = subject_action(split.object)
+    return not asked or asked == subject_action(source or self.propose(photo, split.object, [asked]))
+
+@patch
+def propose(self: LayerDiffusion, photo: torch.Tensor, text: str, actions: Sequence[str] = ()) -> str:
+    "What the photo shows, in CLIP's eyes; the subject is that of `text`, and `actions` may be among what it does."
+    clip = self.once("clip", [], lambda _: load_clip("mini" if self.models.card.get("name") == "mini" else "ViT-B-32:laion2b_s34b_b79k"))
+    return propose_source(clip, to_pil(photo), subject_phrase(text), list(dict.fromkeys([*actions, *known(self.models, ACTIONS)])), known(self.models, PLACES))[0]
 
 # %% ../nbs/10_pipeline.ipynb #96f5112f
 def read_object(picture, mask) -> Optional[tuple]:
@@ -278,9 +302,7 @@ def describe(self: LayerDiffusion, photo: torch.Tensor, text: str, source: Optio
     "What the photo shows, in words: those given, or CLIP's; None where no setting asks for them."
     if not config.learnt_words and config.eq4_words != "source": return source
     if source: encode_text(self.models, source); return source
-    mini = self.models.card.get("name") == "mini"
-    clip = self.once("clip", [], lambda _: load_clip("mini" if mini else "ViT-B-32:laion2b_s34b_b79k"))
-    return propose_source(clip, to_pil(photo), subject_phrase(text), known(self.models, ACTIONS), known(self.models, PLACES))[0]
+    return self.propose(photo, text)
 
 # %% ../nbs/10_pipeline.ipynb #4a9855d0
 @contextmanager
@@ -381,7 +403,7 @@ def tune(self: LayerDiffusion, scene: Scene, words: tuple, config: Optional[Edit
     if config.eq4_words == "source" or config.eq5_words == "background":
         embeds = torch.cat([self.source_words(scene, config, callback, folder) if config.eq4_words == "source" else embeds, scene.e_b if config.eq5_words == "background" else embeds])
     prior = self.prior(scene, config, callback)
-    names = dict(tuning_steps="steps", tuning_lr="learning_rate", lambda_obj="lambda_obj", lambda_bg="lambda_bg", loss_scale="scale", tuned_parameters="params", lora_rank="rank", seed="seed", prior_batch="prior_batch", lambda_prior="lambda_prior")
+    names = dict(tuning_batch="batch", tuning_steps="steps", tuning_lr="learning_rate", lambda_obj="lambda_obj", lambda_bg="lambda_bg", loss_scale="scale", tuned_parameters="params", lora_rank="rank", seed="seed", prior_batch="prior_batch", lambda_prior="lambda_prior")
     settings = {short: getattr(config, name) for name, short in names.items()}
     def compute(key):
         looks = Looks(self, words, scene.size, config, look_every, look_seed) if look_every else None
@@ -555,7 +577,7 @@ def reuse(self: LayerDiffusion,
     old, seeds = result.config, check_seeds(seeds)
     config = shorter(old, steps, learning_rate, sampling_steps, draws)
     if reference is None and split_text(text, object, background).background == result.split.background: reference = result.reference
-    own = {} if old.object_picture == "target" else dict(object_reference=result.object_image, object_mask=result.object_mask)
+    own = {} if old.object_picture != "input" else dict(object_reference=result.object_image, object_mask=result.object_mask)
     scene = replace(self.prepare(result.image, text, mask=result.mask, reference=reference, object=object, background=background, move=move, scale=scale,
                                  source=result.record.get("source"), config=config, callback=callback, **own), vectors=result.vectors)
     times, words = dict(scene.times), self.carry(result, scene)

@@ -27,9 +27,12 @@ class EditConfig(BaseModel):
     object_words: Literal["object", "whole"] = Field("object", description="Eq. 3, 8: e_a is made of T_a as in the paper, or of the whole text T (beyond the paper)")
     tuning_steps: int = Field(250, ge=0, description="Eq. 6: steps of Adam; 0 leaves the stage out")
     tuning_lr: Optional[float] = Field(None, gt=0, description="Eq. 6: learning rate; None: the model's own, else 2e-6")
+    tuning_batch: int = Field(1, ge=1, le=64, description="Eq. 6: draws of noise and timestep in each step (beyond the paper)")
     lambda_obj: float = Field(2., ge=0, description="Eq. 6: λ1, weight of the subject; the paper takes 3 for small ones")
     lambda_bg: float = Field(1., ge=0, description="Eq. 6: λ2, weight of the background")
-    object_picture: Literal["input", "target"] = Field("target", description="Eq. 4: O_t is SD(T) with SAM's mask of it, or the user's photo")
+    object_picture: Literal["input", "target", "auto"] = Field("target", description="Eq. 4: O_t is SD(T) with SAM's mask of it, or the user's photo, or (auto, beyond the paper) the photo where its subject does already what the text says")
+    target_widen: float = Field(0., ge=0, le=.2, description="Eq. 4: the mask of a drawn O_t is grown by this share of the picture's longer side (beyond the paper)")
+    recolour: bool = Field(False, description="Eq. 4: where the text asks for a coat of another colour, the photo's subject is shown in that colour first (beyond the paper)")
     target_draws: int = Field(1, ge=1, le=1024, description="Eq. 4: O_t is the best of so many pictures SD(T), the one whose subject looks most like the photo's (beyond the paper)")
     subject_scale: float = Field(0., ge=0, le=20, description="Eq. 4: how strongly the model that draws O_t sees the photo's subject (beyond the paper); 0: not at all")
     eq45_pictures: Literal["each", "one", "composite"] = Field("composite", description="Eq. 4, 5: subject pasted on the reference; each its own picture; the subject's with two masks")
@@ -71,7 +74,8 @@ class EditConfig(BaseModel):
 PAPER = dict(embedding_lr=1e-3, word_lr=5e-3, tuning_lr=2e-6, guidance_scale=7.5)
 
 # %% ../nbs/08_settings.ipynb #83ac60e7
-PRESETS = dict(paper=dict(), best=dict(subject_scale=1., target_draws=96, embedding_steps=0, tuning_steps=750))
+PRESETS = dict(paper=dict(), best=dict(object_picture="auto", recolour=True, subject_scale=1., target_draws=96, target_widen=.03,
+                                        embedding_steps=0, tuning_steps=100, tuning_batch=8, sampling_steps=20))
 
 def preset(name: str = "best",  # "paper" or "best"
            card: Optional[dict] = None,  # of the model: `models.card`
