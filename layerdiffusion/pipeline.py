@@ -7,7 +7,7 @@ __all__ = ['KEEP', 'LayerDiffusion', 'Checkpoint', 'snapshot', 'restore', 'Scene
            'read_object', 'check_placement', 'clock', 'check_seeds', 'Looks', 'load_edit', 'shorter', 'check_reusable']
 
 # %% ../nbs/10_pipeline.ipynb #373dfb2c
-import re, time, warnings
+import time, warnings
 from collections import OrderedDict
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -23,7 +23,7 @@ from .guidance import turns
 from .identity import ACTIONS, PLACES, encode_with, first_vectors, known, load_clip, prior_pictures, prior_texts, propose_source, search_target, with_words, word_objective
 from .masks import check_mask, composite, find_mask, load_sam, mask_from_file, move_subject, to_latent
 from .saving import EditResult, beside, clear_checkpoints, patch, pixels, read_edit, same_model
-from .sd import Models, ddim_sample, decode_latents, encode_image, encode_text, initial_latents, load_models, optimise, vae_psnr, with_scheduler
+from .sd import Models, ddim_sample, decode_latents, encode_image, encode_text, initial_latents, load_models, optimise, pick_precision, vae_psnr, with_scheduler
 from .settings import EditConfig
 
 # %% ../nbs/10_pipeline.ipynb #01055d2a
@@ -41,18 +41,17 @@ class LayerDiffusion:
     def from_pretrained(cls,
                         name: str = "mini",  # "mini", a Stable Diffusion folder, or a hub name
                         device: Optional[str] = None,  # None: the fastest there is
-                        sam: Any = None  # see `LayerDiffusion`
+                        sam: Any = None,  # see `LayerDiffusion`
+                        precision: str = "auto",  # "auto", "fp32", "bf16" or "fp16", see `pick_precision`
+                        offline: bool = False  # never ask the hub
                        ) -> "LayerDiffusion":
         "Load a model by name."
-        return cls(load_models(name, pick_device(device)), sam)
+        device = pick_device(device)
+        return cls(load_models(name, device, pick_precision(precision, device), offline), sam)
 
     @property
     def sam(self):
-        if isinstance(self._sam, (str, Path)):
-            file = Path(self._sam).is_file()
-            kind = re.search(r"vit_[blh]", Path(self._sam).name)
-            if file and not kind: raise BadInput(f"The name of the SAM file {str(self._sam)!r} must say which size it is: vit_b, vit_l or vit_h.")
-            self._sam = load_sam(kind[0] if file else self._sam, self._sam if file else None, device=str(self.models.device))
+        if isinstance(self._sam, (str, Path)): self._sam = load_sam(self._sam, device=str(self.models.device))
         return self._sam
 
     def __repr__(self): return f"LayerDiffusion({self.models.name!r}, device={str(self.models.device)!r}, {len(self.cache)} stage results kept)"
@@ -97,8 +96,8 @@ class Checkpoint:
 # %% ../nbs/10_pipeline.ipynb #faa65454
 def snapshot(params, optimizer, losses) -> dict:
     "Everything a stage needs to go on, as one flat dict of tensors."
-    out = {f"param.{i}": p.detach() for i, p in enumerate(params)} | {"losses": torch.tensor(losses, dtype=torch.float64)}
-    for i, state in optimizer.state_dict()["state"].items(): out |= {f"adam.{i}.{k}": v for k, v in state.items()}
+    out = {f"param.{i}": p.detach() for i, p in enumerate(params)} | {"losses": torch.tensor([float(x) for x in losses], dtype=torch.float64)}
+    for i, p in enumerate(params): out |= {f"adam.{i}.{k}": torch.as_tensor(v) for k, v in optimizer.state.get(p, {}).items()}
     return {k: v.detach().cpu().clone().contiguous() for k, v in out.items()}
 
 def restore(saved: dict, params, optimizer, losses):
@@ -108,7 +107,8 @@ def restore(saved: dict, params, optimizer, losses):
     state = {}
     for name, v in saved.items():
         if name.startswith("adam."): _, i, k = name.split("."); state.setdefault(int(i), {})[k] = v
-    optimizer.load_state_dict(dict(optimizer.state_dict(), state=state))
+    if isinstance(optimizer, torch.optim.Adam): optimizer.load_state_dict(dict(optimizer.state_dict(), state=state))
+    else: optimizer.state.update({params[i]: {k: int(v) if k == "step" else v.to(params[i].device) for k, v in s.items()} for i, s in state.items()})  # of eight bits
     losses[:] = saved["losses"].tolist()
 
 # %% ../nbs/10_pipeline.ipynb #28a87458
@@ -318,7 +318,7 @@ def embed(self: LayerDiffusion, scene: Scene, config: Optional[EditConfig] = Non
         optimizer, losses = torch.optim.Adam(params, lr=config.embedding_lr), []
         with self.checkpoint("embeddings", key, folder) as point:
             start = point.begin(params, optimizer, losses)
-            optimise(loss, params, config.embedding_steps, config.embedding_lr, "embeddings", join_callbacks(point, callback), start, optimizer, config.seed, losses)
+            optimise(loss, params, config.embedding_steps, config.embedding_lr, "embeddings", join_callbacks(point, callback), start, optimizer, config.seed, losses, self.models.gradient_scale)
         return params[0].detach(), params[1].detach(), losses
     return self.once("embed", [scene.e_a, scene.e_b, latents, mask, settings], compute)
 
@@ -335,7 +335,7 @@ def learn(self: LayerDiffusion, scene: Scene, config: EditConfig, callback: Opti
         loss, optimizer = word_objective(self.models, text, vectors, latents, mask, config.loss_scale), torch.optim.Adam([vectors], lr=config.word_lr)
         with self.checkpoint("words", key, folder) as point:
             start = point.begin([vectors], optimizer, losses)
-            optimise(loss, [vectors], config.embedding_steps, config.word_lr, "words", join_callbacks(point, callback), start, optimizer, config.seed, losses)
+            optimise(loss, [vectors], config.embedding_steps, config.word_lr, "words", join_callbacks(point, callback), start, optimizer, config.seed, losses, self.models.gradient_scale)
         return vectors.detach(), losses
     return self.once("embed", [text, latents, mask, settings], compute)
 
@@ -485,7 +485,7 @@ def edit(self: LayerDiffusion,
 @patch
 def pack(self: LayerDiffusion, scene: Scene, words: tuple, difference: dict, images: torch.Tensor, seeds: list, config: EditConfig, times: dict, losses: dict, **record) -> EditResult:
     "An `EditResult` of what the four stages gave."
-    record = dict(model=self.models.name, model_hash=self.models.hash, source=scene.source, **record, **environment(str(self.models.device)))
+    record = dict(model=self.models.name, model_hash=self.models.hash, precision=str(self.models.dtype).removeprefix("torch."), source=scene.source, **record, **environment(str(self.models.device)))
     own = {} if scene.object_image is scene.image else dict(object_image=scene.object_image, object_mask=scene.object_mask)
     return EditResult(images, seeds, scene.text, scene.split, config, tuple(words), difference, scene.image, scene.mask, scene.reference, vectors=self.learn(scene, config)[0],
                       times=times, losses=losses, record=record, **own)

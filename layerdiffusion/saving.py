@@ -212,7 +212,7 @@ def three_embeddings(result: EditResult, models: Models) -> dict:
     "e_opt, the subject's own and those of the empty text, named as diffusers names them."
     e_a, e_b = result.embeddings
     found = dict(prompt_embeds=interpolate(e_a, e_b, result.config.alpha), object_embeds=e_a, negative_prompt_embeds=encode_text(models, ""))
-    return {name: x.detach().to("cpu", models.dtype).contiguous() for name, x in found.items()}
+    return {name: x.detach().to("cpu", torch.float32).contiguous() for name, x in found.items()}
 
 # %% ../nbs/09_saving.ipynb #d6c7a561
 def same_model(record: dict,  # of an edit, or the settings in its file
