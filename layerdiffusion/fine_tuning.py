@@ -106,7 +106,7 @@ def trainable(unet: nn.Module,  # a copy that may be changed
     "Choose which parameters of a U-Net may move, and switch their gradients on."
     if params not in ("all", "attention", "lora"): raise BadInput(f"params must be all, attention or lora, not {params!r}.")
     layers = [m for name, m in unet.named_modules() if ".attn" in name and isinstance(m, nn.Linear)]
-    for m in [unet] if params == "all" else layers: m.float()
+    for p in (p for m in ([unet] if params == "all" else layers) for p in m.parameters()): p.data = p.data.float()  # what moves, moves in float32
     if params == "lora":
         g = torch.Generator().manual_seed(seed)
         for m in layers: parametrize.register_parametrization(m, "weight", LowRank(m.weight, rank, g))

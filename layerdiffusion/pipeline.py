@@ -23,7 +23,7 @@ from .guidance import turns
 from .identity import ACTIONS, PLACES, encode_with, first_vectors, known, load_clip, prior_pictures, prior_texts, propose_source, search_target, with_words, word_objective
 from .masks import check_mask, composite, find_mask, load_sam, mask_from_file, move_subject, to_latent
 from .saving import EditResult, beside, clear_checkpoints, patch, pixels, read_edit, same_model
-from .sd import Models, ddim_sample, decode_latents, encode_image, encode_text, initial_latents, load_models, optimise, pick_precision, vae_psnr, with_scheduler
+from .sd import Models, ddim_sample, decode_latents, encode_image, encode_text, initial_latents, load_models, optimise, parked, pick_precision, vae_psnr, with_scheduler
 from .settings import EditConfig
 
 # %% ../nbs/10_pipeline.ipynb #01055d2a
@@ -52,7 +52,7 @@ class LayerDiffusion:
     @property
     def sam(self):
         if isinstance(self._sam, (str, Path)): self._sam = load_sam(self._sam, device=str(self.models.device))
-        return self._sam
+        return self._sam.to(self.models.device)
 
     def __repr__(self): return f"LayerDiffusion({self.models.name!r}, device={str(self.models.device)!r}, {len(self.cache)} stage results kept)"
 
@@ -107,8 +107,9 @@ def restore(saved: dict, params, optimizer, losses):
     state = {}
     for name, v in saved.items():
         if name.startswith("adam."): _, i, k = name.split("."); state.setdefault(int(i), {})[k] = v
-    if isinstance(optimizer, torch.optim.Adam): optimizer.load_state_dict(dict(optimizer.state_dict(), state=state))
-    else: optimizer.state.update({params[i]: {k: int(v) if k == "step" else v.to(params[i].device) for k, v in s.items()} for i, s in state.items()})  # of eight bits
+    plain, kept_plain = isinstance(optimizer, torch.optim.Adam), not any("state1" in s for s in state.values())
+    if plain and kept_plain: optimizer.load_state_dict(dict(optimizer.state_dict(), state=state))
+    elif not plain and not kept_plain: optimizer.state.update({params[i]: {k: int(v) if k == "step" else v.to(params[i].device) for k, v in s.items()} for i, s in state.items()})
     losses[:] = saved["losses"].tolist()
 
 # %% ../nbs/10_pipeline.ipynb #28a87458
@@ -137,6 +138,10 @@ def checkpoint(self: LayerDiffusion, stage: str, key: str, folder=None):
     try:
         yield point
         self.unfinished.pop(key, None)
+        point.live = None
+    except torch.OutOfMemoryError:
+        if point.live is not None: self.unfinished[key] = snapshot(*point.live)
+        raise
     except KeyboardInterrupt:
         if point.live is None: raise
         self.unfinished[key] = snapshot(*point.live)
@@ -191,7 +196,9 @@ def find_subject(self: LayerDiffusion, source, image: torch.Tensor, mask=None, p
     "The subject's mask (1, H, W) on the fitted picture."
     if mask is not None: return read_mask(mask, *image.shape[-2:])
     point, box = (None if x is None else fit_points(x, source, image) for x in (point, box))
-    return self.once("mask", [image, point, box], lambda key: find_mask(self.sam, image, point=point, box=box))
+    def compute(key):
+        with parked(self.models): return find_mask(self.sam, image, point=point, box=box)
+    return self.once("mask", [image, point, box], compute)
 
 def read_mask(mask, height: int, width: int) -> torch.Tensor:
     "A mask (1, height, width) from a tensor or a file, refused when it is empty or full."
@@ -390,7 +397,8 @@ def tune(self: LayerDiffusion, scene: Scene, words: tuple, config: Optional[Edit
                 if looks: looks.watch(params, start)
                 return point.begin(params, *state)
             tuned, losses = fine_tune(self.models, embeds, *layers, **settings, prior=prior, start=start, callback=join_callbacks(point, looks, callback), begin=begin)
-        return weight_difference(self.models.unet, tuned), losses
+        change = weight_difference(self.models.unet, tuned)
+        return {name: x.cpu() for name, x in change.items()} if self.models.how.offload else change, losses
     if not config.tuning_steps: return start or {}, []
     return self.once("tune", [embeds, layers, prior, settings, start], compute)
 
@@ -476,6 +484,7 @@ def edit(self: LayerDiffusion,
     scene = self.prepare(image, text, mask=mask, point=point, box=box, reference=reference, object=object, background=background, object_reference=object_reference,
                          object_mask=object_mask, move=move, scale=scale, source=source, config=config, callback=callback)
     times = dict(scene.times)
+    if self.models.how.offload and not isinstance(self._sam, (str, Path)): self._sam.to("cpu")
     with clock(times, "embed"): *words, embed_losses = self.embed(scene, config, callback, folder)
     with clock(times, "tune"): difference, tune_losses = self.tune(scene, words, config, callback, folder, look_every, seeds[0])
     with clock(times, "sample"): images = self.sample(words, difference, scene.size, seeds, config, callback)

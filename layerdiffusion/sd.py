@@ -265,6 +265,7 @@ def use(models: Models,
     (models.unet.enable_gradient_checkpointing if how.checkpointing else models.unet.disable_gradient_checkpointing)()
     for part in (models.unet, models.vae): part.to(memory_format=torch.channels_last if how.channels_last else torch.contiguous_format)
     for part in (models.vae, models.text_encoder): part.to("cpu" if how.offload else models.device)
+    models.unet.to(models.device)
     if how.compiled: models.unet.compile_repeated_blocks()
     return models
 
