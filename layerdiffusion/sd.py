@@ -34,7 +34,7 @@ def _fetch(name: str, offline: bool = False) -> Path:
     offline, files = offline or constants.HF_HUB_OFFLINE, ("config.json", "*model.safetensors", "*model-0*.safetensors", "*model.safetensors.index.json")
     which = dict(allow_patterns=["model_index.json", "tokenizer/*", "scheduler/*", *(f"{p}/{f}" for p in WEIGHTS for f in files)])
     missing, why = [], "this machine is set to offline and its cache has no copy"
-    try: missing = [] if offline else [f for f in snapshot_download(name, dry_run=True, **which) if f.will_download]
+    try: missing = [] if offline else [f for f in snapshot_download(name, dry_run=True, tqdm_class=_no_bar(), **which) if f.will_download]
     except Exception as e: why = f"the hub could not give it ({(str(e).strip() or repr(e)).splitlines()[0]})"
     if missing: print(download_notice(name, [f.file_size for f in missing]), file=sys.stderr, flush=True)
     try: return Path(snapshot_download(name, local_files_only=not missing, **which))
@@ -47,8 +47,14 @@ def download_notice(name: str,  # of the repository
                    ) -> str:
     "What is about to be fetched, from where, how large and to where."
     from huggingface_hub import constants
-    return (f"Fetching {name} from {constants.ENDPOINT}: {len(sizes)} files, {sum(s or 0 for s in sizes) / 1e9:.2f} GB, into {constants.HF_HUB_CACHE}; "
+    size = sum(s or 0 for s in sizes)
+    return (f"Fetching {name} from {constants.ENDPOINT}: {len(sizes)} files, {f'{size / 1e9:.2f} GB' if size >= 1e9 else f'{size / 1e6:.0f} MB'}, into {constants.HF_HUB_CACHE}; "
             "Ctrl-C stops it, and the same command goes on.")
+
+def _no_bar():
+    "A progress bar that shows nothing."
+    from tqdm.auto import tqdm
+    return type("NoBar", (tqdm,), {"__init__": lambda self, *args, **kwargs: tqdm.__init__(self, *args, **kwargs | dict(disable=True))})
 
 # %% ../nbs/02_sd.ipynb #3c350d71
 def resolve_model(name: Union[str, Path] = "mini",  # "mini", a folder, or a repository on the Hugging Face hub
