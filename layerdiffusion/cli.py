@@ -119,6 +119,7 @@ RUN = [
     Opt("preset", Literal["paper", "best"], "paper", "Settings to start from: the paper's to the letter, or those that did best at keeping the subject; options given beside it win."),
     Opt("config", Optional[Path], None, "Settings from the edit.json of an earlier edit; options given beside it win.", metavar="FILE"),
     Opt("resume", bool, False, "Go on with an edit that was stopped; ends with the same bytes as one that was not."),
+    Opt("paste_back", bool, False, "Write each picture in the full size of IMAGE too: IMAGE itself, and the edit where the subject was and is now. For edits that keep the place."),
     Opt("out", Optional[Path], None, "Folder for the results. Unset: edits/NAME-1, -2, ... with the picture's name.", metavar="DIR"),
     Opt("debug", bool, False, "Show the whole traceback when something unexpected happens.")]
 
@@ -342,9 +343,9 @@ def after_stop(out: Path) -> str:
     if not any(out.glob("checkpoint-*")): return "Stopped by Ctrl-C; nothing was written."
     return f"Stopped by Ctrl-C; what was fitted is kept in {out}, and the same command with --out {out} --resume goes on there."
 
-def save(result, out: Path):
+def save(result, out: Path, photo=None):
     "Write the results; until they are there, the checkpoints stay."
-    try: result.save(out)
+    try: result.save(out, photo=photo)
     except KeyboardInterrupt: raise Stopped(after_stop(out)) from None
 
 def close_bars():
@@ -374,7 +375,7 @@ def edit(ctx: typer.Context,
     method = LayerDiffusion.from_pretrained(options["model"], options["device"], options["sam"], options["precision"], options["offline"])
     config = preset(options["preset"], method.models.card, **settings)
     result, looks = run_edit(method, text, request, config, choose_level(method, options["memory"], request, config))
-    save(result, request["out"])
+    save(result, request["out"], request["image"] if options["paste_back"] else None)
     save_looks(looks, request["out"] / "looks.png")
     seconds = ", ".join(f"{stage} {spent:.1f} s" for stage, spent in result.times.items() if spent > .05)
     announce(f"Time     {seconds}\nWrote    {', '.join(sorted(p.name for p in request['out'].iterdir()))}\nLook at  {request['out'] / 'sheet.png'}")

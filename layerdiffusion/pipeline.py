@@ -22,7 +22,7 @@ from .fine_tuning import apply_difference, fine_tune, full_rank, trainable, unio
 from .guidance import turns
 from .identity import ACTIONS, PLACES, encode_with, first_vectors, known, load_clip, prior_pictures, prior_texts, propose_source, search_target, with_words, word_objective
 from .masks import check_mask, composite, find_mask, load_sam, mask_from_file, move_subject, to_latent
-from .saving import EditResult, beside, clear_checkpoints, patch, pixels, read_edit, same_model
+from .saving import EditResult, beside, clear_checkpoints, patch, photo_info, pixels, read_edit, same_model
 from .sd import Models, ddim_sample, decode_latents, encode_image, encode_text, initial_latents, load_models, optimise, parked, pick_precision, vae_psnr, with_scheduler
 from .settings import EditConfig
 
@@ -166,6 +166,7 @@ class Scene:
     source: Optional[str] = None  # what the photo shows, in words, where a setting needs them
     times: dict = field(default_factory=dict)  # seconds of each part
     vectors: Optional[torch.Tensor] = None  # (n, D) learnt words, where they are known already
+    info: dict = field(default_factory=dict)  # the photo's EXIF notes and colour profile
 
     @property
     def size(self): return tuple(self.image.shape[-2:])
@@ -235,7 +236,7 @@ def prepare(self: LayerDiffusion,
     if placement != (0, 0, 1): subject, subject_mask = move_subject(subject, subject_mask, *placement)
     with clock(times, "words"): source = self.describe(photo, text, source, config)
     with clock(times, "reference"): place, place_mask = self.background(reference, split, photo, config, callback)
-    return Scene(text, split, photo, found, place, place_mask, subject, subject_mask, e_a, e_b, source, times)
+    return Scene(text, split, photo, found, place, place_mask, subject, subject_mask, e_a, e_b, source, times, info=photo_info(whole))
 
 # %% ../nbs/10_pipeline.ipynb #67d728f7
 @patch
@@ -497,7 +498,7 @@ def pack(self: LayerDiffusion, scene: Scene, words: tuple, difference: dict, ima
     record = dict(model=self.models.name, model_hash=self.models.hash, precision=str(self.models.dtype).removeprefix("torch."), source=scene.source, **record, **environment(str(self.models.device)))
     own = {} if scene.object_image is scene.image else dict(object_image=scene.object_image, object_mask=scene.object_mask)
     return EditResult(images, seeds, scene.text, scene.split, config, tuple(words), difference, scene.image, scene.mask, scene.reference, vectors=self.learn(scene, config)[0],
-                      times=times, losses=losses, record=record, **own)
+                      times=times, losses=losses, record=record, info=scene.info, **own)
 
 # %% ../nbs/10_pipeline.ipynb #9b0b7275
 @patch
