@@ -427,13 +427,27 @@ def check_mini(model: Annotated[Optional[Path], typer.Option(help="A folder of m
 # %% ../nbs/30_cli.ipynb #954ac74d
 @app.command()
 def bench(quick: Annotated[bool, typer.Option("--quick", help="A tenth of the steps.")] = False,
+          size: Annotated[Literal["mini", "sd14", "tiny"], typer.Option(help="sd14: v1.4's shapes with random weights, made on the spot. tiny: the same at a tenth of the width, to try it out.")] = "mini",
+          seeds: Annotated[int, typer.Option(help="Pictures.", min=1)] = 8,
+          precision: Annotated[Literal["auto", "fp32", "bf16", "fp16"], typer.Option(help="Of the library's edit; the plain loop takes fp32.")] = "auto",
+          channels_last: Annotated[bool, typer.Option("--channels-last", help="Another order of the numbers in memory.")] = False,
+          compile: Annotated[bool, typer.Option("--compile", help="The U-Net's repeated blocks by torch.compile.")] = False,
           device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 or mps.", metavar="NAME")] = "cpu",
           out: Annotated[Optional[Path], typer.Option(help="Write the record as JSON.", metavar="FILE")] = None,
           debug: Annotated[bool, typer.Option("--debug", help=RUN[-1].help)] = False):
-    "Measure start-up, and time and memory of each stage of a mini edit, beside a plain loop."
+    "Measure start-up, and time and memory of each stage of an edit, beside a plain loop."
+    import tempfile
     from layerdiffusion import bench
     from layerdiffusion.core import pick_device
-    record = bench.bench(quick, pick_device(device))
+    device, how = pick_device(device), dict(channels_last=channels_last, compiled=compile) if channels_last or compile else None
+    with tempfile.TemporaryDirectory() as folder:
+        given = {}
+        if size != "mini":
+            from layerdiffusion.full_size import bench_job
+            announce(f"Random weights in the shapes of {size} ...")
+            given = bench_job(size, folder)
+        job = given.pop("job", bench.JOB) | dict(seeds=list(range(seeds)))
+        record = bench.bench(quick, device, job=job, precision=precision, how=how, starts=size == "mini", size=size, **given)
     announce(bench.table(record))
     if out: write_json(out, record)
 

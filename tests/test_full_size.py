@@ -150,3 +150,33 @@ def test_numbers_are_looked_at_now_and_then():
     assert each[2] == each[0] and some[2] == [None] * 3 + [some[0][3]] * 4 + [some[0][7]] * 2 + [some[0][9]]
     w = torch.ones(1, requires_grad=True)
     assert "'root' stopped at step 3" in refusal(optimise, lambda s, g: (w - 1).abs().sqrt().sum(), [w], 9, .1, "root", every=4)
+
+
+# The benchmark of the full size, tried at a tenth of the width; no GPU is measured here
+
+def test_bench(tmp_path):
+    "The library and the plain loop do the same with random weights in v1.4's plan, and the table says how far each stage is from its limit."
+    from layerdiffusion import bench
+    from layerdiffusion.core import environment
+    from layerdiffusion.full_size import bench_job
+    given = bench_job("tiny", tmp_path)
+    job, config = given["job"] | dict(seeds=[0, 1]), bench.schedule(embedding_steps=2, tuning_steps=2, sampling_steps=3, embedding_lr=1e-3, tuning_lr=2e-6, guidance_scale=7.5)
+    ours, theirs = bench.Stopwatch(), bench.Stopwatch()
+    library = bench.library_edit(config, "cpu", given["model"], job, ours, given["sam"], "fp32", dict(channels_last=True))
+    plain = bench.plain_edit(config, "cpu", given["model"], job, theirs, given["sam"])
+    assert library.shape == plain.shape == (2, 3, 64, 64) and (library - plain).abs().mean() < 1e-3
+    from layerdiffusion.sd import load_models
+    flops = bench.stage_flops(load_models(given["model"]), config, 2)
+    run = lambda watch, **more: dict(stages=watch.stages, threads=1, config=config.model_dump(), **more)
+    record = dict(start={}, job=job, library=run(ours, flops=flops, rate=bench.product_rate("cpu", seconds=.05)), plain=run(theirs), mean_difference=0., environment=environment())
+    text = bench.table(record)
+    assert "of the limit" in text and "No GPU was measured." in text and all(any(line.startswith(stage) and "%" in line for line in text.splitlines()) for stage in ("embed", "tune", "sample"))
+
+
+def test_flops():
+    "Counted without numbers: what an edit of v1.4 costs in each step."
+    from layerdiffusion.bench import schedule, stage_flops
+    from layerdiffusion.full_size import sd_models
+    config = schedule()
+    flops = stage_flops(sd_models(), config, 1)
+    assert abs(flops["tune"] / config.tuning_steps / 2 / 1e12 - 2.407) < .01 and abs((flops["sample"] - 100 * .803e12) / 1e12 - 2.5) < .1
