@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['STARTS', 'JOB', 'READING', 'fresh', 'Stopwatch', 'plain_pipe', 'plain_latents', 'plain_text', 'plain_draw',
-           'plain_loss', 'plain_draws', 'plain_prepare', 'plain_embed', 'plain_tune', 'schedule', 'plain_edit',
+           'plain_loss', 'plain_draws', 'plain_prepare', 'plain_embed', 'plain_tune', 'schedule', 'count_flops',
+           'stage_flops', 'product_rate', 'limit_line', 'box_mask', 'find_and_prepare', 'warm_up', 'plain_edit',
            'library_edit', 'measure', 'bench', 'total', 'table']
 
 # %% ../nbs/20_bench.ipynb #1b8c8398
@@ -173,28 +174,104 @@ def schedule(quick: bool = False, **changes):
     steps = dict(embedding_steps=500, tuning_steps=250, sampling_steps=50)
     return EditConfig(**READING | {k: n // 10 if quick else n for k, n in steps.items()} | changes)
 
+# %% ../nbs/20_bench.ipynb #a590d20b
+def count_flops(work) -> int:
+    "Multiplications and additions of matrix products, convolutions and attention in `work()`."
+    from torch.utils.flop_counter import FlopCounterMode
+    with FlopCounterMode(display=False) as counter: work()
+    return counter.get_total_flops()
+
+def stage_flops(models, config, seeds: int) -> dict:
+    "What each stage of the job cannot do without."
+    import torch
+    side, n = models.unet.config.sample_size, models.text_length
+    with torch.device("meta"):
+        unet, vae = (type(part).from_config(part.config).eval().requires_grad_(False) for part in (models.unet, models.vae))
+        x, e = torch.randn(1, models.unet.config.in_channels, side, side), torch.randn(1, n, models.unet.config.cross_attention_dim)
+        ask = lambda e, batch=1: unet(x.expand(batch, -1, -1, -1), torch.tensor(5), e.expand(batch, -1, -1)).sample
+        draw = config.sampling_steps * count_flops(lambda: ask(e, 2)) + count_flops(lambda: vae.decode(x))
+        both = torch.cat([e, e], 1).requires_grad_()
+        embed = count_flops(lambda: torch.autograd.grad(ask(both).sum(), [both]))
+        moving = [p.requires_grad_() for p in unet.parameters()]
+        tune = count_flops(lambda: torch.autograd.grad(ask(e, 2).sum(), moving))
+    return dict(prepare=draw, embed=config.embedding_steps * embed, tune=config.tuning_steps * tune, sample=seeds * draw)
+
+def product_rate(device: str, precision: str = "auto", seconds: float = .5) -> float:
+    "FLOP a second of a large matrix product on a device."
+    import torch
+    from layerdiffusion.sd import pick_precision
+    n, done = (8192 if device.startswith("cuda") else 768), 0
+    a = torch.randn(n, n, device=device).to(pick_precision(precision, device))
+    wait = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
+    a @ a; wait()
+    start = time.perf_counter()
+    while time.perf_counter() - start < seconds:
+        for _ in range(4): a @ a
+        wait(); done += 4
+    return done * 2 * n ** 3 / (time.perf_counter() - start)
+
+def limit_line(run: dict, record: dict) -> str:
+    "The limit of the whole job in a sentence."
+    flops = sum(run["flops"].values())
+    line = f"{flops / 1e12:.3g} TFLOP at the {run['rate'] / 1e12:.3g} TFLOP/s of a large matrix product are {flops / run['rate']:.3g} s."
+    return line if record["environment"]["device"].startswith("cuda") else line + " No GPU was measured."
+
+# %% ../nbs/20_bench.ipynb #2aa23fe9
+def box_mask(image, box):  # (3, H, W); x0, y0, x1, y1 in shares of it
+    "A mask (1, H, W) that is 1 in a box."
+    import torch
+    h, w = image.shape[-2:]
+    mask = torch.zeros(1, h, w)
+    mask[:, round(box[1] * h):round(box[3] * h), round(box[0] * w):round(box[2] * w)] = 1
+    return mask
+
+def find_and_prepare(method, job: dict, config):
+    "Stage 1 of a job."
+    from layerdiffusion.core import BadInput, fit_image, load_image
+    (a, b), given = job["words"], dict(point=job["point"])
+    if "box" in job:
+        photo = fit_image(load_image(job["image"]), method.models.size)
+        try: method.find_subject(load_image(job["image"]), photo, point=job["point"])
+        except BadInput: pass  # random weights
+        given = dict(mask=box_mask(photo, job["box"]))
+    return method.prepare(job["image"], f"{a} {b}", object=a, background=b, config=config, **given)
+
+def warm_up(method, job: dict, config):
+    "One step of everything, on a method of its own."
+    once = config.model_copy(update=dict(embedding_steps=1, tuning_steps=1, sampling_steps=1))
+    other = type(method)(method.models, method.sam)
+    scene = find_and_prepare(other, job, once)
+    *words, _ = other.embed(scene, once)
+    other.sample(words, other.tune(scene, words, once)[0], scene.size, job["seeds"], once)
+
 # %% ../nbs/20_bench.ipynb #a2bd1360
-def plain_edit(config, device: str = "cpu", model: str = "mini", job: dict = JOB, watch: Optional[Stopwatch] = None):
-    "The job by the plain loop: pictures (B, 3, H, W)."
+def plain_edit(config, device: str = "cpu", model: str = "mini", job: dict = JOB, watch: Optional[Stopwatch] = None, sam: str = "mini"):
+    "The job by the plain loop, in float32 as it comes: pictures (B, 3, H, W)."
     import torch
     from layerdiffusion.core import fit_image, load_image
-    from layerdiffusion.masks import load_sam
+    from layerdiffusion.masks import load_sam, to_latent
     from layerdiffusion.sd import quiet, resolve_model
     watch = watch or Stopwatch(device)
-    with watch("load"), quiet(): pipe, sam = plain_pipe(resolve_model(model), device), load_sam("mini", device=device)
+    with watch("load"), quiet(): pipe, sam = plain_pipe(resolve_model(model), device), load_sam(sam, device=device)
     image = fit_image(load_image(job["image"]), pipe.unet.config.sample_size * pipe.vae_scale_factor)[None].to(device)
     with watch("prepare"): mask, reference = plain_prepare(pipe, sam, image, job["point"], job["words"][1], config)
+    if "box" in job: mask = to_latent(box_mask(image[0], job["box"]), mask.shape[-2:]).to(device)
     with watch("embed"): e_a, e_opt = plain_embed(pipe, image, mask, job["words"], config)
     with watch("tune"): plain_tune(pipe, image, reference, mask, e_opt, config)
     with watch("sample"): return torch.cat([plain_draw(pipe, [e_a, e_opt], seed, config.sampling_steps, config.guidance_scale) for seed in job["seeds"]]).cpu()
 
 # %% ../nbs/20_bench.ipynb #1d8ef461
-def library_edit(config, device: str = "cpu", model: str = "mini", job: dict = JOB, watch: Optional[Stopwatch] = None):
+def library_edit(config, device: str = "cpu", model: str = "mini", job: dict = JOB, watch: Optional[Stopwatch] = None, sam: str = "mini",
+                 precision: str = "auto", how: Optional[dict] = None):  # see `pick_precision` and `How`
     "The job by the library, stage by stage: pictures (B, 3, H, W)."
     from layerdiffusion.pipeline import LayerDiffusion
-    watch, (a, b) = watch or Stopwatch(device), job["words"]
-    with watch("load"): method = LayerDiffusion.from_pretrained(model, device, "mini")
-    with watch("prepare"): scene = method.prepare(job["image"], f"{a} {b}", point=job["point"], object=a, background=b, config=config)
+    from layerdiffusion.sd import How, use
+    watch = watch or Stopwatch(device)
+    with watch("load"): method = LayerDiffusion.from_pretrained(model, device, sam, precision)
+    if how: use(method.models, How(**how))
+    if device.startswith("cuda"):
+        with watch("warm-up"): warm_up(method, job, config)
+    with watch("prepare"): scene = find_and_prepare(method, job, config)
     with watch("embed"): *words, _ = method.embed(scene, config)
     with watch("tune"): difference, _ = method.tune(scene, words, config)
     with watch("sample"): return method.sample(words, difference, scene.size, job["seeds"], config)
@@ -202,51 +279,63 @@ def library_edit(config, device: str = "cpu", model: str = "mini", job: dict = J
 # %% ../nbs/20_bench.ipynb #45be6f34
 def measure(which: str,  # "library" or "plain"
             quick: bool, device: str, model: str,
-            folder: Path  # pictures and numbers are left here
+            folder: Path,  # pictures and numbers are left here
+            job: dict = JOB,
+            **options  # for the edit: sam; for the library's also precision and how
            ):
     "Run one of the two with the clock on. Meant for a process of its own, see `bench`."
     import torch
     from safetensors.torch import save_file
     from layerdiffusion.sd import load_models
-    watch, config = Stopwatch(device), schedule(quick).resolve(load_models(model).card)
-    images = dict(library=library_edit, plain=plain_edit)[which](config, device, model, watch=watch)
-    save_file(dict(images=images), Path(folder) / f"{which}.safetensors")
-    (Path(folder) / f"{which}.json").write_text(json.dumps(dict(stages=watch.stages, threads=torch.get_num_threads(), config=config.model_dump())))
+    models = load_models(model)
+    watch, config = Stopwatch(device), schedule(quick).resolve(models.card)
+    extra = dict(flops=stage_flops(models, config, len(job["seeds"])), rate=product_rate(device, options.get("precision", "auto"))) if which == "library" else {}
+    del models
+    images = dict(library=library_edit, plain=plain_edit)[which](config, device, model, job, watch, **options)
+    save_file(dict(images=images.contiguous()), Path(folder) / f"{which}.safetensors")
+    (Path(folder) / f"{which}.json").write_text(json.dumps(dict(stages=watch.stages, threads=torch.get_num_threads(), config=config.model_dump(), **extra)))
 
 # %% ../nbs/20_bench.ipynb #c1e46955
 def bench(quick: bool = False,  # a tenth of the steps
           device: str = "cpu", model: str = "mini",
-          say=print  # told what is being measured
+          say=print,  # told what is being measured
+          job: dict = JOB, sam: str = "mini", precision: str = "auto", how: Optional[dict] = None,  # see `library_edit`
+          starts: bool = True,  # measure start-up too
+          size: str = "mini"  # for the record
          ) -> dict:
     "Start-up, both edits, and how far their pictures are apart."
     import tempfile
     from safetensors.torch import load_file
     from layerdiffusion.core import environment
-    say("Start-up, five fresh processes each ...")
-    record = dict(start={name: fresh(code) for name, code in STARTS.items()}, quick=quick, job=JOB)
+    if starts: say("Start-up, five fresh processes each ...")
+    record = dict(start={name: fresh(code) for name, code in STARTS.items()} if starts else {}, quick=quick, job=job, size=size, precision=precision, how=how)
     with tempfile.TemporaryDirectory() as folder:
         for which in ("library", "plain"):
             say(f"The edit by the {which} {'loop' if which == 'plain' else 'itself'} ...")
-            run = f"from layerdiffusion.bench import measure; measure({which!r}, {quick}, {device!r}, {model!r}, {folder!r})"
+            options = dict(job=job, sam=str(sam)) | (dict(precision=precision, how=how) if which == "library" else {})
+            run = f"from layerdiffusion.bench import measure; measure({which!r}, {quick}, {device!r}, {str(model)!r}, {folder!r}, **{options!r})"
             subprocess.run([sys.executable, "-c", run], check=True)
             record[which] = json.loads((Path(folder) / f"{which}.json").read_text())
         pictures = [load_file(Path(folder) / f"{which}.safetensors")["images"] for which in ("library", "plain")]
     record["mean_difference"] = (pictures[0] - pictures[1]).abs().mean().item()
-    return record | dict(environment=environment(device), command=f"layerdiffusion bench{' --quick' * quick} --device {device}")
+    return record | dict(environment=environment(device), command=f"layerdiffusion bench{'' if size == 'mini' else f' --size {size}'}{' --quick' * quick} --device {device}")
 
 # %% ../nbs/20_bench.ipynb #c331143c
-def total(run: dict) -> float: return sum(stage["seconds"] for stage in run["stages"].values())
+def total(run: dict) -> float: return sum(stage["seconds"] for name, stage in run["stages"].items() if name != "warm-up")
 
 def table(record: dict) -> str:
     "A record of `bench` as lines of text."
+    c, run = record["library"]["config"], record["library"]
     lines = [f"{name:28} {seconds:8.2f} s" for name, seconds in record["start"].items()]
-    lines += ["", f"{'stage':10} {'library':>10} {'plain loop':>12} {'ratio':>7} {'library':>11} {'plain loop':>12}"]
-    for stage, ours in record["library"]["stages"].items():
-        plain = record["plain"]["stages"][stage]
-        lines.append(f"{stage:10} {ours['seconds']:8.1f} s {plain['seconds']:10.1f} s {plain['seconds'] / ours['seconds']:6.1f}x {ours['peak_mb']:8.0f} MB {plain['peak_mb']:9.0f} MB")
+    lines += ["", f"{'stage':10} {'library':>10} {'plain loop':>12} {'ratio':>7} {'library':>11} {'plain loop':>12}{'of the limit' if 'rate' in run else '':>14}"]
+    for stage, ours in run["stages"].items():
+        plain = record["plain"]["stages"].get(stage)
+        share = f"{run['flops'][stage] / run['rate'] / ours['seconds']:13.0%}" if stage in run.get("flops", {}) else ""
+        if plain: lines.append(f"{stage:10} {ours['seconds']:8.1f} s {plain['seconds']:10.1f} s {plain['seconds'] / ours['seconds']:6.1f}x {ours['peak_mb']:8.0f} MB {plain['peak_mb']:9.0f} MB{share}")
+        else: lines.append(f"{stage:10} {ours['seconds']:8.1f} s, not in the total")
     ours, plain, env = total(record["library"]), total(record["plain"]), record["environment"]
     lines += [f"{'total':10} {ours:8.1f} s {plain:10.1f} s {plain / ours:6.1f}x", "", f"Pictures differ by {record['mean_difference']:.1e} on average (0-1 scale)."]
-    c, run = record["library"]["config"], record["library"]
+    if "rate" in run: lines.append(limit_line(run, record))
     lines += [f"{c['embedding_steps']} + {c['tuning_steps']} + {c['sampling_steps']} steps, {len(record['job']['seeds'])} seeds; {env['device_name']}, {env['cpus']} CPUs, {run['threads']} threads.",
               f"torch {env['torch']}, diffusers {env['diffusers']}, transformers {env['transformers']}, commit {env['commit']}, {env['date']}."]
     return "\n".join(lines)

@@ -6,12 +6,12 @@
 __all__ = ['SUBJECT', 'PLACE', 'WORDS', 'TUNING', 'DRAWING', 'MASKS', 'BEYOND', 'WATCH', 'RUN', 'app', 'PANELS', 'METHOD',
            'EXAMPLES', 'STAGES', 'REPORT', 'Opt', 'in_range', 'as_parameter', 'with_options', 'parse_seeds',
            'parse_numbers', 'default_folder', 'check_writable', 'check_preview', 'read_settings', 'typed',
-           'read_request', 'placement', 'announce', 'describe_mask', 'prepare', 'Stopped', 'run_edit', 'save_looks',
-           'after_stop', 'save', 'close_bars', 'forget', 'edit', 'examples', 'train_mini', 'check_mini', 'bench',
-           'experiment', 'usage', 'explain', 'run_app', 'main']
+           'read_request', 'placement', 'announce', 'describe_mask', 'prepare', 'choose_level', 'Stopped', 'run_edit',
+           'save_looks', 'after_stop', 'save', 'close_bars', 'forget', 'edit', 'examples', 'train_mini', 'check_mini',
+           'bench', 'experiment', 'usage', 'explain', 'run_app', 'main']
 
 # %% ../nbs/30_cli.ipynb #9c2efb69
-import inspect, json, re, shutil, sys
+import inspect, json, os, re, shutil, sys
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
@@ -68,6 +68,7 @@ TUNING = [
     Opt("lambda_bg", float, 1., "Weight of the background's loss (lambda_2 in Eq. 6; the paper: 1).", 0),
     Opt("tuning_steps", int, 250, "Steps that fit the U-Net (Eq. 4-6; the paper: 250).", 1),
     Opt("tuning_batch", int, 1, "Draws of noise in each of these steps; more of them allow fewer and larger steps.", 1, 64),
+    Opt("tuning_decay", bool, False, "Let the learning rate fall to nothing along half a cosine."),
     Opt("tuning_lr", Optional[float], None, "Learning rate of Eq. 4-6. Unset: the model's own, else the paper's 2e-6.", 1e-12),
     Opt("object_picture", Literal["input", "target", "auto"], "target", "O_t of Eq. 4: one drawn from TEXT (the paper), your picture, or (auto) your picture where the subject does already what TEXT says."),
     Opt("eq45_pictures", Literal["each", "one", "composite"], "composite", "Eq. 4 and 5 see: the subject pasted on the reference, each its own picture, or one picture through two masks."),
@@ -116,9 +117,13 @@ RUN = [
     Opt("seeds", str, "0-7", "One picture for each: a range 0-7, a list 0,3,5, or both.", metavar="LIST"),
     Opt("seed", int, 0, "Seed of all other draws: noise and timesteps in Eq. 2, 4, 5, and the drawn reference.", 0, 2**63 - 1),
     Opt("device", Optional[str], None, "cpu, cuda, cuda:1 or mps. Unset: the fastest there is.", metavar="NAME"),
+    Opt("precision", Literal["auto", "fp32", "bf16", "fp16"], "auto", "What the model computes in. auto: bf16 on a GPU that has it, fp16 on an older one of NVIDIA's, else fp32."),
+    Opt("memory", Literal["auto", "full", "spare", "8bit", "low"], "auto", "How much may lie on the device. auto: as much as fits, and a sentence says why. spare: parts wait on the CPU. 8bit: Adam in eight bits. low: LoRA."),
+    Opt("offline", bool, False, "Never ask the Hugging Face hub; what was fetched before is still used."),
     Opt("preset", Literal["paper", "best"], "paper", "Settings to start from: the paper's to the letter, or those that did best at keeping the subject; options given beside it win."),
     Opt("config", Optional[Path], None, "Settings from the edit.json of an earlier edit; options given beside it win.", metavar="FILE"),
     Opt("resume", bool, False, "Go on with an edit that was stopped; ends with the same bytes as one that was not."),
+    Opt("paste_back", bool, False, "Write each picture in the full size of IMAGE too: IMAGE itself, and the edit where the subject was and is now. For edits that keep the place."),
     Opt("out", Optional[Path], None, "Folder for the results. Unset: edits/NAME-1, -2, ... with the picture's name.", metavar="DIR"),
     Opt("debug", bool, False, "Show the whole traceback when something unexpected happens.")]
 
@@ -299,21 +304,32 @@ def prepare(method, text: str, request: dict, config, show: Callable):
         if "mini knows" in str(w.message): print(f"Warning: {w.message}", file=sys.stderr)
     return scene, given
 
+# %% ../nbs/30_cli.ipynb #cfa7ddaa
+def choose_level(method, wanted: str, request: dict, config) -> str:
+    "The level of memory to begin with, announced with its reason."
+    if wanted == "auto" and method.models.card.get("name") == "mini": return "full"
+    from layerdiffusion.memory import plan
+    chosen = plan(method.models, wanted, config, seeds=len(request["seeds"]), sam=None if request["mask"] else method.sam)
+    announce(f"Memory   {chosen}")
+    return chosen.level
+
 # %% ../nbs/30_cli.ipynb #48f1e776
 class Stopped(Exception):
     "Ctrl-C, with a sentence about what is left."
 
-def run_edit(method, text: str, request: dict, config):
+def run_edit(method, text: str, request: dict, config, level: str = "full"):
     "The four stages with progress; checkpoints lie in the folder of the results until those are written. Gives the result and the early looks."
     from layerdiffusion.core import join_callbacks, progress_bars
+    from layerdiffusion.memory import run_in
     from layerdiffusion.sd import whole_step
     show, out, looks = method.preview(request["preview"]) if request["preview"] else progress_bars(), request["out"], []
     show = join_callbacks(show, lambda event: event.image is not None and looks.append((f"step {event.step}", event.image[0])))
     def watch(event):
         with whole_step(): show(event)  # Ctrl-C leaves no half line
-    try:
+    def work(config):
         scene, given = prepare(method, text, request, config, watch)
-        result = method.edit(request["image"], text, seeds=request["seeds"], config=config, callback=watch, look_every=request["look_every"], folder=out, resume=request["resume"], **given)
+        return scene, method.edit(request["image"], text, seeds=request["seeds"], config=config, callback=watch, look_every=request["look_every"], folder=out, resume=request["resume"], **given)
+    try: scene, result = run_in(level, method, config, work, announce)
     except KeyboardInterrupt: raise Stopped(after_stop(out)) from None
     except Exception: forget(out); raise
     finally: close_bars()
@@ -331,9 +347,9 @@ def after_stop(out: Path) -> str:
     if not any(out.glob("checkpoint-*")): return "Stopped by Ctrl-C; nothing was written."
     return f"Stopped by Ctrl-C; what was fitted is kept in {out}, and the same command with --out {out} --resume goes on there."
 
-def save(result, out: Path):
+def save(result, out: Path, photo=None):
     "Write the results; until they are there, the checkpoints stay."
-    try: result.save(out)
+    try: result.save(out, photo=photo)
     except KeyboardInterrupt: raise Stopped(after_stop(out)) from None
 
 def close_bars():
@@ -359,10 +375,11 @@ def edit(ctx: typer.Context,
     from layerdiffusion.pipeline import EditConfig, LayerDiffusion
     from layerdiffusion.settings import preset
     EditConfig(**settings)  # refuses what is wrong before anything is loaded
-    method = LayerDiffusion.from_pretrained(options["model"], options["device"], options["sam"])
+    if options["offline"]: os.environ["HF_HUB_OFFLINE"] = "1"  # for open_clip too
+    method = LayerDiffusion.from_pretrained(options["model"], options["device"], options["sam"], options["precision"], options["offline"])
     config = preset(options["preset"], method.models.card, **settings)
-    result, looks = run_edit(method, text, request, config)
-    save(result, request["out"])
+    result, looks = run_edit(method, text, request, config, choose_level(method, options["memory"], request, config))
+    save(result, request["out"], request["image"] if options["paste_back"] else None)
     save_looks(looks, request["out"] / "looks.png")
     seconds = ", ".join(f"{stage} {spent:.1f} s" for stage, spent in result.times.items() if spent > .05)
     announce(f"Time     {seconds}\nWrote    {', '.join(sorted(p.name for p in request['out'].iterdir()))}\nLook at  {request['out'] / 'sheet.png'}")
@@ -414,13 +431,27 @@ def check_mini(model: Annotated[Optional[Path], typer.Option(help="A folder of m
 # %% ../nbs/30_cli.ipynb #954ac74d
 @app.command()
 def bench(quick: Annotated[bool, typer.Option("--quick", help="A tenth of the steps.")] = False,
+          size: Annotated[Literal["mini", "sd14", "tiny"], typer.Option(help="sd14: v1.4's shapes with random weights, made on the spot. tiny: the same at a tenth of the width, to try it out.")] = "mini",
+          seeds: Annotated[int, typer.Option(help="Pictures.", min=1)] = 8,
+          precision: Annotated[Literal["auto", "fp32", "bf16", "fp16"], typer.Option(help="Of the library's edit; the plain loop takes fp32.")] = "auto",
+          channels_last: Annotated[bool, typer.Option("--channels-last", help="Another order of the numbers in memory.")] = False,
+          compile: Annotated[bool, typer.Option("--compile", help="The U-Net's repeated blocks by torch.compile.")] = False,
           device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 or mps.", metavar="NAME")] = "cpu",
           out: Annotated[Optional[Path], typer.Option(help="Write the record as JSON.", metavar="FILE")] = None,
           debug: Annotated[bool, typer.Option("--debug", help=RUN[-1].help)] = False):
-    "Measure start-up, and time and memory of each stage of a mini edit, beside a plain loop."
+    "Measure start-up, and time and memory of each stage of an edit, beside a plain loop."
+    import tempfile
     from layerdiffusion import bench
     from layerdiffusion.core import pick_device
-    record = bench.bench(quick, pick_device(device))
+    device, how = pick_device(device), dict(channels_last=channels_last, compiled=compile) if channels_last or compile else None
+    with tempfile.TemporaryDirectory() as folder:
+        given = {}
+        if size != "mini":
+            from layerdiffusion.full_size import bench_job
+            announce(f"Random weights in the shapes of {size} ...")
+            given = bench_job(size, folder)
+        job = given.pop("job", bench.JOB) | dict(seeds=list(range(seeds)))
+        record = bench.bench(quick, device, job=job, precision=precision, how=how, starts=size == "mini", size=size, **given)
     announce(bench.table(record))
     if out: write_json(out, record)
 
@@ -452,7 +483,7 @@ def explain(error: BaseException) -> tuple:  # (sentence, exit code)
     if isinstance(error, BadInput): return str(error), 2
     if isinstance(error, (KeyboardInterrupt, typer.Abort, Stopped)): return str(error) or "Stopped by Ctrl-C.", 130
     if hasattr(error, "format_message"): return usage(error.format_message()), 2  # typer's own
-    if "out of memory" in str(error).lower(): return "The device ran out of memory; try --tuned-parameters lora, fewer --seeds, or --device cpu.", 1
+    if "out of memory" in str(error).lower(): return "The device ran out of memory; try --memory low, fewer --seeds, or --device cpu.", 1
     what = " ".join(str(error).split())[:200]
     return f"This should not have happened ({type(error).__name__}: {what}); run it again with --debug and report what it shows at {REPORT}.", 1
 

@@ -4,11 +4,10 @@
 
 # %% auto #0
 __all__ = ['object_loss', 'background_loss', 'union', 'squared_weight', 'stack_layers', 'layered_loss', 'LowRank', 'trainable',
-           'with_prior', 'fine_tune', 'settled', 'weight_difference', 'apply_difference', 'factors', 'low_rank',
+           'with_prior', 'adam', 'fine_tune', 'settled', 'weight_difference', 'apply_difference', 'factors', 'low_rank',
            'full_rank']
 
 # %% ../nbs/05_fine_tuning.ipynb #172ec5de
-import copy
 from typing import Callable, Optional
 
 import torch
@@ -16,7 +15,7 @@ import torch.nn as nn
 from torch.nn.utils import parametrize
 
 from .core import BadInput, Event
-from .sd import Models, noise_loss, optimise, sample_noise_and_t
+from .sd import Models, half, noise_loss, optimise, parked, sample_noise_and_t, twin
 
 # %% ../nbs/05_fine_tuning.ipynb #2da03476
 def object_loss(unet: nn.Module,  # the model that learns
@@ -107,6 +106,7 @@ def trainable(unet: nn.Module,  # a copy that may be changed
     "Choose which parameters of a U-Net may move, and switch their gradients on."
     if params not in ("all", "attention", "lora"): raise BadInput(f"params must be all, attention or lora, not {params!r}.")
     layers = [m for name, m in unet.named_modules() if ".attn" in name and isinstance(m, nn.Linear)]
+    for p in (p for m in ([unet] if params == "all" else layers) for p in m.parameters()): p.data = p.data.float()  # what moves, moves in float32
     if params == "lora":
         g = torch.Generator().manual_seed(seed)
         for m in layers: parametrize.register_parametrization(m, "weight", LowRank(m.weight, rank, g))
@@ -125,6 +125,17 @@ def with_prior(latents: torch.Tensor, weights: torch.Tensor, embeds: torch.Tenso
     k = torch.randint(len(prior[0]), (count,), generator=generator).to(latents.device)
     more = torch.full((count, *weights.shape[1:]), (weight / count) ** .5).to(weights)
     return torch.cat([latents, prior[0][k]]), torch.cat([weights, more]), torch.cat([embeds, prior[1][k].to(embeds)])
+
+# %% ../nbs/05_fine_tuning.ipynb #7be30e5c
+def adam(params: list,  # what moves, float32
+         learning_rate: float,
+         eight_bits: bool = False  # keep its state in eight bits; needs bitsandbytes
+        ) -> torch.optim.Optimizer:
+    "Adam, in one kernel where the device has one."
+    if not eight_bits: return torch.optim.Adam(params, lr=learning_rate, fused=params[0].device.type in ("cpu", "cuda"))
+    try: from bitsandbytes.optim import Adam8bit
+    except ImportError: raise BadInput("Adam in eight bits needs bitsandbytes, which is not installed: pip install bitsandbytes, or give another --memory.") from None
+    return Adam8bit(params, lr=learning_rate)
 
 # %% ../nbs/05_fine_tuning.ipynb #50a93de9
 def fine_tune(models: Models,  # the loaded model; it is not changed
@@ -145,22 +156,23 @@ def fine_tune(models: Models,  # the loaded model; it is not changed
               prior_batch: int = 4,  # how many of them in each step
               lambda_prior: float = 1.,  # their weight
               batch: int = 1,  # draws of noise and timestep in each step
+              decay: bool = False,  # the learning rate falls to nothing along half a cosine
               start: Optional[dict] = None,  # a difference that the copy begins with (see `weight_difference`)
               callback: Optional[Callable[[Event], None]] = None,  # called after each step
               begin: Optional[Callable] = None  # gets (parameters, optimizer, losses) once, may restore them, gives the step to go on from
              ) -> tuple:  # the tuned copy of the U-Net, and the loss of each step
     "Eq. 4-6: tune a copy of the U-Net on the subject's picture and the reference."
     latents, weights = stack_layers(subject_latents, subject_mask, reference_latents, reference_mask, lambda_obj, lambda_bg, scale)
-    embeds, tuned = prompt_embeds.expand(len(latents), -1, -1), apply_difference(models.unet, start) if start else copy.deepcopy(models.unet)
+    embeds, tuned = prompt_embeds.expand(len(latents), -1, -1), apply_difference(models.unet, start) if start else twin(models.unet)
     def loss_fn(step, generator):
         x, w, e = (v.repeat(batch, *[1] * (v.ndim - 1)) for v in with_prior(latents, weights, embeds, prior, prior_batch, lambda_prior, generator))
         noise, timesteps = sample_noise_and_t(models.scheduler, x.shape, generator)
-        return layered_loss(tuned, models.scheduler, x, w, noise.to(x), timesteps.to(x.device), e) / batch
+        with half(models): return layered_loss(tuned, models.scheduler, x, w, noise, timesteps, e) / batch
     moving = trainable(tuned, params, rank, seed)
-    optimizer = torch.optim.Adam(moving, lr=learning_rate, fused=latents.device.type in ("cpu", "cuda"))
+    optimizer = adam(moving, learning_rate, models.how.adam8bit)
     losses = []
     done = begin(moving, optimizer, losses) if begin else 0
-    optimise(loss_fn, moving, steps, learning_rate, "tuning", callback, done, optimizer, seed, losses)
+    with parked(models): optimise(loss_fn, moving, steps, learning_rate, "tuning", callback, done, optimizer, seed, losses, models.gradient_scale, decay)
     return settled(tuned), losses
 
 # %% ../nbs/05_fine_tuning.ipynb #b9b44e17
@@ -185,10 +197,10 @@ def apply_difference(unet: nn.Module,  # it is not changed
                      difference: dict  # from `weight_difference` or `low_rank`
                     ) -> nn.Module:
     "A copy of a U-Net with a difference added."
-    tuned = copy.deepcopy(unet)
+    tuned = twin(unet)
     weights = tuned.state_dict()
     with torch.no_grad():
-        for name, change in full_rank(difference).items(): weights[name] += change.to(weights[name]).view_as(weights[name])
+        for name, change in full_rank(difference).items(): weights[name].copy_(weights[name].float() + change.to(weights[name].device).float().view_as(weights[name]))
     return tuned
 
 # %% ../nbs/05_fine_tuning.ipynb #11085562

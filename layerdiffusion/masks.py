@@ -84,12 +84,29 @@ def check_mask(mask: torch.Tensor  # (1, H, W) in 0-1
 
 # %% ../nbs/03_masks.ipynb #b059dcea
 SAM_FILES = {f"vit_{k}": f"https://dl.fbaipublicfiles.com/segment_anything/sam_vit_{k}_{v}.pth" for k, v in dict(b="01ec64", l="0b3195", h="4b8939").items()}
+_SAM_SIZES = dict(vit_b="375 MB", vit_l="1.25 GB", vit_h="2.56 GB")
 
 def _build_sam(config):
     "A `Sam` from the keyword arguments of its parts."
     from segment_anything.modeling import ImageEncoderViT, MaskDecoder, PromptEncoder, Sam, TwoWayTransformer
     decoder = MaskDecoder(transformer=TwoWayTransformer(**config["transformer"]), **config["mask_decoder"])
     return Sam(ImageEncoderViT(**config["image_encoder"]), PromptEncoder(**config["prompt_encoder"]), decoder, config["pixel_mean"], config["pixel_std"])
+
+# %% ../nbs/03_masks.ipynb #13e898bd
+def _sam_config(weights):
+    "What `_build_sam` needs, read off the shapes of weights."
+    shape = lambda name: tuple(weights[name].shape)
+    width, _, patch, _ = shape("image_encoder.patch_embed.proj.weight")
+    side, dim = shape("image_encoder.pos_embed")[1], shape("image_encoder.neck.0.weight")[0]
+    depth = 1 + max(int(name.split(".")[2]) for name in weights if name.startswith("image_encoder.blocks."))
+    reach = [(shape(f"image_encoder.blocks.{i}.attn.rel_pos_h")[0] + 1) // 2 for i in range(depth)]
+    encoder = dict(img_size=side * patch, patch_size=patch, embed_dim=width, depth=depth, num_heads=width // shape("image_encoder.blocks.0.attn.rel_pos_h")[1], use_rel_pos=True,
+                   mlp_ratio=shape("image_encoder.blocks.0.mlp.lin1.weight")[0] / width, out_chans=dim, window_size=next((n for n in reach if n != side), 0), global_attn_indexes=[i for i, n in enumerate(reach) if n == side],
+                   norm_layer=lambda n: torch.nn.LayerNorm(n, eps=1e-6))
+    prompts = dict(embed_dim=dim, image_embedding_size=(side, side), input_image_size=(side * patch, side * patch), mask_in_chans=shape("prompt_encoder.mask_downscaling.3.weight")[0])
+    transformer = dict(depth=2, embedding_dim=dim, num_heads=8, mlp_dim=shape("mask_decoder.transformer.layers.0.mlp.lin1.weight")[0])
+    decoder = dict(transformer_dim=dim, num_multimask_outputs=3, iou_head_hidden_dim=shape("mask_decoder.iou_prediction_head.layers.0.weight")[0])
+    return dict(image_encoder=encoder, prompt_encoder=prompts, transformer=transformer, mask_decoder=decoder, pixel_mean=[123.675, 116.28, 103.53], pixel_std=[58.395, 57.12, 57.375])
 
 # %% ../nbs/03_masks.ipynb #f9ff4c5d
 def _read_weights(path):
@@ -101,33 +118,37 @@ def _read_weights(path):
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception: raise BadInput(f"{str(path)!r} is damaged or is not a file of weights; download it again.") from None
 
-def _fill(sam, path):
-    "Put the weights in a file into a `Sam`."
-    try: sam.load_state_dict({k: v.float() for k, v in _read_weights(path).items()})
-    except (RuntimeError, AttributeError): raise BadInput(f"The weights in {str(path)!r} are of another kind of SAM.") from None
+def _filled(path, config=None):
+    "The `Sam` whose weights are in a file."
+    weights = _read_weights(path)
+    try:
+        sam = _build_sam(config or _sam_config(weights))
+        sam.load_state_dict({k: v.float() for k, v in weights.items()})
+    except (RuntimeError, AttributeError, KeyError, ValueError, IndexError): raise BadInput(f"The weights in {str(path)!r} are of another kind of SAM; the published ones are at {', '.join(SAM_FILES.values())}.") from None
     return sam
 
 # %% ../nbs/03_masks.ipynb #9768d925
 def _sam_parts(name, checkpoint):
-    "What to build (a function), the file to fill it from, and whether it was trained with boxes."
+    "The file of weights, what to build (None: its shapes say it), and whether it was trained with boxes."
     if name in SAM_FILES:
-        if checkpoint is None: raise BadInput(f"SAM {name} needs its weights: download {SAM_FILES[name]} and give the file's path as checkpoint.")
-        from segment_anything import sam_model_registry
-        return sam_model_registry[name], Path(checkpoint).expanduser(), True
+        path = Path(checkpoint or Path(SAM_FILES[name]).name).expanduser()
+        if path.is_file() or checkpoint: return path, None, True
+        raise BadInput(f"SAM {name} needs its weights ({_SAM_SIZES[name]}): download {SAM_FILES[name]} and give the file's path (checkpoint, --sam), or work in its folder.")
     folder = package_folder() / "weights" / "mini" / "sam" if name == "mini" else Path(name).expanduser()
-    if not (folder / "config.json").is_file(): raise BadInput(f"There is no SAM {str(name)!r}; choose mini, {', '.join(SAM_FILES)}, or a folder with config.json and model.safetensors.")
+    if folder.is_file() or folder.suffix in (".pth", ".safetensors"): return folder, None, True
+    if not (folder / "config.json").is_file(): raise BadInput(f"There is no SAM {str(name)!r}; choose mini, {', '.join(SAM_FILES)}, a file of published weights, or a folder with config.json and model.safetensors.")
     config = json.loads((folder / "config.json").read_text())
-    return lambda: _build_sam(config), folder / "model.safetensors", config.get("boxes", False)
+    return folder / "model.safetensors", config, config.get("boxes", False)
 
 # %% ../nbs/03_masks.ipynb #03911500
-def load_sam(name: str = "mini",  # "mini", "vit_b", "vit_l", "vit_h", or a folder
-             checkpoint: Union[str, Path, None] = None,  # file of weights for the published sizes
+def load_sam(name: Union[str, Path] = "mini",  # "mini", a file of published weights, "vit_b", "vit_l", "vit_h", or a folder
+             checkpoint: Union[str, Path, None] = None,  # file of weights for the published sizes; None: the one in the current folder
              device: str = "cpu"  # where it will run
             ) -> "Sam":
     "A segmenter, ready to be asked."
-    build, path, boxes = _sam_parts(name, checkpoint)
-    if not path.is_file(): raise BadInput(f"There is no file of weights {str(path)!r}.")
-    sam = _fill(build(), path).to(device).eval().requires_grad_(False)
+    path, config, boxes = _sam_parts(name, checkpoint)
+    if not path.is_file(): raise BadInput(f"There is no file of weights {str(path)!r}; published ones are at {SAM_FILES['vit_b']} ({_SAM_SIZES['vit_b']}) and {SAM_FILES['vit_h']} ({_SAM_SIZES['vit_h']}).")
+    sam = _filled(path, config).to(device).eval().requires_grad_(False)
     sam.knows_boxes = boxes
     return sam
 

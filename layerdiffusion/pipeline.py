@@ -7,7 +7,7 @@ __all__ = ['KEEP', 'LayerDiffusion', 'Checkpoint', 'snapshot', 'restore', 'Scene
            'read_object', 'check_placement', 'clock', 'check_seeds', 'Looks', 'load_edit', 'shorter', 'check_reusable']
 
 # %% ../nbs/10_pipeline.ipynb #373dfb2c
-import re, time, warnings
+import time, warnings
 from collections import OrderedDict
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -22,8 +22,8 @@ from .fine_tuning import apply_difference, fine_tune, full_rank, trainable, unio
 from .guidance import turns
 from .identity import ACTIONS, PLACES, change_coat, encode_with, first_vectors, known, load_clip, prior_pictures, prior_texts, propose_source, search_target, typical_coat, with_words, word_objective
 from .masks import check_mask, composite, dilate, find_mask, load_sam, mask_from_file, move_subject, to_latent
-from .saving import EditResult, beside, clear_checkpoints, patch, pixels, read_edit, same_model
-from .sd import Models, ddim_sample, decode_latents, encode_image, encode_text, initial_latents, load_models, optimise, vae_psnr, with_scheduler
+from .saving import EditResult, beside, clear_checkpoints, patch, photo_info, pixels, read_edit, same_model
+from .sd import Models, ddim_sample, decode_latents, encode_image, encode_text, initial_latents, load_models, optimise, parked, pick_precision, vae_psnr, with_scheduler
 from .settings import EditConfig
 
 # %% ../nbs/10_pipeline.ipynb #01055d2a
@@ -41,19 +41,18 @@ class LayerDiffusion:
     def from_pretrained(cls,
                         name: str = "mini",  # "mini", a Stable Diffusion folder, or a hub name
                         device: Optional[str] = None,  # None: the fastest there is
-                        sam: Any = None  # see `LayerDiffusion`
+                        sam: Any = None,  # see `LayerDiffusion`
+                        precision: str = "auto",  # "auto", "fp32", "bf16" or "fp16", see `pick_precision`
+                        offline: bool = False  # never ask the hub
                        ) -> "LayerDiffusion":
         "Load a model by name."
-        return cls(load_models(name, pick_device(device)), sam)
+        device = pick_device(device)
+        return cls(load_models(name, device, pick_precision(precision, device), offline), sam)
 
     @property
     def sam(self):
-        if isinstance(self._sam, (str, Path)):
-            file = Path(self._sam).is_file()
-            kind = re.search(r"vit_[blh]", Path(self._sam).name)
-            if file and not kind: raise BadInput(f"The name of the SAM file {str(self._sam)!r} must say which size it is: vit_b, vit_l or vit_h.")
-            self._sam = load_sam(kind[0] if file else self._sam, self._sam if file else None, device=str(self.models.device))
-        return self._sam
+        if isinstance(self._sam, (str, Path)): self._sam = load_sam(self._sam, device=str(self.models.device))
+        return self._sam.to(self.models.device)
 
     def __repr__(self): return f"LayerDiffusion({self.models.name!r}, device={str(self.models.device)!r}, {len(self.cache)} stage results kept)"
 
@@ -97,8 +96,8 @@ class Checkpoint:
 # %% ../nbs/10_pipeline.ipynb #faa65454
 def snapshot(params, optimizer, losses) -> dict:
     "Everything a stage needs to go on, as one flat dict of tensors."
-    out = {f"param.{i}": p.detach() for i, p in enumerate(params)} | {"losses": torch.tensor(losses, dtype=torch.float64)}
-    for i, state in optimizer.state_dict()["state"].items(): out |= {f"adam.{i}.{k}": v for k, v in state.items()}
+    out = {f"param.{i}": p.detach() for i, p in enumerate(params)} | {"losses": torch.tensor([float(x) for x in losses], dtype=torch.float64)}
+    for i, p in enumerate(params): out |= {f"adam.{i}.{k}": torch.as_tensor(v) for k, v in optimizer.state.get(p, {}).items()}
     return {k: v.detach().cpu().clone().contiguous() for k, v in out.items()}
 
 def restore(saved: dict, params, optimizer, losses):
@@ -108,7 +107,9 @@ def restore(saved: dict, params, optimizer, losses):
     state = {}
     for name, v in saved.items():
         if name.startswith("adam."): _, i, k = name.split("."); state.setdefault(int(i), {})[k] = v
-    optimizer.load_state_dict(dict(optimizer.state_dict(), state=state))
+    plain, kept_plain = isinstance(optimizer, torch.optim.Adam), not any("state1" in s for s in state.values())
+    if plain and kept_plain: optimizer.load_state_dict(dict(optimizer.state_dict(), state=state))
+    elif not plain and not kept_plain: optimizer.state.update({params[i]: {k: int(v) if k == "step" else v.to(params[i].device) for k, v in s.items()} for i, s in state.items()})
     losses[:] = saved["losses"].tolist()
 
 # %% ../nbs/10_pipeline.ipynb #28a87458
@@ -137,6 +138,10 @@ def checkpoint(self: LayerDiffusion, stage: str, key: str, folder=None):
     try:
         yield point
         self.unfinished.pop(key, None)
+        point.live = None
+    except torch.OutOfMemoryError:
+        if point.live is not None: self.unfinished[key] = snapshot(*point.live)
+        raise
     except KeyboardInterrupt:
         if point.live is None: raise
         self.unfinished[key] = snapshot(*point.live)
@@ -161,6 +166,7 @@ class Scene:
     source: Optional[str] = None  # what the photo shows, in words, where a setting needs them
     times: dict = field(default_factory=dict)  # seconds of each part
     vectors: Optional[torch.Tensor] = None  # (n, D) learnt words, where they are known already
+    info: dict = field(default_factory=dict)  # the photo's EXIF notes and colour profile
 
     @property
     def size(self): return tuple(self.image.shape[-2:])
@@ -191,7 +197,9 @@ def find_subject(self: LayerDiffusion, source, image: torch.Tensor, mask=None, p
     "The subject's mask (1, H, W) on the fitted picture."
     if mask is not None: return read_mask(mask, *image.shape[-2:])
     point, box = (None if x is None else fit_points(x, source, image) for x in (point, box))
-    return self.once("mask", [image, point, box], lambda key: find_mask(self.sam, image, point=point, box=box))
+    def compute(key):
+        with parked(self.models): return find_mask(self.sam, image, point=point, box=box)
+    return self.once("mask", [image, point, box], compute)
 
 def read_mask(mask, height: int, width: int) -> torch.Tensor:
     "A mask (1, height, width) from a tensor or a file, refused when it is empty or full."
@@ -228,7 +236,7 @@ def prepare(self: LayerDiffusion,
     if placement != (0, 0, 1): subject, subject_mask = move_subject(subject, subject_mask, *placement)
     with clock(times, "words"): source = self.describe(photo, text, source, config)
     with clock(times, "reference"): place, place_mask = self.background(reference, split, photo, config, callback)
-    return Scene(text, split, photo, found, place, place_mask, subject, subject_mask, e_a, e_b, source, times)
+    return Scene(text, split, photo, found, place, place_mask, subject, subject_mask, e_a, e_b, source, times, info=photo_info(whole))
 
 # %% ../nbs/10_pipeline.ipynb #67d728f7
 @patch
@@ -340,7 +348,7 @@ def embed(self: LayerDiffusion, scene: Scene, config: Optional[EditConfig] = Non
         optimizer, losses = torch.optim.Adam(params, lr=config.embedding_lr), []
         with self.checkpoint("embeddings", key, folder) as point:
             start = point.begin(params, optimizer, losses)
-            optimise(loss, params, config.embedding_steps, config.embedding_lr, "embeddings", join_callbacks(point, callback), start, optimizer, config.seed, losses)
+            optimise(loss, params, config.embedding_steps, config.embedding_lr, "embeddings", join_callbacks(point, callback), start, optimizer, config.seed, losses, self.models.gradient_scale)
         return params[0].detach(), params[1].detach(), losses
     return self.once("embed", [scene.e_a, scene.e_b, latents, mask, settings], compute)
 
@@ -357,7 +365,7 @@ def learn(self: LayerDiffusion, scene: Scene, config: EditConfig, callback: Opti
         loss, optimizer = word_objective(self.models, text, vectors, latents, mask, config.loss_scale), torch.optim.Adam([vectors], lr=config.word_lr)
         with self.checkpoint("words", key, folder) as point:
             start = point.begin([vectors], optimizer, losses)
-            optimise(loss, [vectors], config.embedding_steps, config.word_lr, "words", join_callbacks(point, callback), start, optimizer, config.seed, losses)
+            optimise(loss, [vectors], config.embedding_steps, config.word_lr, "words", join_callbacks(point, callback), start, optimizer, config.seed, losses, self.models.gradient_scale)
         return vectors.detach(), losses
     return self.once("embed", [text, latents, mask, settings], compute)
 
@@ -403,7 +411,7 @@ def tune(self: LayerDiffusion, scene: Scene, words: tuple, config: Optional[Edit
     if config.eq4_words == "source" or config.eq5_words == "background":
         embeds = torch.cat([self.source_words(scene, config, callback, folder) if config.eq4_words == "source" else embeds, scene.e_b if config.eq5_words == "background" else embeds])
     prior = self.prior(scene, config, callback)
-    names = dict(tuning_batch="batch", tuning_steps="steps", tuning_lr="learning_rate", lambda_obj="lambda_obj", lambda_bg="lambda_bg", loss_scale="scale", tuned_parameters="params", lora_rank="rank", seed="seed", prior_batch="prior_batch", lambda_prior="lambda_prior")
+    names = dict(tuning_batch="batch", tuning_decay="decay", tuning_steps="steps", tuning_lr="learning_rate", lambda_obj="lambda_obj", lambda_bg="lambda_bg", loss_scale="scale", tuned_parameters="params", lora_rank="rank", seed="seed", prior_batch="prior_batch", lambda_prior="lambda_prior")
     settings = {short: getattr(config, name) for name, short in names.items()}
     def compute(key):
         looks = Looks(self, words, scene.size, config, look_every, look_seed) if look_every else None
@@ -412,7 +420,8 @@ def tune(self: LayerDiffusion, scene: Scene, words: tuple, config: Optional[Edit
                 if looks: looks.watch(params, start)
                 return point.begin(params, *state)
             tuned, losses = fine_tune(self.models, embeds, *layers, **settings, prior=prior, start=start, callback=join_callbacks(point, looks, callback), begin=begin)
-        return weight_difference(self.models.unet, tuned), losses
+        change = weight_difference(self.models.unet, tuned)
+        return {name: x.cpu() for name, x in change.items()} if self.models.how.offload else change, losses
     if not config.tuning_steps: return start or {}, []
     return self.once("tune", [embeds, layers, prior, settings, start], compute)
 
@@ -498,6 +507,7 @@ def edit(self: LayerDiffusion,
     scene = self.prepare(image, text, mask=mask, point=point, box=box, reference=reference, object=object, background=background, object_reference=object_reference,
                          object_mask=object_mask, move=move, scale=scale, source=source, config=config, callback=callback)
     times = dict(scene.times)
+    if self.models.how.offload and not isinstance(self._sam, (str, Path)): self._sam.to("cpu")
     with clock(times, "embed"): *words, embed_losses = self.embed(scene, config, callback, folder)
     with clock(times, "tune"): difference, tune_losses = self.tune(scene, words, config, callback, folder, look_every, seeds[0])
     with clock(times, "sample"): images = self.sample(words, difference, scene.size, seeds, config, callback)
@@ -507,10 +517,10 @@ def edit(self: LayerDiffusion,
 @patch
 def pack(self: LayerDiffusion, scene: Scene, words: tuple, difference: dict, images: torch.Tensor, seeds: list, config: EditConfig, times: dict, losses: dict, **record) -> EditResult:
     "An `EditResult` of what the four stages gave."
-    record = dict(model=self.models.name, model_hash=self.models.hash, source=scene.source, **record, **environment(str(self.models.device)))
+    record = dict(model=self.models.name, model_hash=self.models.hash, precision=str(self.models.dtype).removeprefix("torch."), source=scene.source, **record, **environment(str(self.models.device)))
     own = {} if scene.object_image is scene.image else dict(object_image=scene.object_image, object_mask=scene.object_mask)
     return EditResult(images, seeds, scene.text, scene.split, config, tuple(words), difference, scene.image, scene.mask, scene.reference, vectors=self.learn(scene, config)[0],
-                      times=times, losses=losses, record=record, **own)
+                      times=times, losses=losses, record=record, info=scene.info, **own)
 
 # %% ../nbs/10_pipeline.ipynb #9b0b7275
 @patch

@@ -28,6 +28,7 @@ class EditConfig(BaseModel):
     tuning_steps: int = Field(250, ge=0, description="Eq. 6: steps of Adam; 0 leaves the stage out")
     tuning_lr: Optional[float] = Field(None, gt=0, description="Eq. 6: learning rate; None: the model's own, else 2e-6")
     tuning_batch: int = Field(1, ge=1, le=64, description="Eq. 6: draws of noise and timestep in each step (beyond the paper)")
+    tuning_decay: bool = Field(False, description="Eq. 6: the learning rate falls to nothing along half a cosine (beyond the paper)")
     lambda_obj: float = Field(2., ge=0, description="Eq. 6: λ1, weight of the subject; the paper takes 3 for small ones")
     lambda_bg: float = Field(1., ge=0, description="Eq. 6: λ2, weight of the background")
     object_picture: Literal["input", "target", "auto"] = Field("target", description="Eq. 4: O_t is SD(T) with SAM's mask of it, or the user's photo, or (auto, beyond the paper) the photo where its subject does already what the text says")
@@ -75,7 +76,7 @@ PAPER = dict(embedding_lr=1e-3, word_lr=5e-3, tuning_lr=2e-6, guidance_scale=7.5
 
 # %% ../nbs/08_settings.ipynb #83ac60e7
 PRESETS = dict(paper=dict(), best=dict(object_picture="auto", recolour=True, subject_scale=1., target_draws=96, target_widen=.03,
-                                        embedding_steps=0, tuning_steps=100, tuning_batch=8, sampling_steps=20))
+                                        embedding_steps=0, tuning_steps=100, tuning_batch=8, tuning_decay=True, sampling_steps=20))
 
 def preset(name: str = "best",  # "paper" or "best"
            card: Optional[dict] = None,  # of the model: `models.card`

@@ -1,0 +1,89 @@
+"""Nothing is fetched without saying what, from where and how large; a broken download goes on; offline never asks.
+
+The hub is a small web server on this machine, which gives out the shipped mini the way huggingface.co gives out a model.
+"""
+import hashlib, json, os, subprocess, sys, threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+
+from layerdiffusion.core import package_folder
+
+NAME, COMMIT = "somebody/small-diffusion", "0123456789abcdef0123456789abcdef01234567"
+MINI = package_folder() / "weights" / "mini"
+PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
+FILES = {p.relative_to(MINI).as_posix(): p for p in sorted(MINI.rglob("*")) if p.is_file() and (p.parent.name in PARTS or p.name == "model_index.json")}
+EXTRA = {"unet/diffusion_pytorch_model.bin": MINI / "card.json", "safety_checker/model.safetensors": MINI / "card.json"}  # never wanted
+
+
+class Hub(BaseHTTPRequestHandler):
+    protocol_version, asked, cut = "HTTP/1.1", [], 0
+    def log_message(self, *args): pass
+
+    def answer(self, body: bytes, status=200, send=True, **headers):
+        self.send_response(status)
+        for name, value in dict({"Content-Length": len(body)}, **headers).items(): self.send_header(name.replace("_", "-"), str(value))
+        self.end_headers()
+        if not send: return
+        if Hub.cut and len(body) > 11_000_000:  # the line breaks in a large file; huggingface_hub writes pieces of 10 MiB
+            Hub.cut -= 1
+            self.wfile.write(body[:10_900_000]); self.wfile.flush(); self.close_connection = True; self.connection.close()
+        else: self.wfile.write(body)
+
+    def handle_one(self, send):
+        Hub.asked.append((self.command, self.path, self.headers.get("Range")))
+        path = self.path.partition("?")[0]
+        names = {**FILES, **EXTRA}
+        if path.startswith(f"/api/models/{NAME}/tree/"): return self.answer(json.dumps([dict(type="file", path=n, size=p.stat().st_size, oid="0") for n, p in names.items()]).encode(), send=send, Content_Type="application/json")
+        if path.startswith(f"/api/models/{NAME}"): return self.answer(json.dumps(dict(id=NAME, sha=COMMIT, siblings=[dict(rfilename=n) for n in names])).encode(), send=send, Content_Type="application/json")
+        file = names.get(path.partition(f"/{NAME}/resolve/{COMMIT}/")[2])
+        if file is None: return self.answer(b"", 404, send=send)
+        body = file.read_bytes()
+        headers = dict(ETag=f'"{hashlib.sha256(body).hexdigest()}"', X_Repo_Commit=COMMIT, Accept_Ranges="bytes")
+        start = int((self.headers.get("Range") or "bytes=0-")[6:].split("-")[0])
+        if start: return self.answer(body[start:], 206, send, Content_Range=f"bytes {start}-{len(body) - 1}/{len(body)}", **headers)
+        self.answer(body, 200, send, **headers)
+
+    def do_GET(self): self.handle_one(True)
+    def do_HEAD(self): self.handle_one(False)
+
+
+@pytest.fixture(scope="module")
+def hub():
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+
+
+def load(hub, home, offline=False):
+    "A fresh process that loads the model by its name."
+    code = f"from layerdiffusion.sd import resolve_model; from layerdiffusion.core import BadInput\ntry: print(resolve_model({NAME!r}, offline={offline}))\nexcept BadInput as e: print('refused:', e)"
+    env = {**os.environ, "HF_ENDPOINT": hub, "HF_HOME": str(home), "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
+    Hub.asked.clear()
+    return subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=120)
+
+
+def test_download(hub, tmp_path):
+    "Offline asks nothing; then it is said what comes, a broken line is mended by going on, the whole is there, and the second time nothing is fetched or said."
+    refused = load(hub, tmp_path, offline=True)
+    assert "refused:" in refused.stdout and "offline" in refused.stdout and not Hub.asked
+    Hub.cut = 1
+    done = load(hub, tmp_path)
+    size = sum(p.stat().st_size for p in FILES.values())
+    first = done.stderr.splitlines()[0]
+    assert first.startswith(f"Fetching {NAME} from {hub}: {len(FILES)} files, {size / 1e6:.0f} MB, into {tmp_path}"), done.stderr
+    assert any(range and not range.startswith("bytes=0-") for _, path, range in Hub.asked), "it began anew"
+    assert not any(name in path for _, path, _ in Hub.asked for name in EXTRA)
+    folder = done.stdout.strip()
+    assert all(open(f"{folder}/{name}", "rb").read() == p.read_bytes() for name, p in FILES.items())
+    assert "%" in done.stderr  # progress
+    again = load(hub, tmp_path)
+    assert again.stdout == done.stdout and "Fetching" not in again.stderr and not any(method == "GET" and "/resolve/" in path for method, path, _ in Hub.asked)
+    assert load(hub, tmp_path, offline=True).stdout == done.stdout and not Hub.asked
+
+
+def test_nobody_there(tmp_path):
+    "Without the hub and without a copy: one sentence."
+    done = load("http://127.0.0.1:9", tmp_path)
+    assert done.stdout.startswith("refused: Cannot load the model") and "the hub could not give it" in done.stdout and "Fetching" not in done.stderr
