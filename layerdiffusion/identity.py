@@ -232,12 +232,12 @@ def typical_coat(models: Models, sam, text: str,  # T_a
 def recolour(image: torch.Tensor,  # (3, H, W), 0-1
              mask: torch.Tensor,  # (1, H, W), 0 or 1
              old: torch.Tensor, new: torch.Tensor,  # (3,) colours
-             radius: float = .2  # fully recoloured up to here, not at all from twice that, in RGB
+             radius: float = .08  # fully recoloured up to this distance from a shade of `old`, not at all from twice that, in RGB
             ) -> torch.Tensor:
     "The picture with a subject's coat in another colour."
     old, new = (c.to(image)[:, None, None] for c in (old, new))
-    share = (2 - (image - old).norm(dim=0, keepdim=True) / radius).clamp(0, 1) * mask.to(image)
-    shade = (image.mean(0, keepdim=True) / old.mean().clamp_min(.05)).clamp(.3, 1.6)
+    shade = ((image * old).sum(0, keepdim=True) / old.square().sum().clamp_min(1e-4)).clamp(0, 1.35)
+    share = (2 - (image - shade * old).norm(dim=0, keepdim=True) / radius).clamp(0, 1) * mask.to(image)
     return share * (new * shade).clamp(0, 1) + (1 - share) * image
 
 # %% ../nbs/07_identity.ipynb #5a3c0e18

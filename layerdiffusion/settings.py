@@ -76,7 +76,7 @@ PAPER = dict(embedding_lr=1e-3, word_lr=5e-3, tuning_lr=2e-6, guidance_scale=7.5
 
 # %% ../nbs/08_settings.ipynb #83ac60e7
 PRESETS = dict(paper=dict(), best=dict(object_picture="auto", recolour=True, subject_scale=1., target_draws=96, target_widen=.03,
-                                        embedding_steps=0, tuning_steps=100, tuning_batch=8, tuning_decay=True, sampling_steps=20))
+                                        embedding_steps=0, tuning_steps=100, tuning_batch=8, tuning_decay=True, iterative_guidance=False, sampling_steps=20))
 
 def preset(name: str = "best",  # "paper" or "best"
            card: Optional[dict] = None,  # of the model: `models.card`
