@@ -35,7 +35,7 @@ class LayerDiffusion:
                 ):
         self.models = models
         self._sam = sam or ("mini" if models.card.get("name") == "mini" else "vit_h")
-        self.cache, self.unfinished = OrderedDict(), {}
+        self.cache, self.unfinished, self.say = OrderedDict(), {}, print  # `say` is told what SAM took for the subject
 
     @classmethod
     def from_pretrained(cls,
@@ -191,7 +191,7 @@ def find_subject(self: LayerDiffusion, source, image: torch.Tensor, mask=None, p
     "The subject's mask (1, H, W) on the fitted picture."
     if mask is not None: return read_mask(mask, *image.shape[-2:])
     point, box = (None if x is None else fit_points(x, source, image) for x in (point, box))
-    return self.once("mask", [image, point, box], lambda key: find_mask(self.sam, image, point=point, box=box))
+    return self.once("mask", [image, point, box], lambda key: find_mask(self.sam, image, point=point, box=box, say=self.say))
 
 def read_mask(mask, height: int, width: int) -> torch.Tensor:
     "A mask (1, height, width) from a tensor or a file, refused when it is empty or full."
