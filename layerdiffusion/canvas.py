@@ -5,13 +5,16 @@
 # %% auto #0
 __all__ = ['Stroke', 'Marks', 'read_marks', 'stroke', 'Prompt', 'picture_bytes', 'mask_bytes', 'canvas_class', 'PromptCanvas']
 
-# %% ../nbs/22_canvas.ipynb #48482942
+# %% ../nbs/22_canvas.ipynb #fd3e8165
 import functools, io, math
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Callable, Optional, Sequence
+from typing import TYPE_CHECKING, Any, Optional, Sequence
 
 import torch
 import torch.nn.functional as F
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 # %% ../nbs/22_canvas.ipynb #15f74ee1
 from .core import BadInput, fit_image, fit_points, load_image, package_folder, to_pil
@@ -185,12 +188,12 @@ def clear(self: Prompt) -> Prompt:
     "Take all marks off; where there are none, empty the mask."
     return self.become(Marks(blank=self.marks == Marks()))
 
-# %% ../nbs/22_canvas.ipynb #48b67aa7
+# %% ../nbs/22_canvas.ipynb #aeb856a0
 @patch
 def still(self: Prompt, size: int = 256  # longer side in px
          ) -> "Image.Image":
     "The picture with its mask and marks, drawn."
-    from PIL import Image, ImageDraw
+    from PIL import ImageDraw
     moved, mask = self.image, self.mask
     if (self.marks.move, self.marks.scale) != ((0, 0), 1) and mask.any(): moved, mask = move_subject(moved, mask, *self.marks.move, self.marks.scale)
     k = size / max(self.image.shape[-2:])
