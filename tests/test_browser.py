@@ -1,0 +1,173 @@
+"A person at the editor: JupyterLab in a headless Chromium, and `layerdiffusion app`; nothing may leave the machine."
+import json, os, re, shutil, socket, subprocess, sys, time, urllib.request
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+MISSING = [name for name in ("playwright", "jupyterlab", "anywidget", "voila") if not find_spec(name)]
+pytestmark = [pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium on this machine (on Debian: apt install chromium)"),
+              pytest.mark.skipif(bool(MISSING), reason=f"not installed: {', '.join(MISSING)}")]
+QUIET = "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update --disable-sync".split()
+SHOTS = Path(os.environ.get("LAYERDIFFUSION_SHOTS", ""))  # a folder where screenshots are kept
+ENV = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+
+def free_port():
+    with socket.socket() as s: s.bind(("127.0.0.1", 0)); return s.getsockname()[1]
+
+@contextmanager
+def serving(command, url, folder, env):
+    "A server that has answered, ended afterwards."
+    with open(folder/"server.log", "w") as log:
+        server = subprocess.Popen(command, cwd=folder, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+    try:
+        for _ in range(240):
+            assert server.poll() is None, (folder/"server.log").read_text()
+            try: urllib.request.urlopen(url, timeout=5).close(); break
+            except OSError: time.sleep(.25)
+        else: raise AssertionError((folder/"server.log").read_text())
+        yield
+    finally:
+        server.terminate()
+        try: server.wait(20)
+        except subprocess.TimeoutExpired: server.kill()
+
+@pytest.fixture(scope="module")
+def browser():
+    from playwright.sync_api import sync_playwright
+    with sync_playwright() as p:
+        browser = p.chromium.launch(executable_path=CHROMIUM, args=QUIET)
+        yield browser
+        browser.close()
+
+@pytest.fixture
+def page(browser):
+    "A page that notes whatever it asks of other machines, and gets nothing of it."
+    page = browser.new_page(viewport=dict(width=1400, height=1900))
+    page.abroad, local = [], re.compile(r"^(data|blob|about):|^https?://(localhost|127\.0\.0\.1)[:/]")
+    def gate(route):
+        if local.match(route.request.url): return route.continue_()
+        page.abroad.append(route.request.url)
+        route.abort()
+    page.route("**/*", gate)
+    page.on("websocket", lambda ws: re.match(r"wss?://(localhost|127\.0\.0\.1)[:/]", ws.url) or page.abroad.append(ws.url))
+    page.set_default_timeout(30_000)
+    yield page
+    page.close()
+
+def shot(page, tmp_path, name, of=".ld-app"):
+    folder = SHOTS if str(SHOTS) != "." else tmp_path
+    page.locator(of).first.screenshot(path=folder/f"{name}.png")
+
+CELL = 'from layerdiffusion.app import LayerDiffusionApp\napp = LayerDiffusionApp("example:dog")\napp'
+
+def notebook(path, *cells):
+    "A notebook of code cells."
+    code = [dict(cell_type="code", id=f"cell{i}", metadata={}, execution_count=None, outputs=[], source=c) for i, c in enumerate(cells)]
+    path.write_text(json.dumps(dict(cells=code, metadata=dict(kernelspec=dict(name="python3", display_name="Python 3", language="python")), nbformat=4, nbformat_minor=5)))
+
+@pytest.fixture
+def lab(tmp_path):
+    "JupyterLab on a copy of the pages, without news; gives the address of a notebook with the editor."
+    shutil.copytree(ROOT/"nbs", tmp_path/"nbs", ignore=shutil.ignore_patterns("results", "_*", ".*"))
+    notebook(tmp_path/"nbs"/"editor.ipynb", CELL)
+    settings = tmp_path/"settings"/"@jupyterlab"/"apputils-extension"
+    settings.mkdir(parents=True)
+    (settings/"notification.jupyterlab-settings").write_text('{"fetchNews": "false", "checkForUpdates": false}')
+    url = f"http://127.0.0.1:{(port := free_port())}"
+    command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--ServerApp.ip=127.0.0.1", f"--ServerApp.port={port}", "--IdentityProvider.token=", f"--ServerApp.root_dir={tmp_path/'nbs'}"]
+    env = {**ENV, "JUPYTERLAB_SETTINGS_DIR": str(tmp_path/"settings"), "JUPYTERLAB_WORKSPACES_DIR": str(tmp_path/"workspaces"), "JUPYTER_RUNTIME_DIR": str(tmp_path/"runtime")}
+    with serving(command, f"{url}/api", tmp_path, env): yield f"{url}/lab/tree/editor.ipynb"
+
+def start_editor(page, url):
+    "Open the notebook and run its cell; gives the canvas."
+    page.goto(url)
+    page.locator("text=| Idle").first.wait_for()
+    page.locator(".jp-Notebook .jp-Cell .cm-content").first.click()
+    page.keyboard.press("Shift+Enter")
+    board = page.locator(".ldc-board")
+    board.wait_for()
+    page.wait_for_function("document.querySelector('.ldc-board').height > 200")
+    return board
+
+def spot(board, x, y, of=64):
+    "Where a pixel of the picture is in the window."
+    r = board.bounding_box()
+    return r["x"] + x / of * r["width"], r["y"] + y / of * r["height"]
+
+def serial(page): return int(page.locator(".ldc").get_attribute("data-serial"))
+
+def after(page, act):
+    "Do something on the canvas, and wait for Python's answer; gives the milliseconds it took."
+    before = serial(page)
+    act()
+    page.wait_for_function(f"document.querySelector('.ldc').dataset.serial > {before}")
+    return int(page.locator(".ldc").get_attribute("data-latency"))
+
+def number(page, label, value):
+    "Type a number beside a slider."
+    row = page.locator(".ld-row", has_text=label).first
+    row.locator("input[type=number]").fill(str(value))
+    row.locator("input[type=number]").press("Enter")
+
+def press(page, name): page.locator(".ld-app button", has_text=re.compile(rf"^\s*{name}\s*$")).first.click()
+
+def test_editor_in_jupyterlab(page, lab, tmp_path):
+    "Click the subject, drag it, slide, run, stop, go on, redraw; look at it light, dark and narrow."
+    sent = []
+    page.on("websocket", lambda ws: ws.on("framesent", lambda frame: sent.append(frame)))
+    board = start_editor(page, lab)
+
+    times = [after(page, lambda: page.mouse.click(*spot(board, x, y))) for x, y in ((40, 36), (36, 33), (44, 38))]
+    print("milliseconds from click to mask:", times)
+    assert sorted(times)[1] < 200
+    words = page.locator(".ldc-words")
+    assert "by your marks" in words.inner_text()
+    after(page, lambda: page.keyboard.press("Delete"))
+
+    page.keyboard.press("m")
+    page.mouse.move(*spot(board, 40, 36)); page.mouse.down()
+    page.wait_for_timeout(200)
+    quiet = len(sent)
+    page.mouse.move(*spot(board, 46, 30), steps=20)
+    page.wait_for_timeout(100)
+    assert len(sent) == quiet, "something was sent while the pointer moved"
+    after(page, page.mouse.up)
+    assert "moved 9% to the right" in words.inner_text() and "up" in words.inner_text()
+    for _ in range(3): page.keyboard.down("ArrowLeft")
+    after(page, lambda: page.keyboard.up("ArrowLeft"))
+    assert "moved 6% to the right" in words.inner_text()
+    shot(page, tmp_path, "1-light")
+    for _ in range(2): after(page, lambda: page.keyboard.press("Control+z"))
+    assert "moved" not in words.inner_text() and page.locator(".jp-Notebook .jp-Cell").count() <= 2
+
+    press(page, "The paper's")
+    alpha = page.locator(".ld-row", has_text="α").first
+    alpha.locator(".noUi-handle").focus()
+    for _ in range(2): page.keyboard.press("ArrowRight")
+    page.wait_for_function("[...document.querySelectorAll('.ld-row input')].some(i => i.value === '0.8')")
+    for label, value in (("Pictures", 2), ("Steps", 10), ("Word steps", 20), ("Tuning steps", 150)): number(page, label, value)
+    press(page, "Run")
+    page.locator(".ld-stage", has_text="Teaching").wait_for()
+    page.locator(".ld-preview").wait_for()
+    shot(page, tmp_path, "2-running")
+    press(page, "Stop")
+    page.locator("text=Resume goes on there").wait_for()
+    press(page, "Resume")
+    page.locator(".ld-cell img").nth(1).wait_for()
+    number(page, "Pictures", 4)  # answers at once
+    page.locator(".ld-cell img").nth(3).wait_for()
+    page.locator(".ld-line pre", has_text="pipe.sample").wait_for()
+    assert "--alpha 0.8" in page.locator(".ld-line pre").nth(1).inner_text()
+    shot(page, tmp_path, "3-result")
+    page.set_viewport_size(dict(width=560, height=1900))
+    page.wait_for_timeout(500)
+    shot(page, tmp_path, "4-narrow")
+    page.set_viewport_size(dict(width=1400, height=1900))
+    page.evaluate("window.jupyterapp?.commands?.execute('apputils:change-theme', {theme: 'JupyterLab Dark'})")
+    page.wait_for_timeout(800)
+    shot(page, tmp_path, "5-dark")
+    assert not page.abroad, page.abroad
