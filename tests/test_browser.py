@@ -1,5 +1,5 @@
 "A person at the editor: JupyterLab in a headless Chromium, and `layerdiffusion app`; nothing may leave the machine."
-import json, os, re, shutil, socket, subprocess, sys, time, urllib.request
+import json, os, re, shutil, socket, subprocess, sys, time, urllib.error, urllib.request
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -27,6 +27,7 @@ def serving(command, url, folder, env):
         for _ in range(240):
             assert server.poll() is None, (folder/"server.log").read_text()
             try: urllib.request.urlopen(url, timeout=5).close(); break
+            except urllib.error.HTTPError: break  # it answers
             except OSError: time.sleep(.25)
         else: raise AssertionError((folder/"server.log").read_text())
         yield
@@ -46,7 +47,7 @@ def browser():
 @pytest.fixture
 def page(browser):
     "A page that notes whatever it asks of other machines, and gets nothing of it."
-    page = browser.new_page(viewport=dict(width=1400, height=1900))
+    page = browser.new_page(viewport=dict(width=1400, height=2500))
     page.abroad, local = [], re.compile(r"^(data|blob|about):|^https?://(localhost|127\.0\.0\.1)[:/]")
     def gate(route):
         if local.match(route.request.url): return route.continue_()
@@ -78,7 +79,7 @@ def lab(tmp_path):
     settings.mkdir(parents=True)
     (settings/"notification.jupyterlab-settings").write_text('{"fetchNews": "false", "checkForUpdates": false}')
     url = f"http://127.0.0.1:{(port := free_port())}"
-    command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--ServerApp.ip=127.0.0.1", f"--ServerApp.port={port}", "--IdentityProvider.token=", f"--ServerApp.root_dir={tmp_path/'nbs'}"]
+    command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--expose-app-in-browser", "--ServerApp.ip=127.0.0.1", f"--ServerApp.port={port}", "--IdentityProvider.token=", f"--ServerApp.root_dir={tmp_path/'nbs'}"]
     env = {**ENV, "JUPYTERLAB_SETTINGS_DIR": str(tmp_path/"settings"), "JUPYTERLAB_WORKSPACES_DIR": str(tmp_path/"workspaces"), "JUPYTER_RUNTIME_DIR": str(tmp_path/"runtime")}
     with serving(command, f"{url}/api", tmp_path, env): yield f"{url}/lab/tree/editor.ipynb"
 
@@ -163,11 +164,31 @@ def test_editor_in_jupyterlab(page, lab, tmp_path):
     page.locator(".ld-line pre", has_text="pipe.sample").wait_for()
     assert "--alpha 0.8" in page.locator(".ld-line pre").nth(1).inner_text()
     shot(page, tmp_path, "3-result")
-    page.set_viewport_size(dict(width=560, height=1900))
+    page.evaluate("jupyterapp.commands.execute('apputils:change-theme', {theme: 'JupyterLab Dark'})")
+    page.wait_for_function("document.body.dataset.jpThemeLight === 'false'")
+    page.wait_for_timeout(300)
+    shot(page, tmp_path, "4-dark")
+    page.evaluate("jupyterapp.commands.execute('application:toggle-left-area')")
+    page.set_viewport_size(dict(width=520, height=4000))
     page.wait_for_timeout(500)
-    shot(page, tmp_path, "4-narrow")
-    page.set_viewport_size(dict(width=1400, height=1900))
-    page.evaluate("window.jupyterapp?.commands?.execute('apputils:change-theme', {theme: 'JupyterLab Dark'})")
-    page.wait_for_timeout(800)
-    shot(page, tmp_path, "5-dark")
+    assert page.locator(".ld-app").evaluate("e => e.scrollWidth <= e.clientWidth"), "wider than its window"
+    shot(page, tmp_path, "5-narrow")
     assert not page.abroad, page.abroad
+
+def test_app_command(page, tmp_path):
+    "`layerdiffusion app`: the same editor as a page of its own, with its icons, and a click on the cat."
+    (tmp_path/"user").mkdir()
+    port = free_port()
+    command = [sys.executable, "-c", "import sys; from layerdiffusion.cli import main; sys.exit(main())", "app", "example:cat", "--no-browser", "--port", str(port), "--theme", "dark"]
+    with serving(command, f"http://127.0.0.1:{port}/voila/static/", tmp_path/"user", ENV):
+        page.goto(f"http://127.0.0.1:{port}")
+        board = page.locator(".ldc-board")
+        board.wait_for()
+        page.wait_for_function("document.querySelector('.ldc-board').height > 200")
+        after(page, lambda: page.mouse.click(*spot(board, 36, 40)))
+        assert "by your marks" in page.locator(".ldc-words").inner_text()
+        assert page.locator(".ld-field input").first.input_value() == "an orange cat lying on a beach"
+        assert page.evaluate("document.fonts.check('900 14px \"Font Awesome 6 Free\"') || document.fonts.size > 0")
+        shot(page, tmp_path, "6-voila")
+    assert "cdn" not in page.content() or all("jsdelivr" in url or "cdnjs" in url for url in page.abroad)
+    print(page.abroad)
