@@ -258,7 +258,7 @@ def make_widgets(self: LayerDiffusionApp, text: Optional[str]):
     self.says = {name: w.HTML() for name in ("picture", "text", "place", "run", "save", "stages", "settings")}
     for each in self.says.values(): each.add_class("ld-says")
 
-# %% ../nbs/23_app.ipynb #7eeb3242
+# %% ../nbs/23_app.ipynb #d69d7a7f
 @patch
 def layout(self: LayerDiffusionApp):
     "Cards in two columns, or one below the other in a narrow window."
@@ -275,7 +275,7 @@ def layout(self: LayerDiffusionApp):
     self.history_card = self.card_of("8", "History", self.log)
     for card in (self.result_card, self.history_card): card.layout.display = "none"
     columns = w.Box([box("ld-stack", *left), box("ld-stack", *right)])
-    parts = [(columns, "ld-columns"), (self.sheet, "ld-sheet"), (self.log, "ld-sheet"), (self.preview, "ld-preview"), (self.place, "ld-place"), (self.chosen, "ld-chosen"), (self.upload, "ld-upload"), (self.own_place, "ld-upload-place")]
+    parts = [(columns, "ld-columns"), (self.canvas_box, "ld-canvas"), (self.sheet, "ld-sheet"), (self.log, "ld-sheet"), (self.preview, "ld-preview"), (self.place, "ld-place"), (self.chosen, "ld-chosen"), (self.upload, "ld-upload"), (self.own_place, "ld-upload-place")]
     for part, name in parts: part.add_class(name)
     return box("ld-app", style, self.title(), columns, self.result_card, self.history_card)
 
@@ -458,7 +458,7 @@ def ended(self: LayerDiffusionApp, job: Job, done: Callable):
 
 LayerDiffusionApp.running = property(lambda self: self.job is not None and self.kind == "run")
 
-# %% ../nbs/23_app.ipynb #e00ac4e3
+# %% ../nbs/23_app.ipynb #c7f3fce8
 @patch
 def run(self: LayerDiffusionApp):
     "Make the edit; after a stop with the same settings, go on with it."
@@ -477,7 +477,7 @@ def make(self: LayerDiffusionApp, order: Order, given: dict, was: tuple, job: Jo
     config, begin = order.config(self.card), time.monotonic()
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        result = self.method.edit(text=order.text, seeds=span(order.seeds), config=config, callback=self.watch(job), look_every=max(1, config.tuning_steps // 8), **given)
+        result = self.method.edit(text=order.text, seeds=span(order.seeds), config=config, callback=self.watch(job), look_every=max(5, config.tuning_steps // 8), **given)
     notes = [str(s.message) for s in said if "mini knows" in str(s.message)]
     return Shown(order, result, scores(self.method, result), time.monotonic() - begin, *was), notes
 
