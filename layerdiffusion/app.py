@@ -8,8 +8,8 @@ __all__ = ['FLAGS', 'DIALS', 'TEXTS', 'QUICK', 'LOOKS', 'STAGES', 'COPY', 'NOWHE
            'Slider', 'LayerDiffusionApp', 'box', 'free_folder', 'read_upload', 'app_words', 'Shown', 'enlarged',
            'figure', 'begin', 'write_page', 'free_port', 'serve']
 
-# %% ../nbs/23_app.ipynb #d3fe8296
-import base64, contextlib, html, importlib.util, os, re, shlex, subprocess, sys, tempfile, threading, time, traceback, warnings
+# %% ../nbs/23_app.ipynb #a0937fcf
+import base64, contextlib, html, importlib.util, os, re, shlex, signal, subprocess, sys, tempfile, threading, time, traceback, warnings
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Callable, Optional
@@ -569,17 +569,23 @@ def watch(self: LayerDiffusionApp, job: Job) -> Callable:
         return self.draft
     return join_callbacks(Preview(decode, self.progress, .3), job)
 
-# %% ../nbs/23_app.ipynb #45b69fa4
+# %% ../nbs/23_app.ipynb #559f5d51
 @patch
 def redraw(self: LayerDiffusionApp):
     "Draw again with what was learnt."
     self.refresh()
     if not self.shown: self.no_draft()
-    if not self.shown or not self.shown.result.difference or self.running: return
+    if not self.shown or self.running: return
+    if self.too_old(): self.tell("run", "What this edit learnt is no longer kept; run it once more to draw it again."); return
     shown, names = self.shown, ("alpha", "guidance_scale", "sampling_steps")
     changes = {n: v for n in names if (v := self.dials[n].value) != getattr(shown.order.config(self.card), n)}
     again = dict(seeds=(self.dials["first"].value, self.dials["count"].value), **changes)
     self.start(lambda job: self.draw_again(shown, again, job), self.show, "redraw")
+
+@patch
+def too_old(self: LayerDiffusionApp) -> bool:
+    "Whether the U-Net of the shown edit was let go."
+    return not self.shown.result.difference and self.shown.result.config.tuning_steps > 0
 
 @patch
 def draw_again(self: LayerDiffusionApp, shown: "Shown", again: dict, job: Job) -> "Shown":
@@ -658,12 +664,12 @@ def pick(self: LayerDiffusionApp, i: int):
     both = [(self.canvas.picture if result.image is None else result.image, "before"), (result.images[i], f"after, seed {result.seeds[i]}")]
     self.chosen.value = "".join(figure(x, what=what) for x, what in both)
 
-# %% ../nbs/23_app.ipynb #27fec318
+# %% ../nbs/23_app.ipynb #e1d281d0
 @patch
 def save(self: LayerDiffusionApp):
     "Write the shown result, and the picked picture once more by that name."
     if not self.shown: return
-    if not self.shown.result.difference and self.shown.order.config(self.card).tuning_steps: self.tell("save", BadInput("This edit is too old to be saved; run it once more.")); return
+    if self.too_old(): self.tell("save", BadInput("What this edit learnt is no longer kept; run it once more to save it.")); return
     try:
         folder = self.shown.result.save(self.folder.value.strip() or free_folder(self.image))
         (folder / "picked.png").write_bytes(b"")
@@ -733,7 +739,7 @@ def write_page(folder: Path, options: dict) -> Path:
     write_json(folder / "voila.json", {"Voila": {"tornado_settings": {"headers": {"Content-Security-Policy": NOWHERE_ELSE}}}})
     return write_json(folder / "layerdiffusion.ipynb", dict(cells=[cell], metadata=kernel, nbformat=4, nbformat_minor=5))
 
-# %% ../nbs/23_app.ipynb #402eb205
+# %% ../nbs/23_app.ipynb #9e450c87
 def free_port(port: Optional[int] = None) -> int:
     "The port that was asked for, or the first free one from 8866."
     import socket
@@ -755,6 +761,7 @@ def serve(theme: str = "light",  # "light" or "dark"
         page = write_page(Path(folder), options)
         command = [sys.executable, "-m", "voila", page.name, "--Voila.ip=127.0.0.1", f"--port={port}", f"--theme={theme}", "--Voila.log_level=ERROR", *([] if browser else ["--no-browser"])]
         say(f"The editor is at http://127.0.0.1:{port}; it takes a few seconds to appear, and Ctrl-C ends it.")
+        if threading.current_thread() is threading.main_thread(): signal.signal(signal.SIGTERM, signal.default_int_handler)  # ended like by Ctrl-C
         server = subprocess.Popen(command, cwd=folder, env=dict(os.environ, PYTHONPATH=os.pathsep.join(filter(None, [str(package_folder().parent), os.environ.get("PYTHONPATH")]))))
         try: server.wait()
         except KeyboardInterrupt: say("The editor is closed.")

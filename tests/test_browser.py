@@ -1,5 +1,5 @@
 "A person at the editor: JupyterLab in a headless Chromium, and `layerdiffusion app`; nothing may leave the machine."
-import json, os, re, shutil, socket, subprocess, sys, time, urllib.error, urllib.request
+import json, os, re, shutil, signal, socket, subprocess, sys, time, urllib.error, urllib.request
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,7 +19,7 @@ def free_port():
     with socket.socket() as s: s.bind(("127.0.0.1", 0)); return s.getsockname()[1]
 
 @contextmanager
-def serving(command, url, folder, env):
+def serving(command, url, folder, env, end=signal.SIGTERM):
     "A server that has answered, ended afterwards."
     with open(folder/"server.log", "w") as log:
         server = subprocess.Popen(command, cwd=folder, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
@@ -32,7 +32,7 @@ def serving(command, url, folder, env):
         else: raise AssertionError((folder/"server.log").read_text())
         yield
     finally:
-        server.terminate()
+        server.send_signal(end)
         try: server.wait(20)
         except subprocess.TimeoutExpired: server.kill()
 
@@ -167,6 +167,9 @@ def test_editor_in_jupyterlab(page, lab, tmp_path):
     page.locator(".ld-cell img").nth(3).wait_for()
     page.locator(".ld-line pre", has_text="pipe.sample").wait_for()
     assert "--alpha 0.8" in page.locator(".ld-line pre").nth(1).inner_text()
+    page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    page.locator(".ld-line button").nth(1).click()
+    assert page.evaluate("navigator.clipboard.readText()").startswith("layerdiffusion edit example:dog 'a brown dog jumping in a forest' --point 40,36 ")
     shot(page, tmp_path, "3-result")
     page.evaluate("jupyterapp.commands.execute('apputils:change-theme', {theme: 'JupyterLab Dark'})")
     page.wait_for_function("document.body.dataset.jpThemeLight === 'false'")
@@ -184,7 +187,7 @@ def test_app_command(browser, tmp_path):
     (tmp_path/"user").mkdir()
     port = free_port()
     command = [sys.executable, "-c", "import sys; from layerdiffusion.cli import main; sys.exit(main())", "app", "example:cat", "--no-browser", "--port", str(port), "--theme", "dark"]
-    with serving(command, f"http://127.0.0.1:{port}/voila/static/", tmp_path/"user", ENV), watched(browser, has_touch=True) as page:
+    with serving(command, f"http://127.0.0.1:{port}/voila/static/", tmp_path/"user", ENV, signal.SIGINT), watched(browser, has_touch=True) as page:
         page.goto(f"http://127.0.0.1:{port}")
         board = page.locator(".ldc-board")
         board.wait_for()
@@ -201,3 +204,5 @@ def test_app_command(browser, tmp_path):
         page.keyboard.press("Enter")
         page.locator(".ld-error").wait_for()
         assert not page.abroad, page.abroad
+    with pytest.raises(OSError): urllib.request.urlopen(f"http://127.0.0.1:{port}", timeout=5)
+    assert "The editor is closed." in (tmp_path/"user"/"server.log").read_text()
