@@ -49,10 +49,10 @@ class Order:
 
 def span(seeds: tuple) -> range: return range(seeds[0], sum(seeds))
 
-# %% ../nbs/23_app.ipynb #b070628e
+# %% ../nbs/23_app.ipynb #5eff9bdd
 def short(value):
-    "A value as it is typed: 0.5 for 0.50, a list for a tuple of points."
-    if isinstance(value, float): return f"{value:g}"
+    "A value as it is typed: 40 for 40.0, a list for a tuple of points."
+    if isinstance(value, float): return brief if float(brief := f"{value:.10g}") == value else repr(value)
     if isinstance(value, (tuple, list)): return ("[{}]" if value and isinstance(value[0], (tuple, list)) else "({})").format(", ".join(map(short, value)))
     return repr(value)
 
@@ -411,7 +411,7 @@ def set_preset(self: LayerDiffusionApp):
     self.tell("settings", beyond)
     self.refresh()
 
-# %% ../nbs/23_app.ipynb #59ff62ce
+# %% ../nbs/23_app.ipynb #b1a244e1
 @patch
 def connect(self: LayerDiffusionApp):
     "What happens when something is touched."
@@ -452,6 +452,7 @@ def ended(self: LayerDiffusionApp, job: Job, done: Callable):
     if job.error is None: self.guard(lambda: done(job.value), where)
     elif self.job is job: self.tell(where, job.error)
     if self.job is not job: return  # another has taken its place
+    if job.error and self.kind == "redraw": self.show(self.shown, keep=True)
     if not isinstance(job.error, (KeyboardInterrupt, type(None))): self.stopped = None
     self.job, self.preview.layout.display, self.says["stages"].value = None, "none", ""
     self.refresh()
@@ -542,7 +543,7 @@ def figure(picture, size: int = 320, what: str = "") -> str:
     kind = "png" if data.startswith(b"\x89PNG") else "jpeg"
     return f'<figure><img src="data:image/{kind};base64,{base64.b64encode(data).decode()}" alt="{what}"><figcaption>{what}</figcaption></figure>'
 
-# %% ../nbs/23_app.ipynb #790532a6
+# %% ../nbs/23_app.ipynb #c5291800
 STAGES = dict(reference="Drawing the new place", target="Looking for a target picture (Eq. 4)", words="Learning words (Eq. 2)", embeddings="Fitting the words (Eq. 2)",
               tuning="Teaching subject and place (Eq. 4-6)", drawing="Drawing the pictures (Eq. 7, 8)")
 
@@ -558,6 +559,9 @@ def progress(self: LayerDiffusionApp, event: Event, line: str, sheet):
     if self.kind == "run": self.tell("run", "")
     pictures = self.draft if event.image is None and event.x0 is not None else event.image
     if pictures is None: return
+    if self.kind == "redraw":  # in the places of those that are drawn again
+        for x, (cell, _) in zip(pictures, self.cells): cell.children[0].value = enlarged(x)
+        return
     self.preview.value = "".join(figure(x, 160) for x in pictures[:4]) + f"<p>{STAGES.get(event.stage, event.stage)}, step {event.step}</p>"
     self.preview.layout.display = ""
 
@@ -569,7 +573,7 @@ def watch(self: LayerDiffusionApp, job: Job) -> Callable:
         return self.draft
     return join_callbacks(Preview(decode, self.progress, .3), job)
 
-# %% ../nbs/23_app.ipynb #559f5d51
+# %% ../nbs/23_app.ipynb #171ef8c2
 @patch
 def redraw(self: LayerDiffusionApp):
     "Draw again with what was learnt."
@@ -580,7 +584,7 @@ def redraw(self: LayerDiffusionApp):
     shown, names = self.shown, ("alpha", "guidance_scale", "sampling_steps")
     changes = {n: v for n in names if (v := self.dials[n].value) != getattr(shown.order.config(self.card), n)}
     again = dict(seeds=(self.dials["first"].value, self.dials["count"].value), **changes)
-    self.start(lambda job: self.draw_again(shown, again, job), self.show, "redraw")
+    self.start(lambda job: self.draw_again(shown, again, job), lambda new: self.show(new, keep=True), "redraw")
 
 @patch
 def too_old(self: LayerDiffusionApp) -> bool:
@@ -628,12 +632,14 @@ def no_draft(self: LayerDiffusionApp):
     if not self.reference: self.place.layout.display = "none"; self.tell("place", "Drawn from the words of the place, unless you give a picture.")
     self.refresh()
 
-# %% ../nbs/23_app.ipynb #7171e514
+# %% ../nbs/23_app.ipynb #d48602d8
 @patch
-def show(self: LayerDiffusionApp, shown: "Shown"):
-    "Show a result."
-    self.shown = shown
+def show(self: LayerDiffusionApp, shown: "Shown", keep: bool = False):
+    "Show a result, with its best picture picked, or the same seed as before."
+    seed = self.shown.result.seeds[self.picked] if keep else None
     best = max(range(len(shown.scores)), key=lambda i: (all(ok for _, ok in shown.scores[i]["seen"].values()), shown.scores[i]["likeness"]), default=0)
+    if seed in shown.result.seeds: best = shown.result.seeds.index(seed)
+    self.shown = shown
     self.cells = [self.cell(i) for i in range(len(shown.result.seeds))]
     self.sheet.children = tuple(c for c, _ in self.cells)
     self.result_card.layout.display = ""

@@ -70,11 +70,13 @@ def test_stop_and_resume(editor, method):
 
 def test_sliders_that_answer_at_once(editor, method):
     first = run(editor)
+    editor.pick(1)
     steps = []
     editor.method.tune, tune = lambda *a, **k: steps.append(1), editor.method.tune
     try:
         for name, value in (("alpha", .2), ("guidance_scale", 2.), ("first", 7), ("count", 3)):
             turn(editor, **{name: value}); editor.wait()
+            if name == "alpha": assert editor.picked == 1, "the same seed stays picked"
     finally: del editor.method.tune
     shown = editor.shown
     assert not steps and shown.result.seeds == [7, 8, 9] and shown.result.config.alpha == .2 and shown.result.difference is first.result.difference
@@ -89,7 +91,7 @@ def test_a_new_wish_overtakes(editor):
     turn(editor, sampling_steps=6); editor.wait()
     assert editor.shown.result.config.sampling_steps == 6 and "Stopped" not in said(editor, "run")
 
-@pytest.mark.parametrize("mark", [lambda c: c.add_point(40, 36).set_box(12, 18, 62, 56).place(.1, 0, .8), lambda c: c.paint([(12, 30), (20, 30)], 3)])
+@pytest.mark.parametrize("mark", [lambda c: c.add_point(40, 36).set_box(12, 18, 62, 56.25).place(-.1, 0, .8), lambda c: c.paint([(12, 30), (20, 30)], 3)])
 def test_the_lines_repeat_the_edit(editor, mark, capsys):
     "Shell and Python make the very pictures of the editor, redrawn ones too."
     mark(editor.canvas)
