@@ -258,7 +258,7 @@ def make_widgets(self: LayerDiffusionApp, text: Optional[str]):
     self.says = {name: w.HTML() for name in ("picture", "text", "place", "run", "save", "stages", "settings")}
     for each in self.says.values(): each.add_class("ld-says")
 
-# %% ../nbs/23_app.ipynb #d69d7a7f
+# %% ../nbs/23_app.ipynb #757547c5
 @patch
 def layout(self: LayerDiffusionApp):
     "Cards in two columns, or one below the other in a narrow window."
@@ -271,7 +271,7 @@ def layout(self: LayerDiffusionApp):
     right = [self.card_of("4", "New place", box("ld-flow", self.reroll, self.own_place, self.no_place), self.place, says["place"]),
              self.card_of("5", "Settings", self.preset, says["settings"], self.head("Drawing", "redraws at once after a run"), *dials(True), self.head("Learning", "takes a new run"), *dials(False)),
              self.card_of("6", "Run", box("ld-flow", self.go, self.halt), says["run"], says["stages"], self.preview)]
-    self.result_card = self.card_of("7", "Results", self.sheet, self.chosen, box("ld-flow", self.keep, self.folder), says["save"], self.head("The same again", "as Python, and in a terminal"), self.lines)
+    self.result_card = self.card_of("7", "Results", box("ld-results", self.chosen, self.sheet), box("ld-flow", self.keep, self.folder), says["save"], self.head("The same again", "as Python, and in a terminal"), self.lines)
     self.history_card = self.card_of("8", "History", self.log)
     for card in (self.result_card, self.history_card): card.layout.display = "none"
     columns = w.Box([box("ld-stack", *left), box("ld-stack", *right)])
