@@ -234,13 +234,13 @@ class LayerDiffusionApp:
     @property
     def card(self) -> dict: return self.method.models.card
 
-# %% ../nbs/23_app.ipynb #350a3865
+# %% ../nbs/23_app.ipynb #0289cbdd
 @patch
 def make_widgets(self: LayerDiffusionApp, text: Optional[str]):
     "Everything that can be touched or read."
     w, hidden = self.w, dict(layout=dict(display="none"))
     self.example = w.ToggleButtons(options=[(n, n) for n in list_examples()], value=None, tooltips=[f"The shipped {n}" for n in list_examples()])
-    self.upload = w.FileUpload(accept="image/*", description="Upload", tooltip="A picture from this computer")
+    self.upload = w.FileUpload(accept="image/*", description="Upload", tooltip="A picture from this computer, up to 10 MB; open larger ones by their path")
     self.path = w.Text(placeholder="or a file: photo.jpg", continuous_update=False, tooltip="The path of a picture beside the kernel; press Enter")
     self.text = w.Text(text or "", placeholder=TEXTS["dog"], continuous_update=False, tooltip="The picture you want, in one sentence: subject, what it does, where")
     self.object, self.background = (w.Text(continuous_update=False, tooltip=f"{what}; change it if the sentence was split in the wrong place") for what in ("T_a: who, and what it does", "T_b: where"))
@@ -670,7 +670,7 @@ def pick(self: LayerDiffusionApp, i: int):
     both = [(self.canvas.picture if result.image is None else result.image, "before"), (result.images[i], f"after, seed {result.seeds[i]}")]
     self.chosen.value = "".join(figure(x, what=what) for x, what in both)
 
-# %% ../nbs/23_app.ipynb #e1d281d0
+# %% ../nbs/23_app.ipynb #d747fdb1
 @patch
 def save(self: LayerDiffusionApp):
     "Write the shown result, and the picked picture once more by that name."
@@ -691,8 +691,10 @@ def write_lines(self: LayerDiffusionApp):
     shown = self.shown
     texts = [python_lines(shown.order, shown.redraw), shell_line(shown.order, shown.redraw, self.folder.value)]
     blocks = "".join(f'<div class="ld-line"><pre>{html.escape(t)}</pre><button type="button" onclick="{html.escape(COPY)}">Copy</button></div>' for t in texts)
-    note = "<p>The mask was drawn by hand: save first, and the lines will find it.</p>" if "mask" in shown.order.marks else ""
-    self.lines.value = blocks + note
+    files = [f for f in (shown.order.image, shown.order.reference) if f and not f.startswith("example:") and not Path(f).exists()]
+    notes = [f"The lines look for {html.escape(f)} where they are run." for f in files]
+    if "mask" in shown.order.marks: notes.append("The mask was drawn by hand: save first, and the lines will find it.")
+    self.lines.value = blocks + "".join(f'<p class="ld-note">{n}</p>' for n in notes)
 
 @patch
 def show_history(self: LayerDiffusionApp):

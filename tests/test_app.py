@@ -134,6 +134,7 @@ def test_examples_and_files(editor):
     editor.path.value = "nothing.png"
     assert "no file" in said(editor, "picture") and editor.image == "mine.png"
     editor.upload.value = (upload("bad.png", b"no picture"),)
+    assert not editor.shown
     assert "'bad.png' is not a picture" in said(editor, "picture")
 
 def test_the_new_place(editor):
@@ -211,6 +212,14 @@ def test_the_page_of_the_command(tmp_path):
     page = write_page(tmp_path, dict(image="example:cat", text="it's"))
     compile(json.loads(page.read_text())["cells"][0]["source"], "cell", "exec")
     assert "default-src 'self'" in (tmp_path/"voila.json").read_text()
+
+def test_the_page_says_why_there_is_no_editor(tmp_path, monkeypatch):
+    from IPython import display
+    seen = []
+    monkeypatch.setattr(display, "display", seen.append)
+    monkeypatch.chdir(tmp_path)
+    module.begin(str(tmp_path), image="example:dog", model="no model")
+    assert "There is no model folder" in html.unescape(seen[0].data) and "Traceback" not in seen[0].data
 
 def test_the_command_says_what_is_missing(monkeypatch, capsys):
     real = module.importlib.util.find_spec

@@ -98,10 +98,16 @@ def start_editor(page, url):
     page.wait_for_function("document.querySelector('.ldc-board').height > 200")
     return board
 
-def spot(board, x, y, of=64):
+def spot(board, x, y, size=(64, 64)):
     "Where a pixel of the picture is in the window."
     r = board.bounding_box()
-    return r["x"] + x / of * r["width"], r["y"] + y / of * r["height"]
+    return r["x"] + x / size[0] * r["width"], r["y"] + y / size[1] * r["height"]
+
+def drag(page, *path):
+    "Press at the first place and release at the last."
+    page.mouse.move(*path[0]); page.mouse.down()
+    for place in path[1:]: page.mouse.move(*place, steps=4)
+    return after(page, page.mouse.up)
 
 def serial(page): return int(page.locator(".ldc").get_attribute("data-serial"))
 
@@ -183,26 +189,43 @@ def test_editor_in_jupyterlab(page, lab, tmp_path):
     assert not page.abroad, page.abroad
 
 def test_app_command(browser, tmp_path):
-    "`layerdiffusion app`: the same editor as a page of its own, for a finger and for the keyboard alone."
-    (tmp_path/"user").mkdir()
+    "`layerdiffusion app`: the same editor as a page of its own, on a wide photo: a finger, the other tools, and the keyboard alone."
+    from PIL import Image
+    from layerdiffusion.core import load_image
+    (folder := tmp_path/"user").mkdir()
+    size = 320, 240
+    load_image("example:cat").resize((320, 320), Image.Resampling.BICUBIC).crop((0, 80, 320, 320)).save(folder/"photo.png")
     port = free_port()
-    command = [sys.executable, "-c", "import sys; from layerdiffusion.cli import main; sys.exit(main())", "app", "example:cat", "--no-browser", "--port", str(port), "--theme", "dark"]
-    with serving(command, f"http://127.0.0.1:{port}/voila/static/", tmp_path/"user", ENV, signal.SIGINT), watched(browser, has_touch=True) as page:
+    command = [sys.executable, "-c", "import sys; from layerdiffusion.cli import main; sys.exit(main())", "app", "photo.png", "--text", "an orange cat lying on a beach", "--no-browser", "--port", str(port), "--theme", "dark"]
+    with serving(command, f"http://127.0.0.1:{port}/voila/static/", folder, ENV, signal.SIGINT), watched(browser, has_touch=True) as page:
         page.goto(f"http://127.0.0.1:{port}")
         board = page.locator(".ldc-board")
         board.wait_for()
         page.wait_for_function("document.querySelector('.ldc-board').height > 200")
-        after(page, lambda: page.touchscreen.tap(*spot(board, 36, 40)))
-        assert "by your marks" in page.locator(".ldc-words").inner_text()
+        words, at = page.locator(".ldc-words"), lambda x, y: spot(board, x, y, size)
+        after(page, lambda: page.touchscreen.tap(*at(180, 120)))
+        assert "by your marks" in words.inner_text()
         board.focus()
         for key in ("n", "ArrowDown", "Shift+ArrowLeft", "Shift+ArrowLeft"): page.keyboard.press(key)
         after(page, lambda: page.keyboard.press("Enter"))
         after(page, lambda: page.keyboard.press("Delete"))
-        assert page.locator(".ld-field input").first.input_value() == "an orange cat lying on a beach"
+        page.keyboard.press("b"); drag(page, at(40, 10), at(300, 190))
+        page.keyboard.press("d"); drag(page, at(20, 20), at(60, 20), at(60, 60))
+        assert "by you" in words.inner_text()
+        painted = json.loads(page.locator(".ldc").get_attribute("data-bounds"))
+        assert painted[0] < 20 and painted[1] < 25
+        page.keyboard.press("e"); drag(page, at(10, 20), at(60, 20), at(60, 70))
+        page.keyboard.press("m")
+        _, top, right, bottom = json.loads(page.locator(".ldc").get_attribute("data-bounds"))
+        drag(page, at(right, top), at(right - 20, (top + bottom) / 2))
+        assert re.search(r"at [4-6]\d% of its size", words.inner_text()), words.inner_text()
         shot(page, tmp_path, "6-voila")
+        before = serial(page)
+        page.mouse.move(*at(160, 120)); page.mouse.down(); page.mouse.move(*at(200, 120)); page.keyboard.press("Escape"); page.mouse.up()
         page.locator(".ld-field input").first.fill("a cat flying")
         page.keyboard.press("Enter")
         page.locator(".ld-error").wait_for()
+        assert serial(page) == before, "Escape leaves a drag undone"
         assert not page.abroad, page.abroad
     with pytest.raises(OSError): urllib.request.urlopen(f"http://127.0.0.1:{port}", timeout=5)
-    assert "The editor is closed." in (tmp_path/"user"/"server.log").read_text()
+    assert "The editor is closed." in (folder/"server.log").read_text()

@@ -104,6 +104,7 @@ class Canvas {
     this.forth.disabled = !view.redo;
     if (this.asked) { this.root.dataset.latency = Math.round(performance.now() - this.asked); this.asked = 0; }
     this.root.dataset.serial = view.serial;
+    this.root.dataset.bounds = JSON.stringify(view.bounds);
     this.use(this.tool);
   }
 
