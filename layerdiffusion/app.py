@@ -16,9 +16,9 @@ from typing import Any, Callable, Optional
 
 import torch
 
-# %% ../nbs/23_app.ipynb #7c880e35
+# %% ../nbs/23_app.ipynb #44c6b370
 from .canvas import Marks, PromptCanvas, picture_bytes
-from .core import BadInput, Event, Preview, join_callbacks, list_examples, load_image, package_folder, to_pil, write_json
+from .core import BadInput, Event, Preview, join_callbacks, list_examples, load_image, package_folder, to_pil, write_atomic, write_json
 from .embeddings import split_text
 from .judge import ask, load_judge
 from .masks import propose_subject
@@ -203,7 +203,7 @@ class Slider:
     @property
     def value(self): return round(self.slider.value, 6)
 
-# %% ../nbs/23_app.ipynb #029b7dfd
+# %% ../nbs/23_app.ipynb #eddf9cb4
 TEXTS = dict(dog="a brown dog jumping in a forest", cat="an orange cat lying on a beach", rabbit="a grey rabbit sitting in the snow")
 QUICK = dict(target_draws=16, embedding_steps=0, tuning_steps=120, sampling_steps=20)
 LOOKS = {"best": "Best", "paper": "The paper's", "quick": "Quick look"}
@@ -215,14 +215,14 @@ class LayerDiffusionApp:
                  text: Optional[str] = None,  # T; None: one that fits the example
                  model: Any = "mini",  # a name as for `LayerDiffusion.from_pretrained`, or a loaded `LayerDiffusion`
                  sam: Any = None, device: Optional[str] = None):  # see `LayerDiffusion.from_pretrained`
-        self.w, self.names = widgets(), {k: v for k, v in dict(model=model, sam=sam, device=device).items() if v is not None and not isinstance(v, LayerDiffusion) and v != "mini"}
-        self.method = model if isinstance(model, LayerDiffusion) else LayerDiffusion.from_pretrained(model, device, sam)
-        self.method.say = lambda said: None  # the canvas shows the subject
-        self.job = self.shown = self.stopped = self.reference = None
+        self.w, self.method = widgets(), model if isinstance(model, LayerDiffusion) else LayerDiffusion.from_pretrained(model, device, sam)
+        self.names = {k: v for k, v in dict(model=self.method.models.name, sam=sam, device=device).items() if v is not None and v != "mini"}
+        self.canvas = self.job = self.shown = self.stopped = self.reference = self.saved = None
         self.history, self.stages, self.picked, self.trace, self.quiet, self.roll, self.kind, self.draft = [], {}, 0, "", False, 0, "", None
         self.make_widgets(text)
         self.view = self.layout()
         self.open_picture(image)
+        if not self.canvas: self.open_picture("example:dog", said=self.says["picture"].value)
         self.set_preset()
         self.connect()
         self.refresh()
@@ -279,7 +279,7 @@ def layout(self: LayerDiffusionApp):
     for part, name in parts: part.add_class(name)
     return box("ld-app", style, self.title(), columns, self.result_card, self.history_card)
 
-# %% ../nbs/23_app.ipynb #5cc6a10c
+# %% ../nbs/23_app.ipynb #971a64d5
 def box(name: str, *inside):
     "Widgets in a box with a name for the style sheet."
     made = widgets().VBox(inside)
@@ -305,10 +305,10 @@ def head(self: LayerDiffusionApp, title: str, note: str):
 def title(self: LayerDiffusionApp):
     "What this is, and what it runs on."
     words = self.card.get("words")
-    known = f"<details><summary>mini knows {len(words)} words</summary>{', '.join(words)}. For photos use a full model: <code>layerdiffusion app photo.jpg --model CompVis/stable-diffusion-v1-4</code></details>" if words else ""
+    known = f"<details><summary>mini knows {len(words)} words</summary>{', '.join(words)}. For photos use a full model: <code>layerdiffusion app photo.jpg --model CompVis/stable-diffusion-v1-4 --sam sam_vit_h_4b8939.pth</code></details>" if words else ""
     return self.w.HTML(f'<div class="ld-title"><h2>LayerDiffusion</h2><p>Change what the subject of a picture does and where it is, while it stays the same subject.</p><p>Model <b>{html.escape(str(self.method.models.name))}</b> on {self.method.models.device}</p>{known}</div>')
 
-# %% ../nbs/23_app.ipynb #fd2b2059
+# %% ../nbs/23_app.ipynb #c0b3b7fa
 @patch
 @contextlib.contextmanager
 def silence(self: LayerDiffusionApp):
@@ -325,7 +325,7 @@ def tell(self: LayerDiffusionApp, where: str, what, wrong: bool = False):
     self.says[where].value = f'<span class="{"ld-error" if wrong else "ld-note"}" role="status">{html.escape(what)}</span>' if what else ""
 
 @patch
-def open_picture(self: LayerDiffusionApp, image, name: Optional[str] = None):
+def open_picture(self: LayerDiffusionApp, image, name: Optional[str] = None, said: str = ""):
     "Show a picture on a new canvas."
     try: self.canvas = PromptCanvas(image, self.method.sam, self.method.models.size)
     except Exception as error: self.tell("picture", error); return
@@ -338,6 +338,7 @@ def open_picture(self: LayerDiffusionApp, image, name: Optional[str] = None):
         if known in TEXTS and self.text.value in ("", *TEXTS.values()): self.text.value = TEXTS[known]
     self.folder.value = free_folder(self.image)
     self.tell("picture", "" if known else f"{self.image}, {self.canvas.picture.width} x {self.canvas.picture.height}")
+    self.says["picture"].value += said
     self.split()
 
 def free_folder(image: str) -> str:
@@ -459,24 +460,37 @@ def ended(self: LayerDiffusionApp, job: Job, done: Callable):
 
 LayerDiffusionApp.running = property(lambda self: self.job is not None and self.kind == "run")
 
-# %% ../nbs/23_app.ipynb #c7f3fce8
+# %% ../nbs/23_app.ipynb #70544c82
 @patch
 def run(self: LayerDiffusionApp):
     "Make the edit; after a stop with the same settings, go on with it."
+    if self.folder.value == self.saved: self.folder.value = free_folder(self.image)
     try:
-        order = self.order()
+        order, *was = wish = self.wish()
         given = dict(self.canvas.arguments(), image=self.canvas.picture, reference=self.reference and self.reference[1], **order.parts)
     except BadInput as refused: self.tell("run", app_words(refused)); return
-    was = self.canvas, self.canvas.marks, self.reference
-    going_on, self.stopped = self.stopped == order, order
+    going_on, self.stopped = self.stopped == wish, wish
     self.tell("run", "Going on ..." if going_on else "Starting ...")
     self.start(lambda job: self.make(order, given, was, job), self.finish, "run")
 
 @patch
-def make(self: LayerDiffusionApp, order: Order, given: dict, was: tuple, job: Job) -> tuple:
+def wish(self: LayerDiffusionApp) -> tuple:
+    "All that the editor is set to; a run that was stopped goes on where it is the same as then."
+    return self.order(), self.canvas, self.canvas.marks, self.reference
+
+@patch
+@contextlib.contextmanager
+def hushed(self: LayerDiffusionApp):
+    "The pipeline need not print what the canvas shows."
+    before, self.method.say = self.method.say, lambda said: None
+    try: yield
+    finally: self.method.say = before
+
+@patch
+def make(self: LayerDiffusionApp, order: Order, given: dict, was: list, job: Job) -> tuple:
     "In the job's thread: the edit, its scores, and warnings."
     config, begin = order.config(self.card), time.monotonic()
-    with warnings.catch_warnings(record=True) as said:
+    with self.hushed(), warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         result = self.method.edit(text=order.text, seeds=span(order.seeds), config=config, callback=self.watch(job), look_every=max(5, config.tuning_steps // 8), **given)
     notes = [str(s.message) for s in said if "mini knows" in str(s.message)]
@@ -504,7 +518,7 @@ class Shown:
     reference: Optional[tuple] = None  # name and picture
     redraw: Optional[dict] = None  # what was changed afterwards
 
-# %% ../nbs/23_app.ipynb #f89e1689
+# %% ../nbs/23_app.ipynb #abc75f65
 @patch
 def stop(self: LayerDiffusionApp):
     "Stop after the present step."
@@ -521,7 +535,7 @@ def wait(self: LayerDiffusionApp, seconds: float = 600.):
 def refresh(self: LayerDiffusionApp):
     "Names and states of the buttons."
     running = self.running
-    try: resumes = self.stopped is not None and self.order() == self.stopped
+    try: resumes = self.stopped is not None and self.wish() == self.stopped
     except BadInput: resumes = False
     self.go.description, self.go.icon = ("Resume", "step-forward") if resumes and not running else ("Run", "play")
     self.go.disabled, self.halt.disabled = running, not running
@@ -670,7 +684,7 @@ def pick(self: LayerDiffusionApp, i: int):
     both = [(self.canvas.picture if result.image is None else result.image, "before"), (result.images[i], f"after, seed {result.seeds[i]}")]
     self.chosen.value = "".join(figure(x, what=what) for x, what in both)
 
-# %% ../nbs/23_app.ipynb #d747fdb1
+# %% ../nbs/23_app.ipynb #37d46c29
 @patch
 def save(self: LayerDiffusionApp):
     "Write the shown result, and the picked picture once more by that name."
@@ -678,9 +692,9 @@ def save(self: LayerDiffusionApp):
     if self.too_old(): self.tell("save", BadInput("What this edit learnt is no longer kept; run it once more to save it.")); return
     try:
         folder = self.shown.result.save(self.folder.value.strip() or free_folder(self.image))
-        (folder / "picked.png").write_bytes(b"")
-        to_pil(self.shown.result.images[self.picked]).save(folder / "picked.png")
+        write_atomic(folder / "picked.png", to_pil(self.shown.result.images[self.picked]).save)
     except BadInput as refused: self.tell("save", refused); return
+    self.saved = self.folder.value
     self.tell("save", f"Saved in {folder.absolute()}: {', '.join(sorted(p.name for p in folder.iterdir()))}.")
 
 COPY = "navigator.clipboard.writeText(this.parentElement.querySelector('pre').innerText); this.textContent = 'Copied'; setTimeout(() => this.textContent = 'Copy', 1500)"

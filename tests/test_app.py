@@ -177,6 +177,18 @@ def test_everything_wrong_is_a_sentence(editor, monkeypatch):
     run(editor)
     assert "This should not have happened (ZeroDivisionError" in said(editor, "run") and "Traceback" in editor.trace
 
+def test_a_picture_that_cannot_be_opened(method):
+    "The editor opens all the same, with an example, and says why."
+    app = LayerDiffusionApp("nothing.png", model=method)
+    assert app.image == "example:dog" and "no file 'nothing.png'" in said(app, "picture") and app.text.value
+
+def test_another_edit_goes_to_another_folder(editor):
+    "What is printed elsewhere is not the editor's business, and a saved edit is not written over."
+    run(editor); editor.save()
+    assert editor.method.say is print and editor.saved == "edits/dog-1"
+    turn(editor, lambda_obj=3.); run(editor)
+    assert editor.folder.value == "edits/dog-2" and "--out edits/dog-2" in html.unescape(editor.lines.value)
+
 def test_a_folder_that_cannot_be_written(editor):
     run(editor)
     Path("file").write_text("")
