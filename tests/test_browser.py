@@ -24,7 +24,7 @@ def serving(command, url, folder, env, end=signal.SIGTERM):
     with open(folder/"server.log", "w") as log:
         server = subprocess.Popen(command, cwd=folder, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
     try:
-        for _ in range(240):
+        for _ in range(600):
             assert server.poll() is None, (folder/"server.log").read_text()
             try: urllib.request.urlopen(url, timeout=5).close(); break
             except urllib.error.HTTPError: break  # it answers
@@ -55,7 +55,7 @@ def watched(browser, **options):
         route.abort()
     page.route("**/*", gate)
     page.on("websocket", lambda ws: re.match(r"wss?://(localhost|127\.0\.0\.1)[:/]", ws.url) or page.abroad.append(ws.url))
-    page.set_default_timeout(60_000)
+    page.set_default_timeout(180_000)
     yield page
     page.close()
 
