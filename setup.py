@@ -26,7 +26,7 @@ setup(
     classifiers=["Development Status :: " + statuses[int(cfg["status"]) - 1], "Intended Audience :: " + cfg["audience"],
                  "Natural Language :: " + cfg["language"], "Programming Language :: Python :: " + cfg["min_python"]],
     packages=[name],
-    package_data={name: ["weights/**", "pictures/*"]},
+    package_data={name: ["weights/**", "pictures/*", "static/*"]},
     include_package_data=False,
     python_requires=">=" + cfg["min_python"],
     install_requires=cfg["requirements"].split(),

@@ -2,7 +2,8 @@ __version__ = "0.1.0"
 
 from importlib import import_module as _import_module
 
-_home = dict(LayerDiffusion="pipeline", EditConfig="pipeline", EditResult="pipeline", load_edit="pipeline", preset="settings", BadInput="core")
+_home = dict(LayerDiffusion="pipeline", EditConfig="pipeline", EditResult="pipeline", load_edit="pipeline", preset="settings", BadInput="core",
+             PromptCanvas="canvas", LayerDiffusionApp="app")
 __all__ = list(_home)
 
 def __getattr__(name):

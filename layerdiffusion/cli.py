@@ -8,7 +8,7 @@ __all__ = ['SUBJECT', 'PLACE', 'WORDS', 'TUNING', 'DRAWING', 'MASKS', 'BEYOND', 
            'parse_numbers', 'default_folder', 'check_writable', 'check_preview', 'read_settings', 'typed',
            'read_request', 'placement', 'announce', 'describe_mask', 'prepare', 'choose_level', 'Stopped', 'run_edit',
            'save_looks', 'after_stop', 'save', 'close_bars', 'forget', 'edit', 'examples', 'train_mini', 'check_mini',
-           'bench', 'experiment', 'usage', 'explain', 'run_app', 'main']
+           'bench', 'experiment', 'editor', 'usage', 'explain', 'run_app', 'main']
 
 # %% ../nbs/30_cli.ipynb #9c2efb69
 import inspect, json, os, re, shutil, sys
@@ -469,6 +469,23 @@ def experiment(name: Annotated[Literal["validity", "alpha", "ablation", "steps",
     check_writable(out)
     from layerdiffusion.experiments import run_experiment, show_experiment
     announce(show_experiment(run_experiment(name, size, preset, out, workers, device, model)))
+
+# %% ../nbs/30_cli.ipynb #fcde450f
+@app.command("app", epilog="Needs its extra:  pip install 'layerdiffusion\\[app]'\n\nWith the paper's model, on your own picture:  layerdiffusion app me.jpg --model CompVis/stable-diffusion-v1-4 --sam sam_vit_h_4b8939.pth --device cuda")
+def editor(image: Annotated[str, typer.Argument(help="The picture to begin with: a file, or example:dog, example:cat, example:rabbit.")] = "example:dog",
+           text: Annotated[Optional[str], typer.Option(help="The sentence to begin with. Unset: one that fits the example.", metavar="TEXT")] = None,
+           model: Annotated[str, typer.Option(help=RUN[0].help, metavar="NAME")] = "mini",
+           sam: Annotated[Optional[str], typer.Option(help=RUN[1].help, metavar="NAME")] = None,
+           device: Annotated[Optional[str], typer.Option(help="cpu, cuda, cuda:1 or mps. Unset: the fastest there is.", metavar="NAME")] = None,
+           theme: Annotated[Literal["light", "dark"], typer.Option(help="Colours of the page.")] = "light",
+           port: Annotated[Optional[int], typer.Option(help="Port on 127.0.0.1. Unset: the first free one from 8866.", min=1024, max=65535)] = None,
+           browser: Annotated[bool, typer.Option("--browser/--no-browser", help="Open it in the browser, or only say its address.")] = True,
+           debug: Annotated[bool, typer.Option("--debug", help=RUN[-1].help)] = False):
+    "Open the editor in a browser: click on the subject, type a sentence, slide, run, pick. Only this machine can see it."
+    load_image(image)
+    from layerdiffusion.app import serve
+    from layerdiffusion.core import pick_device
+    serve(theme, port, browser, announce, image=image, text=text, model=model, sam=sam, device=device and pick_device(device))
 
 # %% ../nbs/30_cli.ipynb #1c7a10a0
 REPORT = "https://github.com/layerdiffusion/layerdiffusion/issues"

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SAM_FILES', 'RESAMPLE', 'overlay', 'dilate', 'iou', 'bounding_box', 'inside_point', 'centre', 'check_mask',
-           'load_sam', 'find_mask', 'Proposal', 'subject_scores', 'propose_subject', 'mask_from_file', 'to_latent',
-           'composite', 'fill_hole', 'move_mask', 'move_subject']
+           'load_sam', 'look', 'find_mask', 'Proposal', 'subject_scores', 'propose_subject', 'mask_from_file',
+           'to_latent', 'composite', 'fill_hole', 'move_mask', 'move_subject']
 
 # %% ../nbs/03_masks.ipynb #8fd6f55d
 import json, math
@@ -20,6 +20,7 @@ from .core import BadInput, load_image, package_folder
 
 if TYPE_CHECKING:
     from PIL import Image
+    from segment_anything import SamPredictor
     from segment_anything.modeling import Sam
 
 # %% ../nbs/03_masks.ipynb #3697d75d
@@ -177,8 +178,11 @@ def _check_box(box, image):
     return np.asarray(box, dtype="float32")
 
 # %% ../nbs/03_masks.ipynb #e5a96203
-def _look(sam, image):
-    "A predictor that has seen the picture."
+def look(sam: "Sam",  # see `load_sam`; a predictor is given back as it is
+         image: torch.Tensor  # (3, H, W) in 0-1
+        ) -> "SamPredictor":
+    "A predictor that has seen the picture: `find_mask` takes it in place of `sam`, and each click is quick."
+    if hasattr(sam, "set_image"): return sam
     from segment_anything import SamPredictor
     predictor = SamPredictor(sam)
     predictor.set_image((image.detach().cpu().permute(1, 2, 0).clamp(0, 1) * 255).round().byte().numpy())
@@ -210,14 +214,14 @@ def _box_scores(masks, quality, box):
 
 def _by_box(sam, image, box):
     "The mask (1, H, W) of what a box encloses."
-    predictor = _look(sam, image)
-    if sam.knows_boxes: return torch.from_numpy(predictor.predict(box=box, multimask_output=False)[0]).float()
+    predictor = look(sam, image)
+    if predictor.model.knows_boxes: return torch.from_numpy(predictor.predict(box=box, multimask_output=False)[0]).float()
     found = _best_click(predictor, _grid(box, 3), lambda m, q: _box_scores(m, q, box.tolist()))
     return found[1] if len(found) > 1 else torch.zeros_like(image[:1]).cpu()
 
 # %% ../nbs/03_masks.ipynb #64fe3311
 @torch.no_grad()
-def find_mask(sam: "Sam",  # see `load_sam`
+def find_mask(sam: "Sam",  # see `load_sam`, or what `look` gave for this picture
               image: torch.Tensor,  # (3, H, W) in 0-1
               point: Optional[Sequence] = None,  # (x, y) in pixels, or several; none and no box: `propose_subject`
               box: Optional[Sequence] = None,  # x0, y0, x1, y1 in pixels; with points: what lies outside is cut off
@@ -232,7 +236,8 @@ def find_mask(sam: "Sam",  # see `load_sam`
     (coords, labels), box = _as_points(point, labels), _check_box(box, image)
     if coords is None: return check_mask(_by_box(sam, image, box))
     _check_inside(coords, image)
-    masks, quality, _ = _look(sam, image).predict(coords, labels, box if sam.knows_boxes else None, multimask_output=len(coords) == 1 and box is None)
+    predictor = look(sam, image)
+    masks, quality, _ = predictor.predict(coords, labels, box if predictor.model.knows_boxes else None, multimask_output=len(coords) == 1 and box is None)
     return check_mask(_cut(torch.from_numpy(masks[quality.argmax()])[None].float(), box))
 
 def _cut(mask, box):
@@ -273,13 +278,13 @@ def _off_centre(masks):
 
 # %% ../nbs/03_masks.ipynb #dc7f4781
 @torch.no_grad()
-def propose_subject(sam: "Sam",  # see `load_sam`
+def propose_subject(sam: "Sam",  # as for `find_mask`
                     image: torch.Tensor,  # (3, H, W) in 0-1
                     side: int = 6  # clicks in a row; side * side in all
                    ) -> Proposal:
     "Click on a grid of points and take the mask that looks most like a subject."
     h, w = image.shape[-2:]
-    found = _best_click(_look(sam, image), _grid((0, 0, w, h), side), subject_scores)
+    found = _best_click(look(sam, image), _grid((0, 0, w, h), side), subject_scores)
     if len(found) == 1: raise BadInput("No subject was found in the picture; give a point, a box or a mask.")
     _, mask, quality, point = found
     return Proposal(mask, point, quality, mask.mean().item())

@@ -35,7 +35,7 @@ class LayerDiffusion:
                 ):
         self.models = models
         self._sam = sam or ("mini" if models.card.get("name") == "mini" else "vit_h")
-        self.cache, self.unfinished = OrderedDict(), {}
+        self.cache, self.unfinished, self.say = OrderedDict(), {}, print  # `say` is told what SAM took for the subject
 
     @classmethod
     def from_pretrained(cls,
@@ -198,7 +198,7 @@ def find_subject(self: LayerDiffusion, source, image: torch.Tensor, mask=None, p
     if mask is not None: return read_mask(mask, *image.shape[-2:])
     point, box = (None if x is None else fit_points(x, source, image) for x in (point, box))
     def compute(key):
-        with parked(self.models): return find_mask(self.sam, image, point=point, box=box)
+        with parked(self.models): return find_mask(self.sam, image, point=point, box=box, say=self.say)
     return self.once("mask", [image, point, box], compute)
 
 def read_mask(mask, height: int, width: int) -> torch.Tensor:

@@ -8,7 +8,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT/"layerdiffusion"
 MODULES = sorted(p.stem for p in PACKAGE.glob("*.py") if not p.stem.startswith("_"))
 PAGES = {re.sub(r"^\d+_", "", p.stem): int(m[1]) for p in (ROOT/"nbs").glob("*.ipynb") if (m := re.match(r"(\d+)_", p.name))}
-TOOLS = ["nbdev", "fastcore", "execnb", "jupyterlab", "IPython", "ipywidgets", "matplotlib", "smalldocs", "nbconvert"]
+TOOLS = ["nbdev", "fastcore", "execnb", "jupyterlab", "IPython", "ipywidgets", "anywidget", "traitlets", "voila", "matplotlib", "smalldocs", "nbconvert"]
 
 def python(code): return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, stdin=subprocess.DEVNULL)
 

@@ -43,6 +43,12 @@ def test_text_encoder_has_the_published_names():
 def test_pictures_are_there():
     assert {"dog.png", "cat.png", "rabbit.png"} <= {p.name for p in (DATA/"pictures").iterdir()}
 
+def test_editor_is_there():
+    "The canvas and its style come with the package, and fetch nothing."
+    texts = {p.name: p.read_text(encoding="utf-8") for p in (DATA/"static").iterdir()}
+    assert {"canvas.js", "canvas.css", "app.css"} <= set(texts)
+    assert not [name for name, text in texts.items() if re.search(r"https?://|@import|^import ", text, re.M)]
+
 def test_data_is_packaged(told):
     "Every file beside the modules matches a pattern of package_data."
     patterns = told["package_data"]["layerdiffusion"]
@@ -52,10 +58,10 @@ def test_data_is_packaged(told):
 def test_requirements(told):
     "The library needs no notebook or docs tool, every requirement has a floor, those that move fast a ceiling too."
     needs = told["install_requires"]
-    assert not [r for r in needs if r.startswith(("nbdev", "fastcore", "execnb", "jupyter", "ipy", "matplotlib", "smalldocs", "pytest"))]
+    assert not [r for r in needs if r.startswith(("nbdev", "fastcore", "execnb", "jupyter", "ipy", "anywidget", "voila", "playwright", "matplotlib", "smalldocs", "pytest"))]
     assert all(">=" in r for r in needs)
     assert all("<" in next(r for r in needs if r.startswith(name)) for name in ("torch>", "diffusers", "transformers"))
-    assert {"notebooks", "dev", "docs"} <= set(told["extras_require"])
+    assert {"app", "notebooks", "dev", "docs"} <= set(told["extras_require"])
     assert not any(" " in r for rs in [needs, *told["extras_require"].values()] for r in rs)
 
 def test_what_is_imported_is_required(told):
@@ -63,7 +69,7 @@ def test_what_is_imported_is_required(told):
     trees = [ast.parse(p.read_text(encoding="utf-8")) for p in DATA.glob("*.py")]
     nodes = [n for tree in trees for n in ast.walk(tree)]
     names = {a.name for n in nodes if isinstance(n, ast.Import) for a in n.names} | {n.module for n in nodes if isinstance(n, ast.ImportFrom) and not n.level}
-    tops = {n.split(".")[0] for n in names} - set(sys.stdlib_module_names) - {"layerdiffusion", "matplotlib", "IPython", "ipywidgets"}
+    tops = {n.split(".")[0] for n in names} - set(sys.stdlib_module_names) - {"layerdiffusion", "matplotlib", "IPython", "ipywidgets", "anywidget", "traitlets"}
     plain = lambda name: re.split(r"[<>=!\[]", name)[0].lower().replace("_", "-")
     required, where = {plain(r) for r in told["install_requires"]}, packages_distributions()
     assert not {t for t in tops if not required & {plain(d) for d in where.get(t, [t])}}
