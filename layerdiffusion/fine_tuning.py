@@ -8,6 +8,7 @@ __all__ = ['object_loss', 'background_loss', 'union', 'squared_weight', 'stack_l
            'full_rank']
 
 # %% ../nbs/05_fine_tuning.ipynb #172ec5de
+import importlib
 from typing import Callable, Optional
 
 import torch
@@ -133,7 +134,7 @@ def adam(params: list,  # what moves, float32
         ) -> torch.optim.Optimizer:
     "Adam, in one kernel where the device has one."
     if not eight_bits: return torch.optim.Adam(params, lr=learning_rate, fused=params[0].device.type in ("cpu", "cuda"))
-    try: from bitsandbytes.optim import Adam8bit
+    try: Adam8bit = importlib.import_module("bitsandbytes.optim").Adam8bit  # not required: only who has a small card needs it
     except ImportError: raise BadInput("Adam in eight bits needs bitsandbytes, which is not installed: pip install bitsandbytes, or give another --memory.") from None
     return Adam8bit(params, lr=learning_rate)
 

@@ -42,12 +42,12 @@ class LayerDiffusion:
                         name: str = "mini",  # "mini", a Stable Diffusion folder, or a hub name
                         device: Optional[str] = None,  # None: the fastest there is
                         sam: Any = None,  # see `LayerDiffusion`
-                        precision: str = "auto",  # "auto", "fp32", "bf16" or "fp16", see `pick_precision`
+                        precision: str = "auto",  # "auto", "fp32", "bf16" or "fp16", see `pick_precision`; mini gains nothing by half precision, so auto is fp32 there
                         offline: bool = False  # never ask the hub
                        ) -> "LayerDiffusion":
         "Load a model by name."
         device = pick_device(device)
-        return cls(load_models(name, device, pick_precision(precision, device), offline), sam)
+        return cls(load_models(name, device, pick_precision("fp32" if (precision, str(name)) == ("auto", "mini") else precision, device), offline), sam)
 
     @property
     def sam(self):
