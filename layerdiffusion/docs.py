@@ -29,6 +29,7 @@ def find_checkout(start: Optional[Path] = None  # a folder in it; None: where yo
 def need_tools():
     "Refuse when the docs extra is not installed."
     missing = [name for name in ("nbdev", "smalldocs", "fastcore") if find_spec(name) is None]
+    if missing and sys.version_info < (3, 11): raise BadInput(f"The site is built on Python 3.11 or newer, and this is {sys.version.split()[0]}.")
     if missing: raise BadInput(f"{' and '.join(missing)} must be installed to build the site: pip install -e \".[docs]\" does it.")
 
 # %% ../nbs/26_docs.ipynb #1a4a0f50
@@ -41,8 +42,7 @@ def brief(sym, name: str) -> str:
 def as_cell(value) -> str:
     "A type, a default or a comment as one cell of a Markdown table."
     if value is None or value is inspect.Parameter.empty or value is type(None): return ""
-    text = value if isinstance(value, str) else inspect.formatannotation(value) if hasattr(value, "__module__") else repr(value)
-    text = re.sub(r"\b(typing|torch|layerdiffusion\.\w+|pathlib|NoneType)\.", "", text)
+    text = value if isinstance(value, str) else re.sub(r"\b(?:\w+\.)+(\w+)", r"\1", inspect.formatannotation(value))
     return re.sub(r"([|*\[\]])", r"\\\1", text.replace("<", "&lt;").replace("\n", " "))
 
 # %% ../nbs/26_docs.ipynb #e2d22181
