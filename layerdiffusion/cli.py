@@ -8,7 +8,7 @@ __all__ = ['SUBJECT', 'PLACE', 'WORDS', 'TUNING', 'DRAWING', 'MASKS', 'BEYOND', 
            'parse_numbers', 'default_folder', 'check_writable', 'check_preview', 'read_settings', 'typed',
            'read_request', 'placement', 'announce', 'describe_mask', 'prepare', 'choose_level', 'Stopped', 'run_edit',
            'save_looks', 'after_stop', 'save', 'close_bars', 'forget', 'edit', 'examples', 'train_mini', 'check_mini',
-           'bench', 'experiment', 'editor', 'usage', 'explain', 'run_app', 'main']
+           'bench', 'experiment', 'docs', 'editor', 'usage', 'explain', 'run_app', 'main']
 
 # %% ../nbs/30_cli.ipynb #9c2efb69
 import inspect, json, os, re, shutil, sys
@@ -469,6 +469,18 @@ def experiment(name: Annotated[Literal["validity", "alpha", "ablation", "steps",
     check_writable(out)
     from layerdiffusion.experiments import run_experiment, show_experiment
     announce(show_experiment(run_experiment(name, size, preset, out, workers, device, model)))
+
+# %% ../nbs/30_cli.ipynb #9b08c27c
+@app.command()
+def docs(out: Annotated[Optional[Path], typer.Option(help="Folder of the site. Unset: _docs in the checkout.", metavar="DIR")] = None,
+         serve: Annotated[bool, typer.Option("--serve", help="Show it to the browsers of this machine until Ctrl-C.")] = False,
+         port: Annotated[int, typer.Option(help="Port for --serve; 0 is any free one.", min=0, max=65535)] = 8000,
+         debug: Annotated[bool, typer.Option("--debug", help=RUN[-1].help)] = False):
+    "Build the website of a checkout from its notebooks, without Quarto; a dead link or a leftover stops it."
+    from layerdiffusion.docs import build_site, serve_site
+    folder = build_site(out)
+    announce(f"Wrote    {folder}\nLook at  {folder / 'index.html'}")
+    if serve: serve_site(folder, port)
 
 # %% ../nbs/30_cli.ipynb #fcde450f
 @app.command("app", epilog="Needs its extra:  pip install 'layerdiffusion\\[app]'\n\nWith the paper's model, on your own picture:  layerdiffusion app me.jpg --model CompVis/stable-diffusion-v1-4 --sam sam_vit_h_4b8939.pth --device cuda")

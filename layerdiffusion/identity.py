@@ -127,7 +127,7 @@ def see_subject(models: Models,
     unet = apply_difference(models.unet, part("unet."))
     for name, seen in read_subject(models, subject).items():
         bias = (small(subject.mask, seen.shape[1], F.adaptive_max_pool2d) <= .1).to(seen).mT[:, None] * -1e4
-        if weights: seen = torch.cat([seen, small(subject.latents, seen.shape[1])], -1)
+        if weights: seen = torch.cat([seen, small(subject.latents, seen.shape[1]).to(seen)], -1)
         self_attention(unet)[name].processor = SubjectAttention(seen, bias, scale, part(f"{name}.") if weights else None)
     return replace(models, unet=unet)
 

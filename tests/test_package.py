@@ -65,11 +65,11 @@ def test_requirements(told):
     assert not any(" " in r for rs in [needs, *told["extras_require"].values()] for r in rs)
 
 def test_what_is_imported_is_required(told):
-    "Each third-party module named in the library is a requirement; only pictures and forms in a notebook ask for more."
+    "Each third-party module named in the library is a requirement; only pictures and forms in a notebook, and the website, ask for more."
     trees = [ast.parse(p.read_text(encoding="utf-8")) for p in DATA.glob("*.py")]
     nodes = [n for tree in trees for n in ast.walk(tree)]
     names = {a.name for n in nodes if isinstance(n, ast.Import) for a in n.names} | {n.module for n in nodes if isinstance(n, ast.ImportFrom) and not n.level}
-    tops = {n.split(".")[0] for n in names} - set(sys.stdlib_module_names) - {"layerdiffusion", "matplotlib", "IPython", "ipywidgets", "anywidget", "traitlets"}
+    tops = {n.split(".")[0] for n in names} - set(sys.stdlib_module_names) - {"layerdiffusion", "matplotlib", "IPython", "ipywidgets", "anywidget", "traitlets", "nbdev", "fastcore", "smalldocs"}
     plain = lambda name: re.split(r"[<>=!\[]", name)[0].lower().replace("_", "-")
     required, where = {plain(r) for r in told["install_requires"]}, packages_distributions()
     assert not {t for t in tops if not required & {plain(d) for d in where.get(t, [t])}}

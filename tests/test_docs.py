@@ -1,0 +1,123 @@
+"The website: whole, offline, readable at a desk and on a phone."
+import functools, importlib.util, json, os, re, shutil, threading
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest, yaml
+
+from layerdiffusion.core import BadInput
+from layerdiffusion.docs import Page, build_site, faults
+
+ROOT = Path(__file__).resolve().parents[1]
+CHROMIUM = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None)
+ARGS = "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update --disable-sync".split()
+QUIET = "nbs/nbdev.yml", "_proc", "_docs"
+needs_tools = pytest.mark.skipif(importlib.util.find_spec("smalldocs") is None, reason="smalldocs is not installed: pip install -e '.[docs]'")
+
+def menu():
+    "The pages that the sidebar lists."
+    def hrefs(node):
+        if isinstance(node, dict): return [h for k, v in node.items() for h in ([v] if k == "href" else hrefs(v))]
+        return [h for v in node for h in hrefs(v)] if isinstance(node, list) else []
+    return hrefs(yaml.safe_load((ROOT/"_quarto.yml").read_text(encoding="utf-8"))["website"]["sidebar"])
+
+def test_every_page_is_in_the_sidebar():
+    assert sorted(menu()) == sorted(p.name for p in (ROOT/"nbs").glob("*.ipynb")), "each page once, and no page that is not there"
+
+def test_workflows_are_yaml():
+    "GitHub's two files parse, run on pushes, and call what exists."
+    docs, tests = (yaml.safe_load((ROOT/f".github/workflows/{name}.yml").read_text(encoding="utf-8")) for name in ("docs", "tests"))
+    assert docs[True] and tests[True]  # YAML reads the key `on` as true
+    steps = [step.get("run", "") for job in docs["jobs"].values() for step in job["steps"]]
+    assert any("layerdiffusion docs" in s for s in steps)
+    assert tests["jobs"]["tests"]["strategy"]["matrix"]["python"] == ["3.10", "3.12"]
+
+@needs_tools
+def test_refuses_a_folder_that_is_no_site(tmp_path):
+    (tmp_path/"diary.txt").touch()
+    with pytest.raises(BadInput, match="not a site"): build_site(tmp_path, ROOT)
+    assert [p.name for p in tmp_path.iterdir()] == ["diary.txt"]
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    "The site in a temporary folder; the checkout stays as it was."
+    before = {name: (ROOT/name).exists() for name in QUIET}
+    folder = build_site(tmp_path_factory.mktemp("site")/"docs", ROOT)
+    assert {name: (ROOT/name).exists() for name in QUIET} == before
+    return folder
+
+@needs_tools
+def test_links_pictures_and_markup(site):
+    "`build_site` asks this too; here it is known that there was something to ask."
+    pages = {p.stem: Page(p.read_text(encoding="utf-8")) for p in site.glob("*.html")}
+    assert set(pages) == {re.sub(r"^\d\d_", "", name.removesuffix(".ipynb")) for name in menu()}
+    assert faults(site) == []
+    assert sum(len(p.links) for p in pages.values()) > 30 * len(pages) and all("#" in "".join(p.links) for p in pages.values())
+
+@needs_tools
+def test_functions_have_tables(site):
+    text = (site/"fine_tuning.html").read_text(encoding="utf-8")
+    table = text[text.index('id="fine_tune"'):].split("<table", 1)[1].split("</table>")[0]
+    assert all(f"<code>{name}</code>" in table for name in ("models", "lambda_obj", "lambda_bg", "steps")) and "250" in table
+
+@needs_tools
+def test_search_covers_every_page(site):
+    entries = json.loads((site/"search.json").read_text(encoding="utf-8"))
+    assert {e["href"].split("#")[0] for e in entries} == {p.name for p in site.glob("*.html")}
+
+@pytest.fixture(scope="module")
+def address(site):
+    class Quiet(SimpleHTTPRequestHandler):
+        def log_message(self, *args): pass
+    with ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=str(site))) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}/"
+        server.shutdown()
+
+@pytest.fixture(scope="module")
+def browser():
+    if not CHROMIUM: pytest.skip("no Chromium here")
+    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install -e '.[dev]'")
+    with sync_api.sync_playwright() as p:
+        chromium = p.chromium.launch(executable_path=CHROMIUM, args=ARGS)
+        yield chromium
+        chromium.close()
+
+LOOK = """() => ({wide: document.documentElement.scrollWidth - document.documentElement.clientWidth, words: document.querySelector('main').innerText.length,
+    maths: document.querySelectorAll('span.math').length, katex: document.querySelectorAll('.katex').length, failed: document.querySelectorAll('.katex-error').length,
+    broken: [...document.images].filter(i => !i.complete || !i.naturalWidth).map(i => i.src.slice(0, 80)),
+    over: [...document.querySelectorAll('main img')].filter(i => i.getBoundingClientRect().right > innerWidth + 1).length})"""
+
+def look(page, url):
+    "What is wrong with a page as a reader sees it."
+    page.goto(url, wait_until="load")
+    seen = page.evaluate(LOOK)
+    wrong = [k for k in ("broken", "failed", "over") if seen[k]]
+    if seen["wide"] > 0: wrong.append(f"{seen['wide']} px too wide")
+    if seen["words"] < 200: wrong.append("empty")
+    if seen["maths"] and seen["katex"] < seen["maths"]: wrong.append(f"{seen['katex']} of {seen['maths']} formulas drawn")
+    return wrong
+
+@needs_tools
+@pytest.mark.parametrize("width, scheme", [(1280, "light"), (390, "dark")], ids=["desk", "phone"])
+def test_every_page_in_a_browser(site, address, browser, width, scheme):
+    "No error in the console, nothing asked of another machine, no page that scrolls sideways, every formula drawn, every picture there."
+    context = browser.new_context(viewport=dict(width=width, height=800), color_scheme=scheme)
+    page, errors, away = context.new_page(), [], []
+    page.on("console", lambda m: errors.append(m.text) if m.type == "error" else None)
+    page.on("pageerror", lambda e: errors.append(str(e)))
+    page.on("request", lambda r: None if r.url.startswith((address, "data:", "blob:")) else away.append(r.url))
+    found = {p.name: wrong for p in sorted(site.glob("*.html")) if (wrong := look(page, address + p.name))}
+    context.close()
+    assert (found, errors, away) == ({}, [], [])
+
+@needs_tools
+def test_search_answers_offline(address, browser):
+    context = browser.new_context(viewport=dict(width=1280, height=800))
+    page = context.new_page()
+    page.goto(address + "index.html")
+    page.locator(".smalldocs-search input").first.fill("iterative guidance")
+    first = page.locator(".search-result").first
+    first.wait_for(timeout=10_000)
+    assert ".html" in first.get_attribute("href")
+    context.close()
