@@ -6,9 +6,9 @@
 __all__ = ['BASELINES', 'EXPERIMENTS', 'SIZES', 'SHEETS', 'SHORTENED', 'SCORES', 'DRAWN', 'Setting', 'table_1', 'validity_sheets',
            'alpha_sweep', 'step_sweep', 'comparison', 'extent', 'shorten', 'numbers_of', 'cell_name', 'draw_cell',
            'save_strip', 'load_strip', 'score_cell', 'run_cell', 'Wanted', 'by_tuning', 'run_experiments',
-           'run_experiment', 'plan', 'start_processes', 'watch', 'summary', 'load_experiment', 'told',
-           'show_experiment', 'row_of', 'difference', 'compare', 'plot_experiment', 'framed', 'read_cell', 'seed_sheet',
-           'picture_grid', 'load_corrections', 'correct', 'valid_marks', 'sheet_title', 'SheetForm']
+           'run_experiment', 'plan', 'start_processes', 'watch', 'summary', 'load_experiment', 'recorded', 'told',
+           'show_experiment', 'row_of', 'difference', 'compare', 'plot_experiment', 'plot_curve', 'framed', 'read_cell',
+           'seed_sheet', 'picture_grid', 'load_corrections', 'correct', 'valid_marks', 'sheet_title', 'SheetForm']
 
 # %% ../nbs/18_experiments.ipynb #14e75506
 import json, multiprocessing, time
@@ -253,6 +253,12 @@ def load_experiment(name: str, size: Optional[str] = None,  # None: the largest 
     if path is None: raise BadInput(f"{paths[0]} is not there; make it with: layerdiffusion experiment {name} --size {size or 'quick'} --preset {of} --out {folder}")
     return json.loads(path.read_text())
 
+def recorded(name: str, folder: Path = Path("results/experiments")) -> dict:  # preset -> record
+    "The largest record of an experiment for each preset that has one."
+    found = {of: load_experiment(name, of=of, folder=folder) for of in PRESETS if list(Path(folder).glob(f"{name}-{of}-*.json"))}
+    if not found: load_experiment(name, folder=folder)  # says how to make one
+    return {of: found[of] for of in ("best", "paper") if of in found}
+
 def told(record: dict) -> str:
     "How a record was made, in a line."
     whole = "" if len(record["edits"]) == record["asked"] else f" of {record['asked']} asked for"
@@ -310,6 +316,26 @@ def plot_experiment(record: dict):
     plt.tight_layout()
     return fig
 
+# %% ../nbs/18_experiments.ipynb #bdccfbfb
+def plot_curve(records: dict,  # preset -> record, from `recorded`
+               option: str,  # such as "alpha": the settings that differ in it alone
+               fields: Sequence[str] = SCORES):
+    "The scores over the values of one setting, a colour for each preset, with 95 % intervals over edits."
+    import matplotlib.pyplot as plt
+    fig, axes = plt.subplots(1, len(fields), figsize=(2.4 * len(fields), 2.5), squeeze=False)
+    for ax, f in zip(axes[0], fields):
+        for of, record in records.items():
+            points = sorted([r["options"][option], *r[f]] for r in record["settings"] if list(r["options"]) == [option])
+            x, mean, low, high = zip(*points)
+            line = ax.plot(x, mean, "o-", ms=3, label=of)[0]
+            ax.fill_between(x, low, high, color=line.get_color(), alpha=.15, lw=0)
+        ax.set_title(f + (" (lower is better)" if f in ("identity", "background") else ""), fontsize=9)
+        ax.set_xlabel(option, fontsize=8)
+        ax.tick_params(labelsize=7)
+    axes[0][0].legend(fontsize=7, frameon=False)
+    plt.tight_layout()
+    return fig
+
 # %% ../nbs/18_experiments.ipynb #e41ef2be
 def framed(picture, good: bool, width: int = 3):
     "The picture, in a red frame if it is good."
@@ -363,28 +389,39 @@ def sheet_title(record: dict, setting: str, edit: int = 0, folder: Path = Path("
 
 # %% ../nbs/18_experiments.ipynb #ca8fa520
 class SheetForm:
-    "A sheet with a button for each picture; pressing it turns the judge's mark round and saves that."
-    def __init__(self, record: dict, path: Path,  # the JSON of corrections
+    "Sheets to choose from; where corrections may be saved, a button for each picture turns the judge's mark round."
+    def __init__(self, records: dict,  # from `recorded`, or one record
+                 path: Optional[Path] = None,  # the JSON of corrections; None: only to look at
                  folder: Path = Path("results/experiments")):
         try: import ipywidgets as w
         except ImportError: raise BadInput("The sheet needs ipywidgets; install it with: pip install ipywidgets") from None
-        self.record, self.path, self.folder = record, Path(path), Path(folder)
-        self.setting = w.Dropdown(options=[r["setting"] for r in record["settings"]], description="setting")
-        self.edit = w.Dropdown(options=[(e, k) for k, e in enumerate(record["edits"])], description="edit")
-        self.title, self.sheet, self.buttons = w.HTML(), w.Image(width=700), [w.ToggleButton(description=str(s), layout=dict(width="56px")) for s in record["seeds"]]
-        for k, b in enumerate(self.buttons): b.observe(lambda change, k=k: self.turn(k, change["new"]), "value")
+        self.records, self.path, self.folder = {records["preset"]: records} if "settings" in records else records, path, Path(folder)
+        self.preset, self.setting, self.edit = (w.Dropdown(description=d) for d in ("preset", "setting", "edit"))
+        self.title, self.sheet, self.buttons = w.HTML(), w.Image(width=700), w.Box(layout=dict(flex_flow="row wrap"))
+        self.view = w.VBox([self.preset, self.setting, self.edit, self.title, self.sheet] + [w.HTML("pressed: valid"), self.buttons] * (path is not None))
+        self.preset.options = list(self.records)
+        self.begin()
+        self.preset.observe(lambda _: self.begin(), "value")
         for control in (self.setting, self.edit): control.observe(lambda _: self.show(), "value")
-        self.view = w.VBox([self.setting, self.edit, self.title, self.sheet, w.HTML("pressed: valid"), w.Box(self.buttons, layout=dict(flex_flow="row wrap"))])
+
+    def begin(self):
+        "Offer the settings, edits and seeds of the record that is chosen."
+        import ipywidgets as w
+        self.record, self.busy = self.records[self.preset.value], True
+        self.setting.options, self.edit.options = [r["setting"] for r in self.record["settings"]], [(e, k) for k, e in enumerate(self.record["edits"])]
+        self.buttons.children = [w.ToggleButton(description=str(s), layout=dict(width="56px")) for s in self.record["seeds"]]
+        for k, b in enumerate(self.buttons.children): b.observe(lambda change, k=k: self.turn(k, change["new"]), "value")
+        self.busy = False
         self.show()
 
     def show(self):
         "Draw the sheet, and set the buttons as the marks are."
+        if self.busy: return
         import io
         marks, out, here = load_corrections(self.path), io.BytesIO(), (self.record, self.setting.value, self.edit.value, self.folder)
         seed_sheet(*here, corrections=marks).save(out, "PNG")
-        self.sheet.value, self.title.value = out.getvalue(), f"<b>{sheet_title(*here, corrections=marks)}</b>"
-        self.busy = True
-        for b, good in zip(self.buttons, valid_marks(read_cell(self.folder, self.cell)[0], marks)): b.value = good
+        self.sheet.value, self.title.value, self.busy = out.getvalue(), f"<b>{sheet_title(*here, corrections=marks)}</b>", True
+        for b, good in zip(self.buttons.children, valid_marks(read_cell(self.folder, self.cell)[0], marks)): b.value = good
         self.busy = False
 
     @property
