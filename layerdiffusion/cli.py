@@ -457,18 +457,19 @@ def bench(quick: Annotated[bool, typer.Option("--quick", help="A tenth of the st
 
 # %% ../nbs/30_cli.ipynb #f668c2bc
 @app.command(no_args_is_help=True, epilog="Start small:  layerdiffusion experiment ablation --size quick\n\nCtrl-C keeps what is drawn; the same command goes on.")
-def experiment(name: Annotated[Literal["validity", "alpha", "ablation", "steps", "comparison"], typer.Argument(help="validity: Figs. 10-14. alpha: 0 to 1. ablation: Table 1. steps: Fig. 9. comparison: Figs. 4 and 7.")],
+def experiment(name: Annotated[Literal["all", "validity", "alpha", "ablation", "steps", "comparison"], typer.Argument(help="validity: Figs. 10-14. alpha: 0 to 1. ablation: Table 1. steps: Fig. 9. comparison: Figs. 4 and 7. all: each of them, edit by edit.")],
                size: Annotated[Literal["quick", "paper"], typer.Option(help="quick: 1 edit, 4 seeds, a fifth of all steps. paper: 15 edits, 20 seeds.")] = "quick",
-               preset: Annotated[Literal["best", "paper"], typer.Option(help="The settings it starts from.")] = "best",
-               out: Annotated[Path, typer.Option(help="Folder of the record and its pictures.", metavar="DIR")] = Path("experiments"),
+               preset: Annotated[Literal["best", "paper", "both"], typer.Option(help="The settings it starts from.")] = "best",
+               out: Annotated[Path, typer.Option(help="Folder of the records and their pictures.", metavar="DIR")] = Path("experiments"),
                workers: Annotated[int, typer.Option(help="Processes.", min=1)] = 2,
                device: Annotated[str, typer.Option(help="cpu, cuda or several: cuda:0,cuda:1.", metavar="NAMES")] = "cpu",
                model: Annotated[str, typer.Option(help="mini, or a folder of a mini model.", metavar="NAME")] = "mini",
                debug: Annotated[bool, typer.Option("--debug", help=RUN[-1].help)] = False):
-    "Run one of the paper's experiments on edits whose true answer is known; every picture is kept, with its scores."
+    "Run the paper's experiments on edits whose true answer is known; every picture is kept, with its scores."
     check_writable(out)
-    from layerdiffusion.experiments import run_experiment, show_experiment
-    announce(show_experiment(run_experiment(name, size, preset, out, workers, device, model)))
+    from layerdiffusion.experiments import EXPERIMENTS, run_experiments, show_experiment, told
+    records = run_experiments(list(EXPERIMENTS) if name == "all" else [name], size, ["best", "paper"] if preset == "both" else [preset], out, workers, device, model)
+    announce("\n\n".join(f"{told(r)}\n{show_experiment(r)}" for r in records.values()))
 
 # %% ../nbs/30_cli.ipynb #9b08c27c
 @app.command()

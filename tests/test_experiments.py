@@ -2,10 +2,12 @@
 import json
 
 import pytest
+from PIL import Image
 
 from layerdiffusion import experiments
 from layerdiffusion.core import BadInput
-from layerdiffusion.experiments import EXPERIMENTS, SIZES, Setting, load_experiment, load_strip, plan, run_experiment, seed_sheet, show_experiment
+from layerdiffusion.experiments import (EXPERIMENTS, SIZES, Setting, Wanted, by_tuning, compare, correct, difference, framed, load_corrections, load_experiment, load_strip, plan, read_cell, run_experiment,
+                                        seed_sheet, sheet_title, show_experiment, summary, valid_marks)
 
 
 @pytest.fixture(scope="module")
@@ -63,3 +65,56 @@ def test_what_there_is_not(wrong, says):
 
 def test_fewer_than_one_process(tmp_path):
     with pytest.raises(BadInput, match="at least 1"): run_experiment("alpha", "quick", "best", tmp_path, workers=0)
+
+def test_each_picture_has_a_clip_score(done):
+    folder, record = done
+    for row in record["settings"]:
+        for cell in row["cells"]: assert all(-1 <= s["clip"] <= 1 for s in read_cell(folder, cell)[0]["scores"])
+        assert len(row["by_edit"]["clip"]) == 2 and abs(sum(row["by_edit"]["clip"]) / 2 - row["clip"][0]) < 1e-3
+
+def test_difference_is_of_the_same_edits():
+    rows = lambda name, values: dict(setting=name, by_edit=dict.fromkeys(("right", "valid", "identity", "background", "clip"), values))
+    record = dict(edits=list("abcd"), settings=[rows("x", [.9, .5, .1, .6]), rows("y", [.8, .4, .0, .5])])
+    mean, low, high = difference(record, "x", "y")
+    assert abs(mean - .1) < 1e-6 and abs(low - .1) < 1e-6 and abs(high - .1) < 1e-6  # hard edits are hard for both
+    assert ": yes;" in compare(record, "x", "y") and ": no;" in compare(record, "y", "x") and ": yes;" in compare(record, "y", "x", "identity")
+    assert ": no;" in compare(record, "x", "y", least=.4)
+    assert "one edit cannot tell" in compare(dict(record, edits=["a"]), "x", "y")
+    with pytest.raises(BadInput, match="no score 'beauty'"): difference(record, "x", "y", "beauty")
+
+def test_only_complete_edits_are_counted(done):
+    folder, record = done
+    settings = EXPERIMENTS.get("two", lambda of: [Setting("SDEdit", "sdedit", dict(strength=.5)), Setting("paper", "paper")])("paper")
+    rows = [read_cell(folder, c)[0] for row in record["settings"] for c in row["cells"]]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(SIZES, "tiny", dict(edits=2, seeds=2, share=.1))
+        part = summary("two", "tiny", "paper", settings, rows[:-1])
+        with pytest.raises(BadInput, match="No edit"): summary("two", "tiny", "paper", settings, rows[:2])
+    assert part["edits"] == record["edits"][:1] and part["asked"] == 2 and [r["n"] for r in part["settings"]] == [2, 2]
+
+def test_marks_can_be_corrected(done, tmp_path):
+    folder, record = done
+    cell, _ = read_cell(folder, record["settings"][0]["cells"][0])
+    before = valid_marks(cell)
+    correct(tmp_path / "c.json", cell["name"], 1, not before[1])
+    marks = load_corrections(tmp_path / "c.json")
+    assert valid_marks(cell, marks) == [before[0], not before[1]]
+    counts = [sheet_title(record, "SDEdit", 0, folder, c) for c in (None, marks)]
+    assert f"{sum(before)} of 2" in counts[0] and f"{sum(before) + (1 if not before[1] else -1)} of 2" in counts[1]
+
+def test_valid_pictures_are_framed():
+    grey = Image.new("RGB", (20, 20), "grey")
+    assert framed(grey, True).getpixel((0, 0)) == (221, 34, 34) and framed(grey, False) == grey
+
+def test_turns_or_not_the_unet_is_tuned_once(tmp_path, monkeypatch):
+    from layerdiffusion import pipeline
+    from layerdiffusion.pipeline import LayerDiffusion
+    from layerdiffusion.scores import edit_set
+    method, tuned = LayerDiffusion.from_pretrained("mini", "cpu"), []
+    monkeypatch.setattr(pipeline, "fine_tune", lambda *a, f=pipeline.fine_tune, **k: tuned.append(1) or f(*a, **k))
+    tiny = dict(target_draws=1, embedding_steps=1, tuning_steps=1, sampling_steps=2)
+    settings = [Setting("whole", "paper", tiny), Setting("α = 1", "paper", tiny | dict(alpha=1.)), Setting("no turns", "paper", tiny | dict(iterative_guidance=False))]
+    order = by_tuning(method, [Wanted("mine", "paper", s, 1, 1, 1.) for s in settings])
+    assert [w.setting.name for w in order] == ["whole", "no turns", "α = 1"]
+    for w in order: experiments.run_cell(method, edit_set("joint")[0], w.setting, [0], tmp_path)
+    assert len(tuned) == 2

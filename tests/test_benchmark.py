@@ -1,0 +1,65 @@
+"""The benchmark is the same everywhere and for ever, the truth wins it, and an adapter that errs is told how."""
+import json
+
+import pytest
+import torch
+from PIL import Image
+
+from layerdiffusion.benchmark import NAME, VERSION, as_tensors, benchmark_hash, benchmark_tasks, export_tasks, from_folder, given, leaderboard, recorded_rows, run_benchmark
+from layerdiffusion.core import BadInput, to_pil
+from layerdiffusion.pipeline import LayerDiffusion
+
+
+@pytest.fixture(scope="module")
+def method(): return LayerDiffusion.from_pretrained("mini", "cpu")
+
+def test_the_tasks_are_those_of_version_1():
+    "If this fails, the tasks are others: raise VERSION and pin the new hash."
+    assert (NAME, VERSION, benchmark_hash()) == ("layerdiffusion-joint-15", 1, "e5fdde74b4d0243d")
+
+def test_the_hash_sees_every_picture_and_word():
+    tasks, seen = benchmark_tasks(), {benchmark_hash()}
+    for change in (lambda e: setattr(e, "text", e.text + " "), lambda e: e.answer.mul_(.9), lambda e: e.mask.zero_()):
+        tasks = benchmark_tasks()
+        change(tasks[3].edit)
+        seen.add(benchmark_hash(tasks))
+    assert len(seen) == 4
+
+def test_the_answer_is_not_given():
+    task = benchmark_tasks()[0]
+    assert set(given(task)) == {"photo", "mask", "source", "text", "reference"}
+
+def test_truth_beats_pasting(method, tmp_path):
+    tasks, answers = benchmark_tasks()[:2], {t.edit.text: to_pil(t.edit.answer) for t in benchmark_tasks()}
+    truth = run_benchmark(lambda text, seeds, **_: [answers[text]] * len(seeds), "truth", [0], tmp_path / "truth.json", tasks, method)
+    paste = run_benchmark(lambda photo, mask, reference, seeds, **_: [Image.composite(photo, reference, mask.convert("L"))], "paste", [0], None, tasks, method)
+    assert truth["valid"][0] == 1 and truth["right"][0] > paste["right"][0]
+    assert json.loads((tmp_path / "truth.json").read_text()) == json.loads(json.dumps(truth))
+    table = leaderboard([paste, truth])
+    assert table.index("truth (2 of 15 tasks)") < table.index("paste")
+
+def test_files_are_enough(method, tmp_path):
+    export_tasks(tmp_path / "tasks")
+    about = json.loads((tmp_path / "tasks" / "tasks.json").read_text())
+    assert about["hash"] == benchmark_hash() and len(about["tasks"]) == 15
+    for t in about["tasks"]:
+        where = tmp_path / "tasks" / t["name"]
+        assert {p.name for p in where.iterdir()} == {"photo.png", "mask.png", "reference.png", "answer.png", "answer_mask.png"}
+        (tmp_path / "mine" / t["name"]).mkdir(parents=True)
+        Image.open(where / "answer.png").save(tmp_path / "mine" / t["name"] / "0.png")
+    assert run_benchmark(from_folder(tmp_path / "mine"), "files", [0], tasks=benchmark_tasks()[:1], method=method)["valid"][0] == 1
+    with pytest.raises(BadInput, match="1.png is not there"): run_benchmark(from_folder(tmp_path / "mine"), "files", [0, 1], tasks=benchmark_tasks()[:1], method=method)
+
+@pytest.mark.parametrize("gave, says", [([Image.new("RGB", (64, 64))], "1 pictures for 2 seeds"), (["a", "b"], "gave a str"), (torch.rand(2, 64, 64, 3), "shape")])
+def test_what_an_adapter_may_not_give(gave, says):
+    with pytest.raises(BadInput, match=says): as_tensors(gave, 2)
+
+def test_any_size_is_taken():
+    assert as_tensors([Image.new("RGBA", (128, 128)), Image.new("L", (64, 64))], 2).shape == (2, 3, 64, 64)
+    x = torch.rand(2, 3, 64, 64)
+    assert (as_tensors(x, 2) - x).abs().max() < 1 / 255
+
+def test_recorded_methods_are_rows():
+    row = dict(setting="SDEdit", n=4, seconds=1., **{f: [.5, .4, .6] for f in ("right", "valid", "identity", "background", "clip")})
+    rows = recorded_rows(dict(edits=["joint 0"], seeds=[0, 1, 2, 3], size="quick", settings=[row]))
+    assert "SDEdit (1 of 15 tasks) (a fifth of the steps)" in leaderboard(rows)
