@@ -47,13 +47,16 @@ def table_1(of: str) -> list:  # `of`: "paper" or "best"
     rows = {"(f) whole method": {}, "(a) no subject term": dict(lambda_obj=0.), "(b) no background term": dict(lambda_bg=0.), "(c) λ1 = 1": dict(lambda_obj=1.),
             "(d) λ1 = 3": dict(lambda_obj=3.), "(e) λ1 = 1, λ2 = 3": dict(lambda_obj=1., lambda_bg=3.), "(h) no tuning": dict(tuning_steps=0),
             "(i) no turns": dict(iterative_guidance=False), "(j) α = 1": dict(alpha=1.), "(k) α = 0": dict(alpha=0.)}
-    if of == "paper": rows["(g) no Eq. 2"] = dict(embedding_steps=0)
-    else: rows |= {"(g) with Eq. 2": dict(embedding_steps=500), "subject not seen": dict(subject_scale=0.), "first draw": dict(target_draws=1)}
+    if of == "paper": return [Setting(name, of, options) for name, options in (rows | {"(g) no Eq. 2": dict(embedding_steps=0)}).items()]
+    del rows["(i) no turns"]  # `best` has none
+    rows |= {"(g) with Eq. 2": dict(embedding_steps=500), "(i) with turns": dict(iterative_guidance=True), "subject not seen": dict(subject_scale=0.), "first draw": dict(target_draws=1),
+             "mask not grown": dict(target_widen=0.), "one draw a step": dict(tuning_batch=1)}
     return [Setting(name, of, options) for name, options in rows.items()]
 
 def validity_sheets(of: str) -> list:
     "Figs. 10–14: α 1, 0 and 0.3, then 0.7 without and with turns."
-    return [*(Setting(f"α = {a:g}", of, dict(alpha=a)) for a in (1., 0., .3)), Setting("α = 0.7, no turns", of, dict(alpha=.7, iterative_guidance=False)), Setting("α = 0.7", of, dict(alpha=.7))]
+    turns = dict(iterative_guidance=True)
+    return [*(Setting(f"α = {a:g}", of, dict(alpha=a) | turns) for a in (1., 0., .3)), Setting("α = 0.7, no turns", of, dict(alpha=.7, iterative_guidance=False)), Setting("α = 0.7", of, dict(alpha=.7) | turns)]
 
 def alpha_sweep(of: str) -> list:
     "The α ablation: 0 to 1 in steps of 0.1."
@@ -61,7 +64,7 @@ def alpha_sweep(of: str) -> list:
 
 def step_sweep(of: str) -> list:
     "Fig. 9: steps of Eq. 2, and of Eq. 6."
-    return [*(Setting(f"Eq. 2: {n} steps", of, dict(embedding_steps=n)) for n in (0, 250, 500, 1000)), *(Setting(f"Eq. 6: {n} steps", of, dict(tuning_steps=n)) for n in (0, 125, 250, 500, 750))]
+    return [*(Setting(f"Eq. 2: {n} steps", of, dict(embedding_steps=n)) for n in (0, 250, 500, 1000)), *(Setting(f"Eq. 6: {n} steps", of, dict(tuning_steps=n)) for n in ((0, 125, 250, 500) if of == "paper" else (0, 25, 50, 100, 200)))]
 
 # %% ../nbs/18_experiments.ipynb #6b13aefa
 def comparison(of: str) -> list:
