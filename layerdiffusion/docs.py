@@ -113,7 +113,7 @@ class Page(HTMLParser):
                 ):
         super().__init__()
         self.ids, self.links, self.loads, self.words, self.inside = set(), [], [], [], []
-        self.feed(text)
+        self.feed(re.sub(r';base64,[^"]*', "", text))  # pictures within the page
 
     def handle_starttag(self, tag, attrs):
         attrs = dict(attrs)
