@@ -365,8 +365,9 @@ def seed_sheet(record: dict,  # from `load_experiment` or `run_experiment`
 def picture_grid(record: dict, settings: Sequence[str], edit: int = 0, places: Sequence[int] = (0, 1),  # which seeds, by their place in the list
                  folder: Path = Path("results/experiments"), columns: int = 4) -> "Image.Image":
     "A few seeds of several settings on one edit, each with the name of its setting."
+    plain = lambda s: s.replace("α", "alpha").replace("λ", "lambda ")  # the sheet's font has no Greek
     found = [(read_cell(folder, row_of(record, s)["cells"][edit])[1], s) for s in settings]
-    return make_sheet([p[k] for p, _ in found for k in places], [s if k == places[0] else f"seed {record['seeds'][k]}" for _, s in found for k in places], columns=columns, cell=128)
+    return make_sheet([p[k] for p, _ in found for k in places], [plain(s) if k == places[0] else f"seed {record['seeds'][k]}" for _, s in found for k in places], columns=columns, cell=128)
 
 # %% ../nbs/18_experiments.ipynb #b5517e26
 def load_corrections(path: Optional[Path]) -> dict:  # cell -> place of the picture, as text -> valid or not
@@ -402,7 +403,7 @@ class SheetForm:
         self.preset, self.setting, self.edit = (w.Dropdown(description=d) for d in ("preset", "setting", "edit"))
         self.title, self.sheet, self.buttons = w.HTML(), w.Image(width=700), w.Box(layout=dict(flex_flow="row wrap"))
         self.view = w.VBox([self.preset, self.setting, self.edit, self.title, self.sheet] + [w.HTML("pressed: valid"), self.buttons] * (path is not None))
-        self.preset.options = list(self.records)
+        self.preset.options, self.preset.index = list(self.records), 0
         self.begin()
         self.preset.observe(lambda _: self.begin(), "value")
         for control in (self.setting, self.edit): control.observe(lambda _: self.show(), "value")
@@ -412,6 +413,7 @@ class SheetForm:
         import ipywidgets as w
         self.record, self.busy = self.records[self.preset.value], True
         self.setting.options, self.edit.options = [r["setting"] for r in self.record["settings"]], [(e, k) for k, e in enumerate(self.record["edits"])]
+        self.setting.index = self.edit.index = 0
         self.buttons.children = [w.ToggleButton(description=str(s), layout=dict(width="56px")) for s in self.record["seeds"]]
         for k, b in enumerate(self.buttons.children): b.observe(lambda change, k=k: self.turn(k, change["new"]), "value")
         self.busy = False
