@@ -30,13 +30,13 @@ def test_the_answer_is_not_given():
     assert set(given(task)) == {"photo", "mask", "source", "text", "reference"}
 
 def test_truth_beats_pasting(method, tmp_path):
-    tasks, answers = benchmark_tasks()[:2], {t.edit.text: to_pil(t.edit.answer) for t in benchmark_tasks()}
+    tasks, answers = benchmark_tasks()[:1], {t.edit.text: to_pil(t.edit.answer) for t in benchmark_tasks()}
     truth = run_benchmark(lambda text, seeds, **_: [answers[text]] * len(seeds), "truth", [0], tmp_path / "truth.json", tasks, method)
     paste = run_benchmark(lambda photo, mask, reference, seeds, **_: [Image.composite(photo, reference, mask.convert("L"))], "paste", [0], None, tasks, method)
     assert truth["valid"][0] == 1 and truth["right"][0] > paste["right"][0]
     assert json.loads((tmp_path / "truth.json").read_text()) == json.loads(json.dumps(truth))
     table = leaderboard([paste, truth])
-    assert table.index("truth (2 of 15 tasks)") < table.index("paste")
+    assert table.index("truth (1 of 15 tasks)") < table.index("paste")
 
 def test_files_are_enough(method, tmp_path):
     export_tasks(tmp_path / "tasks")
