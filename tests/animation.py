@@ -11,7 +11,7 @@ from layerdiffusion.masks import overlay
 from layerdiffusion.sd import decode_latents
 
 OUT = Path(__file__).resolve().parents[1]/"nbs/edit.webp"
-TEXT, CELL, GAP = "a brown dog jumping in a forest", 176, 6
+TEXT, CELL, GAP = "a brown dog jumping in the snow", 176, 6
 
 def strip(*images):
     "Pictures beside each other on white."
@@ -28,9 +28,9 @@ def frames(seeds=range(3), **changes):
     result = method.edit("example:dog", TEXT, seeds=seeds, config=config)
     method.sample(result.embeddings, result.difference, tuple(result.image.shape[-2:]), seeds, config, watch)
     still = [result.image, overlay(result.image, result.mask)]
-    return [strip(*still, *images) for images in drawn[::2]] + [strip(*still, *result.images)]
+    return [strip(*still, *images) for images in drawn] + [strip(*still, *result.images)]
 
 if __name__ == "__main__":
-    pictures = frames(target_draws=24, tuning_steps=250)  # a quarter and a third of what the preset has
+    pictures = frames()
     pictures[0].save(OUT, save_all=True, append_images=pictures[1:], duration=[110] * (len(pictures) - 1) + [3500], loop=0, quality=82, method=6)
     print(f"{OUT.name}: {len(pictures)} frames, {OUT.stat().st_size / 1000:.0f} KB")
