@@ -205,7 +205,7 @@ class Slider:
 
 # %% ../nbs/23_app.ipynb #eddf9cb4
 TEXTS = dict(dog="a brown dog jumping in a forest", cat="an orange cat lying on a beach", rabbit="a grey rabbit sitting in the snow")
-QUICK = dict(target_draws=16, embedding_steps=0, tuning_steps=120, sampling_steps=20)
+QUICK = dict(target_draws=16, embedding_steps=0, tuning_steps=40, sampling_steps=20)
 LOOKS = {"best": "Best", "paper": "The paper's", "quick": "Quick look"}
 
 class LayerDiffusionApp:

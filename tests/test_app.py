@@ -207,10 +207,10 @@ def test_a_photo_that_mini_does_not_know(editor):
 
 def test_presets(editor, method):
     editor.preset.value = "best"
-    assert editor.order().changes == {} and editor.dials["tuning_steps"].value == 750
+    assert editor.order().changes == {} and editor.dials["tuning_steps"].value == 100
     editor.preset.value = "quick"
     order = editor.order()
-    assert order.preset == "best" and order.changes["target_draws"] == 16 and order.config(method.models.card).tuning_steps == 120
+    assert order.preset == "best" and order.changes["target_draws"] == 16 and order.config(method.models.card).tuning_steps == 40
 
 def test_texts_of_lines():
     order = Order("it's.png", 'a "big" dog in a city', marks=dict(point=[(1., 2.), (3., 4.)], box=(0., 1., 2., 3.)), reference="a b.png", seeds=(3, 2), preset="paper", model=dict(model="CompVis/stable-diffusion-v1-4", device="cuda"))
