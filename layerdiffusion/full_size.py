@@ -6,6 +6,7 @@
 __all__ = ['SAM_SHAPES', 'sd_configs', 'build_parts', 'clip_tokenizer', 'build_model', 'build_sam', 'sd_models', 'bench_job']
 
 # %% ../nbs/25_full_size.ipynb #2999d201
+from functools import cache
 from pathlib import Path
 from typing import Optional, Union
 
@@ -45,6 +46,7 @@ def build_parts(configs: dict) -> dict:  # unet, vae, text_encoder
     with quiet(): return dict(unet=UNet2DConditionModel(**configs["unet"]), vae=AutoencoderKL(**configs["vae"]), text_encoder=CLIPTextModel(CLIPTextConfig(**configs["text_encoder"])))
 
 # %% ../nbs/25_full_size.ipynb #2622d6b0
+@cache
 def clip_tokenizer(version: str = "1.4"):  # see `sd_configs`
     "CLIP's tokenizer, as in Stable Diffusion's folders."
     from open_clip.tokenizer import SimpleTokenizer

@@ -121,9 +121,9 @@ def test_every_page_in_a_browser(site, address, browser, width, scheme):
 def test_search_answers_offline(address, browser):
     context = browser.new_context(viewport=dict(width=1280, height=800))
     page = context.new_page()
-    page.goto(address + "index.html")
+    page.goto(address + "index.html", wait_until="networkidle")
     page.locator(".smalldocs-search input").first.fill("iterative guidance")
     first = page.locator(".search-result").first
-    first.wait_for(timeout=10_000)
+    first.wait_for(timeout=60_000)  # busy machines are slow
     assert ".html" in first.get_attribute("href")
     context.close()
