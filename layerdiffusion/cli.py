@@ -100,7 +100,9 @@ BEYOND = [
     Opt("subject_scale", float, 0., "How strongly the model that draws O_t sees the subject of IMAGE. 0: not at all, as in the paper.", 0, 20),
     Opt("target_widen", float, 0., "Grow the mask of a drawn O_t by this share of the picture, for its outline is soft.", 0, .2),
     Opt("recolour", bool, False, "Show the subject in the colour that TEXT asks for before O_t is drawn."),
+    Opt("recolour_tone", bool, False, "With --recolour: keep how light or dark this subject is, judged by --source."),
     Opt("target_draws", int, 1, "O_t is the best of so many drawn pictures: the one whose subject looks most like yours. 1: as in the paper.", 1, 1024),
+    Opt("target_quality", float, 0., "With --subject-scale: how much SAM's own estimate of a mask's quality counts in the choice of O_t. 0: nothing.", 0, 10),
     Opt("eq4_words", Literal["opt", "source"], "opt", "Eq. 4 under e_opt (the paper), or under the words that are true of IMAGE (--source)."),
     Opt("prior_batch", int, 0, "So many of the model's own pictures in every step of the tuning. 0: as in the paper.", 0, 32),
     Opt("lambda_prior", float, 1., "Weight of those pictures.", 0)]

@@ -157,12 +157,13 @@ def breed(noise: torch.Tensor,  # (p, C, h, w), the parents
 CHANGED = .1  # if even the nearest draw is so unlike the photo, the text asks for another coat
 
 def choose(palettes: torch.Tensor,  # (n, 24, k) of the draws
-           wanted: torch.Tensor  # (24, k) of the photo's subject
+           wanted: torch.Tensor,  # (24, k) of the photo's subject
+           clearness=0.  # (n,), taken off the distance of each draw
           ) -> int:
     "The draw that looks most like the photo, or the most typical one where none does."
     distance = lambda to: (palettes - to).abs().mean((1, 2))
     near = distance(wanted)
-    return (near if near.min() < CHANGED else distance(palettes.median(0).values)).argmin().item()
+    return ((near if near.min() < CHANGED else distance(palettes.median(0).values)) - clearness).argmin().item()
 
 # %% ../nbs/07_identity.ipynb #d5cf1b90
 @torch.no_grad()
@@ -176,6 +177,7 @@ def search_target(models: Models, sam,
                   subject_scale: float = 0.,  # of subject attention; 0: without
                   batch: int = 16, parents: int = 4,
                   spreads: Sequence[float] = (.6, .5, .4, .35, .3, .25, .2, .15),  # one for each generation of children
+                  target_quality: float = 0.,  # how much SAM's estimate of a mask's quality, 0-1, counts beside the likeness
                   callback: Optional[Callable] = None) -> tuple:  # O_t (3, H, W), M_t (1, H, W), and how unlike the photo's each subject was
     "O_t: of many pictures of the text, the one whose subject looks most like the photo's."
     g, embeds, begin, wanted = stream("target search", seed), encode_text(models, text), time.perf_counter(), palette(image, mask)
@@ -188,16 +190,16 @@ def search_target(models: Models, sam,
         for some in noise.split(batch) if count else ():
             pictures = decode_latents(models, ddim_sample(models, embeds, None, some * models.scheduler.init_noise_sigma, sampling_steps, guidance_scale)).cpu()
             for z, x in zip(some, pictures):
-                try: found = propose_subject(sam, x).mask
+                try: p = propose_subject(sam, x)
                 except BadInput: history.append(float("nan")); continue
-                looks = palette(x, found)
+                looks = palette(x, p.mask)
                 history.append((looks - wanted).abs().mean().item())
-                best.append((history[-1], z, x, found, looks))
+                best.append((history[-1], z, x, p.mask, looks, p.quality))
             best.sort(key=lambda b: b[0])
             if callback: callback(Event("target", len(history), draws, best[0][0] if best else None, time.perf_counter() - begin))
         if not best: raise BadInput(f"In none of {len(history)} pictures of {text!r} SAM finds a subject; give another text, or object_picture='input'.")
         if subject_scale and best[0][0] > CHANGED: break  # another coat is wanted: children of the nearest would lead away from it
-    found = best[choose(torch.stack([b[4] for b in best]), wanted) if subject_scale else 0]
+    found = best[choose(torch.stack([b[4] for b in best]), wanted, target_quality * torch.tensor([b[5] for b in best])) if subject_scale else 0]
     return found[2], found[3], history
 
 # %% ../nbs/07_identity.ipynb #5a3c0e12
@@ -244,12 +246,15 @@ def recolour(image: torch.Tensor,  # (3, H, W), 0-1
 def change_coat(image: torch.Tensor,  # (3, H, W), 0-1
                 mask: torch.Tensor,  # (1, H, W)
                 asked: Optional[tuple],  # from `typical_coat`
+                worn: Optional[tuple] = None,  # the same for the photo's own words; None: the new coat is the typical one
                 least: float = .2  # colours nearer than this are one colour, in RGB
                ) -> torch.Tensor:
     "The photo with its subject in the coat that is asked for; the photo itself where it wears that already."
     if asked is None: return image
     old, (new, spread) = coat_colour(image, mask), asked
-    return recolour(image, mask, old, new) if (old - new).norm() > max(least, 3 * spread) else image
+    if (old - new).norm() <= max(least, 3 * spread): return image
+    tone = 1. if worn is None or worn[1] > least / 2 else (old.mean() / worn[0].mean()).clamp(.7, 1.4)  # draws far apart: no colour is named
+    return recolour(image, mask, old, (new * tone).clamp(0, 1))
 
 # %% ../nbs/07_identity.ipynb #d1b5d18e
 def with_words(text: str,  # of the picture

@@ -258,10 +258,10 @@ def target(self: LayerDiffusion, text: str, split: Split, photo: torch.Tensor, f
         picture = cover(given[0], *size)
         check_world(self.models, picture)
         return picture, self.find_subject(None, picture) if given[1] is None else check_mask(cover(given[1], *size)[:1].round())
-    shown = self.in_coat(split, photo, found, config)
+    shown = self.in_coat(split, photo, found, config, source)
     if config.object_picture == "input" or config.object_picture == "auto" and self.already(shown, split, source): return shown, found
     if config.target_draws > 1 or config.subject_scale:
-        settings = dict(draws=config.target_draws, seed=config.seed, subject_scale=config.subject_scale)
+        settings = dict(draws=config.target_draws, seed=config.seed, subject_scale=config.subject_scale, target_quality=config.target_quality)
         picture, mask = self.once("target", [text, shown, found, settings], lambda _: search_target(self.models, self.sam, text, shown, found, **settings, callback=callback)[:2])
     else:
         picture = self.draw(text, size, config, "target", callback)
@@ -271,10 +271,11 @@ def target(self: LayerDiffusion, text: str, split: Split, photo: torch.Tensor, f
 
 # %% ../nbs/10_pipeline.ipynb #5a3c0e22
 @patch
-def in_coat(self: LayerDiffusion, split: Split, photo: torch.Tensor, found: torch.Tensor, config: EditConfig) -> torch.Tensor:
+def in_coat(self: LayerDiffusion, split: Split, photo: torch.Tensor, found: torch.Tensor, config: EditConfig, source: Optional[str] = None) -> torch.Tensor:
     "The photo, its subject in the coat that T_a asks for."
     if not config.recolour: return photo
-    return change_coat(photo, found, self.once("coat", [split.object, config.seed], lambda _: typical_coat(self.models, self.sam, split.object, config.seed)))
+    coat = lambda words: self.once("coat", [words, config.seed], lambda _: typical_coat(self.models, self.sam, words, config.seed))
+    return change_coat(photo, found, coat(split.object), coat(split_text(source).object) if source and config.recolour_tone else None)
 
 @patch
 def already(self: LayerDiffusion, photo: torch.Tensor, split: Split, source: Optional[str] = None) -> bool:

@@ -26,7 +26,7 @@ from .world import VALUES, Edit, make_edit, render, sample_scenes, stack_scenes,
 
 # %% ../nbs/13_scores.ipynb #885ee79e
 KINDS = {"pose and place": (6, 12), "colour and place": (2, 2), "pose": (2, 4), "colour": (1, 2), "place": (1, 4)}
-SETS = {"development": {kind: n for kind, (n, _) in KINDS.items()}, **{name: {kind: n for kind, (_, n) in KINDS.items()} for name in ("held-out", "fresh")}, "joint": {"pose and place": 15}}
+SETS = {"development": {kind: n for kind, (n, _) in KINDS.items()}, **{name: {kind: n for kind, (_, n) in KINDS.items()} for name in ("held-out", "fresh", "unseen")}, "joint": {"pose and place": 15}}
 
 
 @dataclass
@@ -36,10 +36,10 @@ class Task:
     kind: str  # what changes
     edit: Edit  # with its true answer
 
-def edit_set(name: str,  # "development", "held-out", "fresh" or "joint"
+def edit_set(name: str,  # "development", "held-out", "fresh", "unseen" or "joint"
              size: int = 64  # px
             ) -> list:  # of `Task`
-    "The edits of a set: 12 to choose settings with, 24 others to measure on, twice, or 15 that change pose and place, for comparisons."
+    "The edits of a set: 12 to choose settings with, 24 others to measure on, three times, or 15 that change pose and place, for comparisons."
     if name not in SETS: raise BadInput(f"There is no set of edits {name!r}; there are {', '.join(SETS)}.")
     counts = SETS[name]
     kinds = [(kind, i) for kind, n in counts.items() for i in range(n)]

@@ -34,7 +34,9 @@ class EditConfig(BaseModel):
     object_picture: Literal["input", "target", "auto"] = Field("target", description="Eq. 4: O_t is SD(T) with SAM's mask of it, or the user's photo, or (auto, beyond the paper) the photo where its subject does already what the text says")
     target_widen: float = Field(0., ge=0, le=.2, description="Eq. 4: the mask of a drawn O_t is grown by this share of the picture's longer side (beyond the paper)")
     recolour: bool = Field(False, description="Eq. 4: where the text asks for a coat of another colour, the photo's subject is shown in that colour first (beyond the paper)")
+    recolour_tone: bool = Field(False, description="Eq. 4: with recolour, the new coat is as much lighter or darker than its words as the old one is than the words for the photo (beyond the paper)")
     target_draws: int = Field(1, ge=1, le=1024, description="Eq. 4: O_t is the best of so many pictures SD(T), the one whose subject looks most like the photo's (beyond the paper)")
+    target_quality: float = Field(0., ge=0, le=10, description="Eq. 4: with subject_scale, how much SAM's own estimate of a mask's quality (0 to 1) counts beside likeness (a distance of colours) in the choice of O_t (beyond the paper)")
     subject_scale: float = Field(0., ge=0, le=20, description="Eq. 4: how strongly the model that draws O_t sees the photo's subject (beyond the paper); 0: not at all")
     eq45_pictures: Literal["each", "one", "composite"] = Field("composite", description="Eq. 4, 5: subject pasted on the reference; each its own picture; the subject's with two masks")
     eq5_region: Literal["union", "reference"] = Field("union", description="Eq. 5: 1-M_r leaves out the subject's place too (union), or the reference's subject only")
@@ -75,7 +77,7 @@ class EditConfig(BaseModel):
 PAPER = dict(embedding_lr=1e-3, word_lr=5e-3, tuning_lr=2e-6, guidance_scale=7.5)
 
 # %% ../nbs/08_settings.ipynb #83ac60e7
-PRESETS = dict(paper=dict(), best=dict(object_picture="auto", recolour=True, subject_scale=1., target_draws=96, target_widen=.03,
+PRESETS = dict(paper=dict(), best=dict(object_picture="auto", recolour=True, recolour_tone=True, subject_scale=1., target_draws=96, target_quality=.2, target_widen=.03,
                                         embedding_steps=0, tuning_steps=100, tuning_batch=8, tuning_decay=True, iterative_guidance=False, sampling_steps=20))
 
 def preset(name: str = "best",  # "paper" or "best"
