@@ -7,7 +7,7 @@ __all__ = ['DIRECTIONS', 'CHANGED', 'ACTIONS', 'PLACES', 'Subject', 'cut_out', '
            'SubjectAttention', 'subject_weights', 'subject_name', 'read_subject', 'small', 'see_subject', 'palette',
            'unlike', 'breed', 'choose', 'search_target', 'coat_colour', 'typical_coat', 'recolour', 'change_coat',
            'with_words', 'encode_with', 'first_vectors', 'word_objective', 'known', 'prior_texts', 'prior_pictures',
-           'load_clip', 'propose_source']
+           'fetch_clip', 'load_clip', 'propose_source']
 
 # %% ../nbs/07_identity.ipynb #bc7464f6
 import hashlib, math, re, time
@@ -23,7 +23,7 @@ from .core import BadInput, Event, package_folder
 from .embeddings import subject_phrase
 from .fine_tuning import apply_difference
 from .masks import propose_subject
-from .sd import Models, check_weights, ddim_sample, decode_latents, encode_image, encode_text, initial_latents, noise_loss, sample_noise_and_t
+from .sd import Models, check_weights, ddim_sample, decode_latents, encode_image, encode_text, fetch, initial_latents, noise_loss, sample_noise_and_t
 from .world import stream
 
 # %% ../nbs/07_identity.ipynb #c5f75d71
@@ -329,13 +329,23 @@ def prior_pictures(models: Models,
     return torch.cat(drawn), embeds
 
 # %% ../nbs/07_identity.ipynb #ffdd1d26
+def fetch_clip(where: str, tag: str):  # such as "ViT-B-32" and "laion2b_s34b_b79k"
+    "Have the weights of an open_clip tag in the hub's cache, where open_clip looks for them; says so before they are fetched."
+    import open_clip
+    repository, _, file = open_clip.get_pretrained_cfg(where, tag).get("hf_hub", "").rpartition("/")
+    if not repository: return
+    file = f"{Path(file).stem or 'open_clip_model'}.safetensors"
+    if not (fetch(repository, files=[file]) / file).exists(): raise BadInput(f"{repository} has no {file}; give another tag of {where}: {', '.join(open_clip.list_pretrained_tags_by_model(where))}.")
+
 def load_clip(name: str = "mini"  # "mini", a folder for open_clip, or "ViT-B-32:laion2b_s34b_b79k" and the like
              ) -> tuple:  # model, preprocess, tokenizer
     "An open_clip model."
     import open_clip
     folder = package_folder() / "weights" / "mini" / "clip" if name == "mini" else Path(name)
     if folder.is_dir(): where, weights = f"local-dir:{folder}", None
-    else: where, _, weights = name.partition(":")
+    else:
+        where, _, weights = name.partition(":")
+        fetch_clip(where, weights)
     try: clip, preprocess = open_clip.create_model_from_pretrained(where, pretrained=weights or None)
     except Exception as e: raise BadInput(f"Cannot load the CLIP model {name!r}: {(str(e).strip() or repr(e)).splitlines()[0]}; give 'mini', a folder, or a name such as 'ViT-B-32:laion2b_s34b_b79k'.") from None
     return clip.eval().requires_grad_(False), preprocess, open_clip.get_tokenizer(where)

@@ -1,6 +1,6 @@
 """Nothing is fetched without saying what, from where and how large; a broken download goes on; offline never asks.
 
-The hub is a small web server on this machine, which gives out the shipped mini the way huggingface.co gives out a model.
+The hub is a small web server on this machine, which gives out the shipped mini the way huggingface.co gives out a model, and its CLIP like a tag of open_clip.
 """
 import hashlib, json, os, subprocess, sys, threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -13,6 +13,8 @@ NAME, COMMIT = "somebody/small-diffusion", "0123456789abcdef0123456789abcdef0123
 MINI = package_folder() / "weights" / "mini"
 PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
 FILES = {p.relative_to(MINI).as_posix(): p for p in sorted(MINI.rglob("*")) if p.is_file() and (p.parent.name in PARTS or p.name == "model_index.json")}
+CLIP_NAME, CLIP = "somebody/small-clip", MINI / "clip"
+REPOSITORIES = {CLIP_NAME: {p.name: p for p in sorted(CLIP.iterdir())}}
 EXTRA = {"unet/diffusion_pytorch_model.bin": MINI / "card.json", "safety_checker/model.safetensors": MINI / "card.json"}  # never wanted
 
 
@@ -33,10 +35,11 @@ class Hub(BaseHTTPRequestHandler):
     def handle_one(self, send):
         Hub.asked.append((self.command, self.path, self.headers.get("Range")))
         path = self.path.partition("?")[0]
-        names = {**FILES, **EXTRA}
-        if path.startswith(f"/api/models/{NAME}/tree/"): return self.answer(json.dumps([dict(type="file", path=n, size=p.stat().st_size, oid="0") for n, p in names.items()]).encode(), send=send, Content_Type="application/json")
-        if path.startswith(f"/api/models/{NAME}"): return self.answer(json.dumps(dict(id=NAME, sha=COMMIT, siblings=[dict(rfilename=n) for n in names])).encode(), send=send, Content_Type="application/json")
-        file = names.get(path.partition(f"/{NAME}/resolve/{COMMIT}/")[2])
+        name = next((n for n in REPOSITORIES if n in path), NAME)
+        names = REPOSITORIES.get(name, {**FILES, **EXTRA})
+        if path.startswith(f"/api/models/{name}/tree/"): return self.answer(json.dumps([dict(type="file", path=n, size=p.stat().st_size, oid="0") for n, p in names.items()]).encode(), send=send, Content_Type="application/json")
+        if path.startswith(f"/api/models/{name}"): return self.answer(json.dumps(dict(id=name, sha=COMMIT, siblings=[dict(rfilename=n) for n in names])).encode(), send=send, Content_Type="application/json")
+        file = names.get(path.partition(f"/{name}/resolve/")[2].partition("/")[2])
         if file is None: return self.answer(b"", 404, send=send)
         body = file.read_bytes()
         headers = dict(ETag=f'"{hashlib.sha256(body).hexdigest()}"', X_Repo_Commit=COMMIT, Accept_Ranges="bytes")
@@ -56,9 +59,9 @@ def hub():
     server.shutdown()
 
 
-def load(hub, home, offline=False):
-    "A fresh process that loads the model by its name."
-    code = f"from layerdiffusion.sd import resolve_model; from layerdiffusion.core import BadInput\ntry: print(resolve_model({NAME!r}, offline={offline}))\nexcept BadInput as e: print('refused:', e)"
+def load(hub, home, offline=False, code=""):
+    "A fresh process that loads the model by its name, or does something else."
+    code = code or f"from layerdiffusion.sd import resolve_model; from layerdiffusion.core import BadInput\ntry: print(resolve_model({NAME!r}, offline={offline}))\nexcept BadInput as e: print('refused:', e)"
     env = {**os.environ, "HF_ENDPOINT": hub, "HF_HOME": str(home), "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
     Hub.asked.clear()
     return subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=120)
@@ -87,3 +90,27 @@ def test_nobody_there(tmp_path):
     "Without the hub and without a copy: one sentence."
     done = load("http://127.0.0.1:9", tmp_path)
     assert done.stdout.startswith("refused: Cannot load the model") and "the hub could not give it" in done.stdout and "Fetching" not in done.stderr
+
+
+def test_open_clip_tag(hub, tmp_path):
+    "The weights of a tag are announced, fetched once, and read by open_clip; offline they are asked for by name."
+    (tmp_path / "small.json").write_text(json.dumps(json.loads((CLIP / "open_clip_config.json").read_text())["model_cfg"]))
+    code = f"""if 1:
+        import open_clip
+        from open_clip import pretrained
+        from layerdiffusion.core import BadInput
+        from layerdiffusion.identity import load_clip
+        open_clip.add_model_config({str(tmp_path / 'small.json')!r})
+        open_clip.get_tokenizer = lambda name: None  # mini's words lie in its folder
+        pretrained._PRETRAINED["small"] = dict(world=pretrained._pcfg(hf_hub={CLIP_NAME + '/'!r}))
+        try: print(sum(p.double().sum().item() for p in load_clip("small:world")[0].parameters()))
+        except BadInput as e: print("refused:", e)"""
+    refused = load(hub, tmp_path, code="import os; os.environ['HF_HUB_OFFLINE'] = '1'\n" + code)
+    assert "refused:" in refused.stdout and CLIP_NAME in refused.stdout and not Hub.asked, refused.stdout + refused.stderr
+    done = load(hub, tmp_path, code=code)
+    size = (CLIP / "open_clip_model.safetensors").stat().st_size
+    assert done.stderr.startswith(f"Fetching {CLIP_NAME} from {hub}: 1 file, {size / 1e6:.0f} MB, into {tmp_path}"), done.stderr
+    from layerdiffusion.identity import load_clip
+    assert abs(float(done.stdout) - sum(p.double().sum().item() for p in load_clip("mini")[0].parameters())) < 1e-6
+    again = load(hub, tmp_path, code=code)
+    assert again.stdout == done.stdout and "Fetching" not in again.stderr
