@@ -1,6 +1,9 @@
 __version__ = "0.1.0"
 
+import os as _os
 from importlib import import_module as _import_module
+
+_os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # before torch: threads that wait give way to other programs, see page 48 (making it fast)
 
 _home = dict(LayerDiffusion="pipeline", EditConfig="pipeline", EditResult="pipeline", load_edit="pipeline", preset="settings", BadInput="core",
              PromptCanvas="canvas", LayerDiffusionApp="app")
