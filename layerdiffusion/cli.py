@@ -470,7 +470,8 @@ def experiment(name: Annotated[Literal["all", "validity", "alpha", "ablation", "
     "Run the paper's experiments on edits whose true answer is known; every picture is kept, with its scores."
     check_writable(out)
     from layerdiffusion.experiments import EXPERIMENTS, run_experiments, show_experiment, told
-    records = run_experiments(list(EXPERIMENTS) if name == "all" else [name], size, ["best", "paper"] if preset == "both" else [preset], out, workers, device, model)
+    try: records = run_experiments(list(EXPERIMENTS) if name == "all" else [name], size, ["best", "paper"] if preset == "both" else [preset], out, workers, device, model)
+    except KeyboardInterrupt: raise Stopped(f"Stopped by Ctrl-C; what was drawn is kept in {out / 'cells'}, the records in {out} are of the edits that are complete, and the same command goes on.") from None
     announce("\n\n".join(f"{told(r)}\n{show_experiment(r)}" for r in records.values()))
 
 # %% ../nbs/30_cli.ipynb #9b08c27c

@@ -1,5 +1,5 @@
 """An experiment, cut off and run again: nothing is drawn twice, nothing is lost, and the record says what was done."""
-import json
+import json, os, signal, subprocess, sys, time
 
 import pytest
 from PIL import Image
@@ -118,3 +118,19 @@ def test_turns_or_not_the_unet_is_tuned_once(tmp_path, monkeypatch):
     assert [w.setting.name for w in order] == ["whole", "no turns", "α = 1"]
     for w in order: experiments.run_cell(method, edit_set("joint")[0], w.setting, [0], tmp_path)
     assert len(tuned) == 2
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals")
+def test_ctrl_c_keeps_what_was_drawn(tmp_path):
+    "Exit code 130 and a sentence; whole cells only, and no process is left."
+    command = [sys.executable, "-c", "import sys; from layerdiffusion.cli import main; sys.exit(main())", "experiment", "comparison", "--size", "quick", "--out", str(tmp_path), "--workers", "1"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, start_new_session=True)
+    end = time.time() + 240
+    while time.time() < end and process.poll() is None and not list(tmp_path.glob("cells/*.json")): time.sleep(.2)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does, to all of them
+    said = process.communicate(timeout=60)[1]
+    assert process.returncode == 130 and "Stopped by Ctrl-C; what was drawn is kept" in said and "Traceback" not in said, said
+    with pytest.raises(ProcessLookupError):
+        for _ in range(100): os.killpg(process.pid, 0); time.sleep(.1)
+    for path in tmp_path.glob("cells/*.json"): assert len(json.loads(path.read_text())["scores"]) == 4 and path.with_suffix(".webp").exists()
+    assert {p.suffix for p in tmp_path.rglob("*") if p.is_file()} <= {".json", ".webp"}
