@@ -132,5 +132,7 @@ def test_ctrl_c_keeps_what_was_drawn(tmp_path):
     assert process.returncode == 130 and "Stopped by Ctrl-C; what was drawn is kept" in said and "Traceback" not in said, said
     with pytest.raises(ProcessLookupError):
         for _ in range(100): os.killpg(process.pid, 0); time.sleep(.1)
-    for path in tmp_path.glob("cells/*.json"): assert len(json.loads(path.read_text())["scores"]) == 4 and path.with_suffix(".webp").exists()
+    cells = list(tmp_path.glob("cells/*.json"))
+    assert cells
+    for path in cells: assert len(json.loads(path.read_text())["scores"]) == 4 and path.with_suffix(".webp").exists()
     assert {p.suffix for p in tmp_path.rglob("*") if p.is_file()} <= {".json", ".webp"}
