@@ -128,9 +128,9 @@ class Job:
 
 # %% ../nbs/23_app.ipynb #40a42e64
 def asked_for(text: str) -> dict:
-    "Species, pose and place that a text of mini's world names."
+    "Colour, species, pose and place that a text of mini's world names."
     words = set(re.findall(r"[a-z]+", text.lower())) | ({"snow"} if "snowy" in text else set()) | ({"forest"} if "woods" in text else set()) | ({"beach"} if "sea" in text.split() else set())
-    return {k: v for k in ("species", "pose", "place") for v in VALUES[k] if v in words}
+    return {k: v for k in ("colour", "species", "pose", "place") for v in VALUES[k] if v in words}
 
 @torch.no_grad()
 def scores(method: LayerDiffusion, result: EditResult) -> list:  # a dict for each picture; empty for other models

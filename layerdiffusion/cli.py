@@ -68,7 +68,7 @@ TUNING = [
     Opt("lambda_bg", float, 1., "Weight of the background's loss (lambda_2 in Eq. 6; the paper: 1).", 0),
     Opt("tuning_steps", int, 250, "Steps that fit the U-Net (Eq. 4-6; the paper: 250).", 1),
     Opt("tuning_batch", int, 1, "Draws of noise in each of these steps; more of them allow fewer and larger steps.", 1, 64),
-    Opt("tuning_decay", bool, False, "Let the learning rate fall to nothing along half a cosine."),
+    Opt("tuning_decay", bool, False, "Let the learning rate fall to nothing along half a cosine.", flags=("--tuning-decay/--no-tuning-decay",)),
     Opt("tuning_lr", Optional[float], None, "Learning rate of Eq. 4-6. Unset: the model's own, else the paper's 2e-6.", 1e-12),
     Opt("object_picture", Literal["input", "target", "auto"], "target", "O_t of Eq. 4: one drawn from TEXT (the paper), your picture, or (auto) your picture where the subject does already what TEXT says."),
     Opt("eq45_pictures", Literal["each", "one", "composite"], "composite", "Eq. 4 and 5 see: the subject pasted on the reference, each its own picture, or one picture through two masks."),
@@ -90,7 +90,7 @@ DRAWING = [
 MASKS = [
     Opt("loss_scale", Literal["all", "mask"], "all", "Errors of Eq. 2, 4, 5 are averaged over the whole picture, or over the mask."),
     Opt("mask_resample", Literal["area", "nearest", "bilinear"], "area", "How masks become as small as latents."),
-    Opt("mask_hard", bool, False, "Round small masks to 0 and 1.")]
+    Opt("mask_hard", bool, False, "Round small masks to 0 and 1.", flags=("--mask-hard/--no-mask-hard",))]
 
 # %% ../nbs/30_cli.ipynb #5d4b4240
 BEYOND = [
@@ -99,8 +99,8 @@ BEYOND = [
     Opt("object_words", Literal["object", "whole"], "object", "e_a is made of the subject's words (the paper), or of the whole TEXT."),
     Opt("subject_scale", float, 0., "How strongly the model that draws O_t sees the subject of IMAGE. 0: not at all, as in the paper.", 0, 20),
     Opt("target_widen", float, 0., "Grow the mask of a drawn O_t by this share of the picture, for its outline is soft.", 0, .2),
-    Opt("recolour", bool, False, "Show the subject in the colour that TEXT asks for before O_t is drawn."),
-    Opt("recolour_tone", bool, False, "With --recolour: keep how light or dark this subject is, judged by --source."),
+    Opt("recolour", bool, False, "Show the subject in the colour that TEXT asks for before O_t is drawn.", flags=("--recolour/--no-recolour",)),
+    Opt("recolour_tone", bool, False, "With --recolour: keep how light or dark this subject is, judged by --source.", flags=("--recolour-tone/--no-recolour-tone",)),
     Opt("target_draws", int, 1, "O_t is the best of so many drawn pictures: the one whose subject looks most like yours. 1: as in the paper.", 1, 1024),
     Opt("target_quality", float, 0., "With --subject-scale: how much SAM's own estimate of a mask's quality counts in the choice of O_t. 0: nothing.", 0, 10),
     Opt("eq4_words", Literal["opt", "source"], "opt", "Eq. 4 under e_opt (the paper), or under the words that are true of IMAGE (--source)."),
@@ -331,9 +331,10 @@ def run_edit(method, text: str, request: dict, config, level: str = "full"):
     def work(config):
         scene, given = prepare(method, text, request, config, watch)
         return scene, method.edit(request["image"], text, seeds=request["seeds"], config=config, callback=watch, look_every=request["look_every"], folder=out, resume=request["resume"], **given)
+    before = set(out.glob("checkpoint-*")) if request["resume"] else set()
     try: scene, result = run_in(level, method, config, work, announce)
     except KeyboardInterrupt: raise Stopped(after_stop(out)) from None
-    except Exception: forget(out); raise
+    except Exception: forget(out, before); raise
     finally: close_bars()
     result.times.update(scene.times)
     return result, looks
@@ -359,9 +360,9 @@ def close_bars():
     from tqdm import tqdm
     for bar in list(getattr(tqdm, "_instances", ())): bar.close()
 
-def forget(out: Path):
+def forget(out: Path, keep: set = frozenset()):  # keep: what an earlier run had fitted
     "Remove checkpoints, and the folder if nothing else is in it."
-    for path in out.glob("checkpoint-*"): path.unlink()
+    for path in set(out.glob("checkpoint-*")) - keep: path.unlink()
     if out.is_dir() and not any(out.iterdir()): out.rmdir()
 
 # %% ../nbs/30_cli.ipynb #dfeb6d5d
@@ -418,7 +419,7 @@ def train_mini(stage: Annotated[Literal[STAGES], typer.Argument(help="Which mode
 # %% ../nbs/30_cli.ipynb #d4f5c26d
 @app.command("check-mini")
 def check_mini(model: Annotated[Optional[Path], typer.Option(help="A folder of mini models. Unset: the shipped one.", metavar="DIR")] = None,
-               quick: Annotated[bool, typer.Option("--quick", help="A tenth of the pictures.")] = False,
+               quick: Annotated[bool, typer.Option("--quick", help="Fewer pictures: a tenth to a quarter.")] = False,
                device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 or mps.", metavar="NAME")] = "cpu",
                out: Annotated[Optional[Path], typer.Option(help="Write the rows as JSON.", metavar="FILE")] = None,
                debug: Annotated[bool, typer.Option("--debug", help=RUN[-1].help)] = False):
@@ -426,6 +427,7 @@ def check_mini(model: Annotated[Optional[Path], typer.Option(help="A folder of m
     from layerdiffusion.core import environment, pick_device
     from layerdiffusion.mini import check_mini, show_gates
     from layerdiffusion.sd import load_models
+    if out: check_writable(out.parent, "--out: the folder")
     rows = check_mini(model and load_models(model).folder, quick, pick_device(device))
     announce(show_gates(rows))
     if out: write_json(out, dict(rows=rows, **environment(device)))
@@ -445,6 +447,7 @@ def bench(quick: Annotated[bool, typer.Option("--quick", help="A tenth of the st
     import tempfile
     from layerdiffusion import bench
     from layerdiffusion.core import pick_device
+    if out: check_writable(out.parent, "--out: the folder")
     device, how = pick_device(device), dict(channels_last=channels_last, compiled=compile) if channels_last or compile else None
     with tempfile.TemporaryDirectory() as folder:
         given = {}

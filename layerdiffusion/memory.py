@@ -101,7 +101,7 @@ def count_embed(models: Models, how: How, height: int, width: int) -> int:  # by
     return live.peak + 12 * e.numel()  # with Adam's numbers and the gradient
 
 # %% ../nbs/21_memory.ipynb #3544ddce
-def pictures_in_a_step(config: EditConfig) -> int: return (2 if config.eq45_pictures == "each" else 1) + config.prior_batch
+def pictures_in_a_step(config: EditConfig) -> int: return ((2 if config.eq45_pictures == "each" else 1) + config.prior_batch) * config.tuning_batch
 
 def count_tune(models: Models, how: How, config: EditConfig, height: int, width: int) -> int:  # bytes at most
     "What Eq. 6 makes: the copy, its gradients and activations, Adam's state."

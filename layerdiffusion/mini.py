@@ -10,10 +10,10 @@ __all__ = ['LATENT_CHANNELS', 'IMAGE_SIZE', 'TEXT_LENGTH', 'TEXT_WIDTH', 'SAM_CO
            'random_clicks', 'mask_loss', 'SamObjective', 'clip_config', 'build_clip', 'ClipObjective', 'JudgeObjective',
            'load_vae', 'averaged', 'standardise_latents', 'save_diffusion', 'save_sam', 'save_judge', 'save_clip',
            'train_stage', 'write_mini', 'check_vae', 'draw', 'combinations', 'check_text', 'check_sam', 'check_clip',
-           'check_judge', 'check_labels', 'check_mini', 'show_gates']
+           'check_judge', 'check_labels', 'check_mini', 'verdict', 'show_gates']
 
 # %% ../nbs/12_mini.ipynb #a1b7e47b
-import functools, json, math, os, time
+import functools, json, math, os, signal, threading, time
 from pathlib import Path
 from typing import Callable, Optional
 
@@ -99,12 +99,16 @@ def draw_scenes(objective, step: int, rank: int = 0, seed: int = 0):
     return sample_scenes(objective.batch, g, level, empty=getattr(objective, "empty", .1)), g
 
 class StopFlag:
-    "Turns Ctrl-C and the end of the time allowed into a stop at the next whole step, agreed by all processes."
-    def __init__(self, minutes):
-        import signal
-        self.end, self.hit = time.monotonic() + 60 * minutes, False
-        signal.signal(signal.SIGINT, lambda *_: setattr(self, "hit", True))
-        signal.signal(signal.SIGTERM, lambda *_: setattr(self, "hit", True))
+    "Inside the `with`, turns Ctrl-C and the end of the time allowed into a stop at the next whole step, agreed by all processes."
+    def __init__(self, minutes): self.end, self.hit, self.before = time.monotonic() + 60 * minutes, False, {}
+
+    def __enter__(self):
+        if threading.current_thread() is threading.main_thread():  # Python lets no other set a handler
+            self.before = {s: signal.signal(s, lambda *_: setattr(self, "hit", True)) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_):
+        for s, handler in self.before.items(): signal.signal(s, handler or signal.SIG_DFL)
 
     def __call__(self):
         flag = torch.tensor(float(self.hit or time.monotonic() > self.end))
@@ -133,18 +137,19 @@ def train_loop(objective: nn.Module,  # returns (loss, logs) for (scenes, genera
     model = nn.parallel.DistributedDataParallel(objective, find_unused_parameters=getattr(objective, "unused", False)) if ranks > 1 else objective
     if hasattr(objective, "fill"):
         for step in range(max(0, record["step"] - objective.steps_back), record["step"]): objective.fill(draw_scenes(objective, step, rank, seed)[0].to(device))
-    stop, recorder = StopFlag(minutes), Recorder(folder, record, samples, rank)
-    while record["samples"] < samples and record["step"] != stop_after and not stop():
-        scenes, g = draw_scenes(objective, record["step"], rank, seed)
-        for group in opt.param_groups: group["lr"] = learning_rate(record["samples"] / samples, objective.lr)
-        loss, logs = model(scenes.to(device), g)
-        if not loss.isfinite(): raise FloatingPointError(f"The loss became {loss.item()} at step {record['step']}; go on from the checkpoint with a smaller learning rate.")
-        loss.backward()
-        nn.utils.clip_grad_norm_(objective.parameters(), 1.)
-        opt.step(); opt.zero_grad(); ema.update_parameters(objective)
-        record["step"] += 1; record["samples"] += objective.batch * getattr(objective, "reuse", 1) * ranks
-        recorder(dict(loss=loss.item(), **{k: v.item() for k, v in logs.items()}), lambda: (save_checkpoint(path, objective, ema, opt, record), write_sheet(ema.module, folder, record)))
-    recorder.finish(lambda: (save_checkpoint(path, objective, ema, opt, record), write_sheet(ema.module, folder, record)))
+    recorder = Recorder(folder, record, samples, rank)
+    with StopFlag(minutes) as stop:
+        while record["samples"] < samples and record["step"] != stop_after and not stop():
+            scenes, g = draw_scenes(objective, record["step"], rank, seed)
+            for group in opt.param_groups: group["lr"] = learning_rate(record["samples"] / samples, objective.lr)
+            loss, logs = model(scenes.to(device), g)
+            if not loss.isfinite(): raise FloatingPointError(f"The loss became {loss.item()} at step {record['step']}; go on from the checkpoint with a smaller learning rate.")
+            loss.backward()
+            nn.utils.clip_grad_norm_(objective.parameters(), 1.)
+            opt.step(); opt.zero_grad(); ema.update_parameters(objective)
+            record["step"] += 1; record["samples"] += objective.batch * getattr(objective, "reuse", 1) * ranks
+            recorder(dict(loss=loss.item(), **{k: v.item() for k, v in logs.items()}), lambda: (save_checkpoint(path, objective, ema, opt, record), write_sheet(ema.module, folder, record)))
+        recorder.finish(lambda: (save_checkpoint(path, objective, ema, opt, record), write_sheet(ema.module, folder, record)))
     return record
 
 # %% ../nbs/12_mini.ipynb #d45db025
@@ -195,7 +200,7 @@ def _worker(rank, ranks, port, make, kw):
 
 def train(make: Callable[[], nn.Module],  # builds the objective
           folder, samples: int, device: str = "cpu", workers: Optional[int] = None, **kw):
-    "Train in as many processes as there are cores (or one, on an accelerator)."
+    "Train in two processes (one where there is one core, or an accelerator), or in `workers`."
     Path(folder).mkdir(parents=True, exist_ok=True)
     ranks = workers or (min(2, os.cpu_count()) if device == "cpu" else 1)
     kw |= dict(folder=str(folder), samples=samples, device=device)
@@ -248,7 +253,7 @@ def build_unet():
                                 attention_head_dim=4, norm_num_groups=16)
 
 def build_scheduler():
-    "Stable Diffusion's noise schedule, v-prediction, zero terminal SNR."
+    "Stable Diffusion's noise schedule with v-prediction, zero terminal SNR, trailing steps and a last one without noise."
     from diffusers import DDIMScheduler
     return DDIMScheduler(beta_start=.00085, beta_end=.012, beta_schedule="scaled_linear", prediction_type="v_prediction", rescale_betas_zero_snr=True,
                          timestep_spacing="trailing", steps_offset=1, clip_sample=False, set_alpha_to_one=True)
@@ -543,7 +548,15 @@ def _last_record(folder):
     with safe_open(str(folder / "checkpoint.safetensors"), "pt") as f: return json.loads(f.metadata()["record"])
 
 # %% ../nbs/12_mini.ipynb #d5005ef6
-def write_mini(run, out, **card):
+def _card(run):
+    "What an edit needs to know of a mini: the shipped card's numbers, and the level that the run was trained on."
+    shipped, record = json.loads((resolve_model("mini") / "card.json").read_text()), run / "diffusion" / "record.json"
+    level = dict(level=json.loads(record.read_text())["level"]) if record.exists() else {}
+    return {k: shipped[k] for k in ("level", "embedding_lr", "tuning_lr", "guidance_scale", "presets") if k in shipped} | level
+
+def write_mini(run, out,  # folders: of the run, and the model's
+               **card  # what the card shall say differently
+              ):
     "Collect the averaged weights of all stages of a run into a model folder, with its card."
     def trained(stage, **kw):
         objective = STAGES[stage](**kw)
@@ -552,7 +565,7 @@ def write_mini(run, out, **card):
     out, vae = Path(out), _vae_folder(run)
     save_diffusion(out, load_vae(vae), trained("diffusion", vae=vae))
     for stage, save in dict(sam=save_sam, clip=save_clip, judge=save_judge).items(): save(out / stage, trained(stage))
-    write_json(out / "card.json", dict(name="mini", words=world.world_words(), **card))
+    write_json(out / "card.json", dict(name="mini", words=world.world_words()) | _card(Path(run)) | card)
     for file in out.rglob("*"): file.chmod(0o755 if file.is_dir() else 0o644)
 
 # %% ../nbs/12_mini.ipynb #5fab81d6
@@ -647,17 +660,24 @@ def check_labels(models, judge, file, guidance_scale):
 
 @torch.no_grad()
 def check_mini(folder=None,  # a mini folder; None: the one that is shipped
-               quick: bool = False,  # a tenth of the pictures
+               quick: bool = False,  # fewer pictures (a tenth to a quarter)
                device: str = "cpu"):
     "Every gate on held-out seeds of the world the model was trained on; gives a list of rows."
     from layerdiffusion.masks import load_sam
     folder = Path(folder or resolve_model("mini"))
     models, judge = load_models(folder, device), load_judge(folder)
     level, scale, few = models.card.get("level", 0.), models.card.get("guidance_scale", 3.), lambda n, least: max(least, n // 10) if quick else n
-    return (check_vae(models, level, few(256, 64)) + check_text(models, judge, level, scale, few(4, 1)) + check_sam(load_sam(folder / "sam"), level, few(256, 20))
-            + check_clip(folder, level, few(4, 1)) + check_judge(judge, level, few(1000, 100)) + check_labels(models, judge, folder / "labels.json", scale))
+    rows = (check_vae(models, level, few(256, 64)) + check_text(models, judge, level, scale, few(4, 1)) + check_sam(load_sam(folder / "sam"), level, few(256, 20))
+            + check_clip(folder, level, few(4, 1)) + check_judge(judge, level, few(1000, 100)))
+    if quick: rows = [r | dict(quick=True) for r in rows]
+    return rows + check_labels(models, judge, folder / "labels.json", scale)
+
+def verdict(row) -> str:
+    "By the number; for a quick row, which has few pictures, by its interval."
+    if not row.get("quick"): return "met" if row["value"] >= row["bar"] else "NOT MET"
+    return "met" if row["low"] >= row["bar"] else "NOT MET" if row["high"] < row["bar"] else "not to be told"
 
 def show_gates(rows) -> str:
     "The rows as a table with a verdict each."
-    line = lambda r: f"{r['gate']:20} {r['value']:7.3f}  [{r['low']:.3f}, {r['high']:.3f}]  n={r['n']:<5} bar {r['bar']:<5} {'met' if r['value'] >= r['bar'] else 'NOT MET'}"
+    line = lambda r: f"{r['gate']:20} {r['value']:7.3f}  [{r['low']:.3f}, {r['high']:.3f}]  n={r['n']:<5} bar {r['bar']:<5} {verdict(r)}"
     return "\n".join(map(line, rows))

@@ -303,6 +303,10 @@ def test_ctrl_c_and_resume(run):
     rest = process.communicate(timeout=60)[1].decode()
     assert process.returncode == 130 and "Stopped by Ctrl-C" in rest and "--resume" in rest and "Traceback" not in rest
     assert {p.name for p in Path("out").iterdir()} == {"checkpoint-embeddings.safetensors"}
+    fitted = sorted(Path("out").glob("checkpoint-*"))
+    Image.new("L", (64, 64)).save("empty.png")
+    assert run("edit", "example:dog", TEXT, *steps, "--out", "out", "--resume", "--mask", "empty.png")[0] == 2
+    assert fitted and sorted(Path("out").glob("checkpoint-*")) == fitted, "a wrong mask beside --resume loses what was fitted"
     assert run("edit", "example:dog", TEXT, *steps, "--out", "out", "--resume")[0] == 0
     assert {p.name for p in Path("out").iterdir()} == WRITTEN
     assert run("edit", "example:dog", TEXT, *steps, "--out", "whole")[0] == 0

@@ -6,7 +6,7 @@ from PIL import Image
 
 from layerdiffusion import experiments
 from layerdiffusion.core import BadInput
-from layerdiffusion.experiments import (EXPERIMENTS, SIZES, Setting, Wanted, by_tuning, compare, correct, difference, framed, load_corrections, load_experiment, load_strip, plan, read_cell, run_experiment,
+from layerdiffusion.experiments import (EXPERIMENTS, SIZES, Setting, Wanted, by_tuning, compare, correct, count_answers, difference, framed, load_corrections, load_experiment, load_strip, plan, read_cell, run_experiment,
                                         seed_sheet, sheet_title, show_experiment, summary, valid_marks)
 
 
@@ -66,6 +66,10 @@ def test_what_there_is_not(wrong, says):
 def test_fewer_than_one_process(tmp_path):
     with pytest.raises(BadInput, match="at least 1"): run_experiment("alpha", "quick", "best", tmp_path, workers=0)
 
+def test_no_such_model(tmp_path):
+    with pytest.raises(BadInput, match="no model folder 'nowhere'"): run_experiment("alpha", "quick", "best", tmp_path / "x", model="nowhere")
+    assert not (tmp_path / "x").exists()
+
 def test_each_picture_has_a_clip_score(done):
     folder, record = done
     for row in record["settings"]:
@@ -74,13 +78,20 @@ def test_each_picture_has_a_clip_score(done):
 
 def test_difference_is_of_the_same_edits():
     rows = lambda name, values: dict(setting=name, by_edit=dict.fromkeys(("right", "valid", "identity", "background", "clip"), values))
-    record = dict(edits=list("abcd"), settings=[rows("x", [.9, .5, .1, .6]), rows("y", [.8, .4, .0, .5])])
+    record = dict(edits=list("abcdef"), settings=[rows("x", [.9, .5, .1, .6, .3, .4]), rows("y", [.8, .4, .0, .5, .2, .3])])
     mean, low, high = difference(record, "x", "y")
     assert abs(mean - .1) < 1e-6 and abs(low - .1) < 1e-6 and abs(high - .1) < 1e-6  # hard edits are hard for both
     assert ": yes;" in compare(record, "x", "y") and ": no;" in compare(record, "y", "x") and ": yes;" in compare(record, "y", "x", "identity")
     assert ": no;" in compare(record, "x", "y", least=.4)
-    assert "one edit cannot tell" in compare(dict(record, edits=["a"]), "x", "y")
+    assert "1 edit is too few to tell" in compare(dict(record, edits=["a"]), "x", "y") and "3 edits are too few" in compare(dict(record, edits=list("abc")), "x", "y")
     with pytest.raises(BadInput, match="no score 'beauty'"): difference(record, "x", "y", "beauty")
+
+def test_where_nothing_is_left_to_rise():
+    rows = lambda name, value: dict(setting=name, by_edit=dict.fromkeys(("right", "valid", "clip"), [value] * 6))
+    record = dict(edits=list("abcdef"), settings=[rows("x", 1.), rows("y", 1.), rows("z", 0.)])
+    answers = [compare(record, "x", "y"), compare(record, "x", "z", "right"), compare(record, "x", "y", "clip")]
+    assert ": all are, with both;" in answers[0] and ": yes;" in answers[1] and ": no;" in answers[2]
+    assert count_answers(answers) == "all are, with both: 1, yes: 1, no: 1"
 
 def test_only_complete_edits_are_counted(done):
     folder, record = done

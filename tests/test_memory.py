@@ -15,8 +15,8 @@ def folder(tmp_path_factory):
     return build_model(tmp_path_factory.mktemp("model") / "sd", width=.1, size=128)
 
 
-@pytest.mark.parametrize("level, pictures, precision", [("full", "each", "fp32"), ("spare", "composite", "bf16"), ("low", "composite", "bf16")])
-def test_prediction(folder, level, pictures, precision):
+@pytest.mark.parametrize("level, pictures, precision, draws", [("full", "each", "fp32", 1), ("full", "composite", "fp32", 8), ("spare", "composite", "bf16", 1), ("low", "composite", "bf16", 4)])
+def test_prediction(folder, level, pictures, precision, draws):
     "Within 15 % of what a real tuning, fitting, drawing and decoding have allocated, on v1.4's plan at a tenth of its width."
     import torch
     from layerdiffusion import EditConfig
@@ -24,7 +24,7 @@ def test_prediction(folder, level, pictures, precision):
     from layerdiffusion.memory import LEVELS, count_decode, count_draw, count_embed, count_tune, measure_peak, settings_for
     from layerdiffusion.sd import PRECISIONS, decode_latents, encode_text, load_models, noise_loss, optimise, sample_noise_and_t, use
     models = use(load_models(folder, dtype=PRECISIONS[precision]), LEVELS[level])
-    config, size = settings_for(level, EditConfig(eq45_pictures=pictures), models.card), 128
+    config, size = settings_for(level, EditConfig(eq45_pictures=pictures, tuning_batch=draws), models.card), 128
     x, mask, e = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0)), torch.ones(1, 1, 16, 16), encode_text(models, TEXT)
     other = x if pictures == "each" else None
     def embed():
@@ -32,7 +32,7 @@ def test_prediction(folder, level, pictures, precision):
         return optimise(lambda step, g: noise_loss(models.unet, models.scheduler, x, *sample_noise_and_t(models.scheduler, x.shape, g), es), [es], 2, 1e-3, "fit")
     @torch.no_grad()
     def draw(): return models.unet(x.expand(4, -1, -1, -1), 500, e.expand(4, -1, -1)).sample
-    pairs = dict(tune=(count_tune(models, LEVELS[level], config, size, size), lambda: fine_tune(models, e, x, mask, other, 0 * mask, steps=2, params=config.tuned_parameters, rank=config.lora_rank)),
+    pairs = dict(tune=(count_tune(models, LEVELS[level], config, size, size), lambda: fine_tune(models, e, x, mask, other, 0 * mask, steps=2, params=config.tuned_parameters, rank=config.lora_rank, batch=draws)),
                  embed=(count_embed(models, LEVELS[level], size, size), embed), draw=(count_draw(models, size, size, 2), draw),
                  decode=(count_decode(models, size, size, 2), lambda: decode_latents(models, x.expand(2, -1, -1, -1))))
     ratios = {stage: predicted / measure_peak(work) for stage, (predicted, work) in pairs.items()}
