@@ -1,4 +1,5 @@
 "Package the library. All metadata is in settings.ini; this file only hands it to setuptools."
+import re
 from configparser import ConfigParser
 from pathlib import Path
 
@@ -10,11 +11,17 @@ cfg = config["DEFAULT"]
 name = cfg["lib_name"]
 statuses = ["1 - Planning", "2 - Pre-Alpha", "3 - Alpha", "4 - Beta", "5 - Production/Stable"]
 
+def absolute(link):
+    "A link of README, for a page that has no files beside it."
+    return f"{link[1]}]({cfg['git_url']}/{'raw' if link[1].startswith('!') else 'blob'}/{cfg['branch']}/{link[2]}"
+
+readme = re.sub(r"(!?\[[^]]*)\]\((?![a-z]+:|#)([^)]+)", absolute, Path(__file__).with_name("README.md").read_text(encoding="utf-8"))
+
 setup(
     name=name,
     version=cfg["version"],
     description=cfg["description"],
-    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description=readme,
     long_description_content_type="text/markdown",
     author=cfg["author"],
     author_email=cfg["author_email"],
@@ -24,7 +31,7 @@ setup(
     license_expression="Apache-2.0",
     license_files=["LICENSE"],
     classifiers=["Development Status :: " + statuses[int(cfg["status"]) - 1], "Intended Audience :: " + cfg["audience"],
-                 "Natural Language :: " + cfg["language"], "Programming Language :: Python :: " + cfg["min_python"]],
+                 "Natural Language :: " + cfg["language"], "Programming Language :: Python :: 3", *(f"Programming Language :: Python :: 3.{k}" for k in range(int(cfg["min_python"].split(".")[1]), 14))],
     packages=[name],
     package_data={name: ["weights/**", "pictures/*", "static/*"]},
     include_package_data=False,

@@ -73,7 +73,7 @@ def valid(answers: dict,  # from `ask`
 
 # %% ../nbs/11_judge.ipynb #e25af7e9
 def wilson(k: int, n: int, z: float = 1.96) -> tuple:
-    "The 95 % interval of a share `k` of `n` (Wilson 1927)."
+    "The 95 % interval of a share `k` of `n` independent pictures (Wilson 1927)."
     centre, half = (k + z * z / 2) / (n + z * z), z * math.sqrt(k * (n - k) / n + z * z / 4) / (n + z * z)
     return max(0., centre - half), min(1., centre + half)
 
@@ -128,7 +128,7 @@ def try_settings(method,  # a `LayerDiffusion`
 
 # %% ../nbs/11_judge.ipynb #6b7fbf34
 def summary(scores: list) -> str:
-    "Valid of n with its interval, and the mean distances."
+    "Valid of n with its interval, as if pictures were independent, and the mean distances."
     k, n = sum(r["valid"] for r in scores), len(scores)
     mean = lambda key: sum(v := [r[key] for r in scores if r[key] is not None and not math.isnan(r[key])]) / max(1, len(v))
     return f"valid {k:2} of {n} [{wilson(k, n)[0]:.2f}, {wilson(k, n)[1]:.2f}]   colour {mean('colour'):.3f}   background {mean('background'):.3f}"

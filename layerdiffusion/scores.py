@@ -151,7 +151,8 @@ def measure(method,  # a `LayerDiffusion`
             seeds: Sequence[int] = range(20),
             record: Optional[Path] = None,  # a file of JSON lines; None: nothing is kept
             setting: str = "",  # a name for people
-            judge=None, callback: Optional[Callable] = None) -> list:  # a dict for each picture
+            judge=None,  # None: the one that is shipped; what `record` has is not judged again
+            callback: Optional[Callable] = None) -> list:  # a dict for each picture
     "Scores of a setting over edits and seeds."
     config, kept, rows = config.resolve(method.models.card), read_record(record), []
     seen = [subject_name(method.models)] if config.subject_scale else []
@@ -160,7 +161,7 @@ def measure(method,  # a `LayerDiffusion`
         if key not in kept:
             e = task.edit
             images = method.edit(to_pil(e.image), e.text, mask=e.mask, reference=to_pil(e.reference), source=e.source, seeds=seeds, config=config, callback=callback).images
-            scorer = method.once("scorer", [task.name], lambda _: Scorer(e, method.models, method.sam, judge or load_judge()))
+            scorer = method.once("scorer", [task.name, *([judge.state_dict()] if judge else [])], lambda _: Scorer(e, method.models, method.sam, judge or load_judge()))
             kept[key] = dict(key=key, setting=setting, edit=task.name, kind=task.kind, seeds=list(seeds), scores=scorer(images))
             if record: append_line(record, kept[key])
         rows += [dict(edit=task.name, kind=task.kind, seed=s, **r) for s, r in zip(kept[key]["seeds"], kept[key]["scores"])]
@@ -184,8 +185,8 @@ def append_line(path: Path, row: dict):
 # %% ../nbs/13_scores.ipynb #9361b2f9
 def interval(rows: Sequence[dict],  # from `measure`
              field: str,  # "valid", "identity", "background" or "right"
-             draws: int = 2000) -> tuple:  # mean, and the 95 % interval
-    "Mean of a score over all pictures, with a bootstrap interval over edits."
+             draws: int = 2000) -> tuple:  # mean, and the 95 % interval, in name
+    "Mean of a score over all pictures, with a percentile bootstrap interval over edits. It is too narrow with few: up to three edits, just the range of their means."
     by_edit = {}
     for r in rows: by_edit.setdefault(r["edit"], []).append(float(r[field]))
     means = torch.tensor([sum(v) / len(v) for v in by_edit.values()])

@@ -1,5 +1,5 @@
 "README keeps its form, and what it tells people to type exists."
-import os, re, shlex, subprocess, sys
+import json, os, re, shlex, subprocess, sys
 from pathlib import Path
 
 import pytest
@@ -49,7 +49,16 @@ def test_command_exists(command):
 def test_python_runs(tmp_path, monkeypatch):
     "README's Python runs, with fewer steps."
     code = "\n".join(text for kind, text in BLOCKS if kind == "python")
-    short = code.replace("EditConfig(", "EditConfig(embedding_steps=2, tuning_steps=2, sampling_steps=2, ")
+    short = code.replace("models.card)", "models.card, target_draws=2, tuning_steps=2, sampling_steps=2)")
     assert short != code
     monkeypatch.chdir(tmp_path)
     exec(compile(short, "README.md", "exec"), {"__name__": "readme"})
+
+def test_numbers_are_of_the_records():
+    "What README says of the joint edits stands in the record of the ablation."
+    record = json.loads((ROOT/"nbs/results/experiments/ablation-best-paper.json").read_text())
+    say = lambda v: "{:.0f} % [{:.0f} %, {:.0f} %]".format(*(100 * x for x in v))
+    right = {row["setting"]: row["right"] for row in record["settings"]}
+    assert len(record["edits"]) == 15 and say(right.pop("(f) whole method")) in README
+    most = max(right, key=lambda s: right[s][0])
+    assert most == "(d) λ1 = 3" and f"λ1 = 3 with {say(right[most])}" in README
