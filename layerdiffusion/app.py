@@ -248,7 +248,7 @@ def make_widgets(self: LayerDiffusionApp, text: Optional[str]):
     self.reroll = w.Button(description="Draw it", icon="random", tooltip="Draw the new place from its words; again for another one")
     self.no_place = w.Button(description="Draw it instead", **hidden)
     self.place = w.Image(**hidden)
-    self.preset = w.ToggleButtons(options=[(v, k) for k, v in LOOKS.items()], value="best", tooltips=["What kept the subject best when measured", "The paper's settings with those readings of it that did best", "A rough result in a few seconds"])
+    self.preset = w.ToggleButtons(options=[(v, k) for k, v in LOOKS.items()], value="best", tooltips=["What kept the subject best when measured", "The paper's numbers, with those readings of it that did best", "A rough result in a few seconds"])
     self.dials = {d.name: Slider(d, 4 if d.name == "count" else d.low if d.paper is None else d.paper) for d in DIALS}
     self.go = w.Button(description="Run", icon="play", button_style="primary", tooltip="Make the edit")
     self.halt = w.Button(description="Stop", icon="stop", disabled=True, tooltip="Stop after this step; what was learnt is kept")

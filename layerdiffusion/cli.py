@@ -122,7 +122,7 @@ RUN = [
     Opt("precision", Literal["auto", "fp32", "bf16", "fp16"], "auto", "What the model computes in. auto: bf16 on a GPU that has it, fp16 on an older one of NVIDIA's, else fp32."),
     Opt("memory", Literal["auto", "full", "spare", "8bit", "low"], "auto", "How much may lie on the device. auto: as much as fits, and a sentence says why. spare: parts wait on the CPU. 8bit: Adam in eight bits. low: LoRA."),
     Opt("offline", bool, False, "Never ask the Hugging Face hub; what was fetched before is still used."),
-    Opt("preset", Literal["paper", "best"], "paper", "Settings to start from: the paper's with those readings of it that did best, or those that did best at keeping the subject; options given beside it win."),
+    Opt("preset", Literal["paper", "best"], "paper", "Settings to start from. paper: the paper's numbers, with those readings of it that did best. best: those that kept the subject best. Options given beside it win."),
     Opt("config", Optional[Path], None, "Settings from the edit.json of an earlier edit; options given beside it win.", metavar="FILE"),
     Opt("resume", bool, False, "Go on with an edit that was stopped; ends with the same bytes as one that was not."),
     Opt("paste_back", bool, False, "Write each picture in the full size of IMAGE too: IMAGE itself, and the edit where the subject was and is now. For edits that keep the place."),

@@ -39,7 +39,7 @@ def test_there_are_commands(): assert OURS
 @pytest.mark.parametrize("command", OURS)
 def test_command_exists(command):
     "The subcommand and each option are in the program's own help."
-    words = shlex.split(command)[1:]
+    words = shlex.split(command, comments=True)[1:]
     if words[0].startswith("-"): return None if run(words[0]).returncode == 0 else pytest.fail(command)
     help = run(words[0], "--help")
     assert help.returncode == 0, help.stderr
@@ -54,11 +54,21 @@ def test_python_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     exec(compile(short, "README.md", "exec"), {"__name__": "readme"})
 
+def say(v): return "{:.0f} % [{:.0f} %, {:.0f} %]".format(*(100 * x for x in v))
+
 def test_numbers_are_of_the_records():
     "What README says of the joint edits stands in the record of the ablation."
     record = json.loads((ROOT/"nbs/results/experiments/ablation-best-paper.json").read_text())
-    say = lambda v: "{:.0f} % [{:.0f} %, {:.0f} %]".format(*(100 * x for x in v))
     right = {row["setting"]: row["right"] for row in record["settings"]}
     assert len(record["edits"]) == 15 and say(right.pop("(f) whole method")) in README
     most = max(right, key=lambda s: right[s][0])
     assert most == "(d) λ1 = 3" and f"λ1 = 3 with {say(right[most])}" in README
+
+def test_numbers_of_the_unseen_edits():
+    "What README says of the unseen edits is counted from their record, as page 15 does."
+    from layerdiffusion.scores import interval
+    kept = [json.loads(line) for line in (ROOT/"nbs/results/unseen.jsonl").read_text().splitlines()]
+    rows = [dict(edit=r["edit"], kind=r["kind"], **s) for r in kept if r["setting"] == "best" for s in r["scores"]]
+    joint = [r for r in rows if r["kind"] == "pose and place"]
+    assert f"of {len(rows)} pictures of {len({r['edit'] for r in rows})} unseen edits" in README
+    for number in (f"{say(interval(rows, 'valid'))} were valid", f"{say(interval(rows, 'right'))} were right", f"{say(interval(joint, 'right'))} where pose and place"): assert number in README
