@@ -331,7 +331,7 @@ def run_edit(method, text: str, request: dict, config, level: str = "full"):
     def work(config):
         scene, given = prepare(method, text, request, config, watch)
         return scene, method.edit(request["image"], text, seeds=request["seeds"], config=config, callback=watch, look_every=request["look_every"], folder=out, resume=request["resume"], **given)
-    before = set(out.glob("checkpoint-*")) if request["resume"] else set()
+    before = set(out.glob("checkpoint-*"))
     try: scene, result = run_in(level, method, config, work, announce)
     except KeyboardInterrupt: raise Stopped(after_stop(out)) from None
     except Exception: forget(out, before); raise

@@ -91,7 +91,7 @@ class Checkpoint:
         return len(losses)
 
     def __call__(self, event: Event):
-        if self.path and (time.monotonic() - self.last > self.every or event.step == event.total): self.write()
+        if self.path and (time.monotonic() - self.last > self.every or event.step == event.total): self.keep()
 
 # %% ../nbs/10_pipeline.ipynb #faa65454
 def snapshot(params, optimizer, losses) -> dict:
@@ -121,6 +121,14 @@ def write(self: Checkpoint):
     self.last = time.monotonic()
 
 @patch
+def keep(self: Checkpoint):
+    "Write the file; where that fails, say so once: a full disk stops the checkpoints, not the run."
+    try: self.write()
+    except BadInput as error:
+        self.path = None
+        warnings.warn(f"{error} The run goes on without checkpoints.")
+
+@patch
 def read(self: Checkpoint) -> Optional[dict]:
     "What the file holds of this very stage."
     if not self.path or not self.path.exists(): return None
@@ -145,7 +153,7 @@ def checkpoint(self: LayerDiffusion, stage: str, key: str, folder=None):
     except KeyboardInterrupt:
         if point.live is None: raise
         self.unfinished[key] = snapshot(*point.live)
-        if point.path: point.write()
+        if point.path: point.keep()
         where = f"the same command with --resume goes on from {point.path}" if point.path else "the same call on this object goes on"
         raise KeyboardInterrupt(f"Stopped after step {len(point.live[2])} of the stage {stage!r}; {where} there.") from None
 
@@ -504,9 +512,9 @@ def edit(self: LayerDiffusion,
         ) -> EditResult:
     "LayerDiffusion: change what the subject does and where it is."
     config, seeds = (config or EditConfig()).resolve(self.models.card), check_seeds(seeds)
-    if folder and not resume: clear_checkpoints(folder)
     scene = self.prepare(image, text, mask=mask, point=point, box=box, reference=reference, object=object, background=background, object_reference=object_reference,
                          object_mask=object_mask, move=move, scale=scale, source=source, config=config, callback=callback)
+    if folder and not resume: clear_checkpoints(folder)
     times = dict(scene.times)
     if self.models.how.offload and not isinstance(self._sam, (str, Path)): self._sam.to("cpu")
     with clock(times, "embed"): *words, embed_losses = self.embed(scene, config, callback, folder)

@@ -102,3 +102,11 @@ def test_reuse_from_the_folder(method, tmp_path, name):
     assert torch.equal(again[0].images, again[1].images) and again[1].record["reused"]["text"] == edit.text
     assert len(again[1].losses["tune"]) == 2 and again[1].config.tuning_lr == 8 * edit.config.tuning_lr
     assert torch.equal(load_edit(again[1].save(tmp_path/"again"), method).images, again[1].images)
+
+def test_a_checkpoint_that_cannot_be_written_does_not_end_the_run(method, tmp_path):
+    (tmp_path/"file").write_text("")
+    with pytest.warns(UserWarning, match="The run goes on without checkpoints"):
+        with method.checkpoint("tuning", "key", tmp_path/"file") as point:
+            point.begin([torch.zeros(1)], torch.optim.Adam([torch.zeros(1, requires_grad=True)]), [])
+            point.keep()
+    assert point.path is None
