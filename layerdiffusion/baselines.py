@@ -19,8 +19,7 @@ import torch
 # %% ../nbs/16_baselines.ipynb #63852500
 from .core import BadInput, Event, content_hash, fit_image, to_pil
 from .fine_tuning import fine_tune
-from .judge import load_judge
-from .scores import Scorer, Task, append_line, read_record
+from .scores import Task, append_line, read_record, scorer_of
 from .sd import Models, add_noise, ddim_sample, decode_latents, encode_image, encode_text, initial_latents, noise_loss, optimise, quiet, sample_noise_and_t, timesteps
 from .settings import PAPER
 from .world import stream
@@ -223,8 +222,7 @@ def baseline_rows(method,  # a `LayerDiffusion`: its models and its SAM
         if key not in kept:
             image = fit_image(to_pil(task.edit.image), method.models.size)
             images = baseline(method.models, image, task.edit.text, seeds=seeds, callback=callback, **options)
-            scorer = method.once("scorer", [task.name], lambda _: Scorer(task.edit, method.models, method.sam, judge or load_judge()))
-            kept[key] = dict(key=key, setting=setting or baseline.__name__, edit=task.name, kind=task.kind, seeds=list(seeds), options=options, scores=scorer(images))
+            kept[key] = dict(key=key, setting=setting or baseline.__name__, edit=task.name, kind=task.kind, seeds=list(seeds), options=options, scores=scorer_of(method, task, judge)(images))
             if record: append_line(record, kept[key])
         rows += [dict(edit=task.name, kind=task.kind, seed=s, **r) for s, r in zip(kept[key]["seeds"], kept[key]["scores"])]
     return rows

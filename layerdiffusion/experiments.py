@@ -26,9 +26,9 @@ from tqdm import tqdm
 from .baselines import imagic, plug_and_play, sdedit
 from .core import BadInput, content_hash, environment, fit_image, make_sheet, pick_device, to_pil, write_atomic, write_json
 from .identity import subject_name
-from .judge import load_judge, wilson
+from .judge import wilson
 from .metrics import Clip, clip_score
-from .scores import Scorer, edit_set, interval
+from .scores import edit_set, interval, scorer_of
 from .sd import resolve_model
 from .settings import PRESETS, EditConfig, preset
 from .world import stream
@@ -124,9 +124,8 @@ def load_strip(path: Path) -> list:
 # %% ../nbs/18_experiments.ipynb #7ffb0054
 def score_cell(method, task, images: torch.Tensor, judge=None) -> list:  # a dict for each picture
     "The four scores of each picture, and its CLIP score: the raw cosine with the text, without prefix."
-    scorer = method.once("scorer", [task.name], lambda _: Scorer(task.edit, method.models, method.sam, judge or load_judge()))
     cosine = clip_score(method.once("clip score", [], lambda _: Clip("mini")), images, task.edit.text).cosine
-    return [dict(row, clip=round(c, 4)) for row, c in zip(scorer(images), cosine.tolist())]
+    return [dict(row, clip=round(c, 4)) for row, c in zip(scorer_of(method, task, judge)(images), cosine.tolist())]
 
 def run_cell(method, task, setting: Setting, seeds: Sequence[int], folder: Path, share: float = 1., judge=None) -> dict:
     "One setting on one edit, drawn and scored, or read when it is there."

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'SETS', 'LIMIT', 'Task', 'edit_set', 'parts', 'subject_distance', 'redraw', 'find_subject',
-           'background_distance', 'Scorer', 'wanted', 'score', 'measure', 'read_record', 'append_line', 'interval',
-           'summary_line']
+           'background_distance', 'Scorer', 'wanted', 'score', 'scorer_of', 'measure', 'read_record', 'append_line',
+           'interval', 'summary_line']
 
 # %% ../nbs/13_scores.ipynb #5dfb2d06
 import json
@@ -146,6 +146,10 @@ def score(self: Scorer,
 Scorer.__call__ = score
 
 # %% ../nbs/13_scores.ipynb #19cfab1e
+def scorer_of(method, task: Task, judge=None) -> Scorer:
+    "The scorer of an edit, made once for each judge."
+    return method.once("scorer", [task.name, *([judge.state_dict()] if judge else [])], lambda _: Scorer(task.edit, method.models, method.sam, judge or load_judge()))
+
 def measure(method,  # a `LayerDiffusion`
             tasks: Sequence[Task], config,  # an `EditConfig`
             seeds: Sequence[int] = range(20),
@@ -161,8 +165,7 @@ def measure(method,  # a `LayerDiffusion`
         if key not in kept:
             e = task.edit
             images = method.edit(to_pil(e.image), e.text, mask=e.mask, reference=to_pil(e.reference), source=e.source, seeds=seeds, config=config, callback=callback).images
-            scorer = method.once("scorer", [task.name, *([judge.state_dict()] if judge else [])], lambda _: Scorer(e, method.models, method.sam, judge or load_judge()))
-            kept[key] = dict(key=key, setting=setting, edit=task.name, kind=task.kind, seeds=list(seeds), scores=scorer(images))
+            kept[key] = dict(key=key, setting=setting, edit=task.name, kind=task.kind, seeds=list(seeds), scores=scorer_of(method, task, judge)(images))
             if record: append_line(record, kept[key])
         rows += [dict(edit=task.name, kind=task.kind, seed=s, **r) for s, r in zip(kept[key]["seeds"], kept[key]["scores"])]
     return rows

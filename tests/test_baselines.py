@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest, torch
 
-from layerdiffusion import baselines
+from layerdiffusion import scores
 from layerdiffusion.baselines import RECIPES, baseline_rows, imagic, imagic_draw, imagic_fit, imagic_recipe, injection_layers, invert, lend_features, plug_and_play, sdedit
 from layerdiffusion.core import BadInput
 from layerdiffusion.scores import edit_set
@@ -159,13 +159,13 @@ def test_imagic_recipes():
 def test_rows_go_on_after_a_kill(models, monkeypatch, tmp_path):
     "What is in the record is not drawn again; a cut-off line is; other options and seeds are other lines."
     from layerdiffusion.pipeline import LayerDiffusion
-    monkeypatch.setattr(baselines, "Scorer", lambda *a: lambda images: [dict(valid=True, identity=0., background=0., right=True) for _ in images])
+    monkeypatch.setattr(scores, "Scorer", lambda *a: lambda images: [dict(valid=True, identity=0., background=0., right=True) for _ in images])
     calls, tasks, file = [], edit_set("development")[:3], tmp_path / "rows.jsonl"
     def drawn(models, image, text, *, seeds, callback=None, **options):
         calls.append(text)
         if len(calls) == 3 and not (tmp_path / "on").exists(): raise KeyboardInterrupt
         return image.expand(len(seeds), -1, -1, -1)
-    rows = lambda **options: baseline_rows(LayerDiffusion(models), tasks, drawn, range(2), file, judge=object(), **options)
+    rows = lambda **options: baseline_rows(LayerDiffusion(models), tasks, drawn, range(2), file, judge=torch.nn.Linear(1, 1), **options)
     with pytest.raises(KeyboardInterrupt): rows(eta=1)
     assert file.read_text().count("\n") == 2
     file.write_text(file.read_text()[:-20])

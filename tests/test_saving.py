@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest, torch
 from safetensors.torch import load_file
-from layerdiffusion.core import BadInput
+from layerdiffusion.core import BadInput, Event
 from layerdiffusion.fine_tuning import low_rank
 from layerdiffusion.pipeline import EditConfig, LayerDiffusion, load_edit
 from layerdiffusion.saving import export, pixels
@@ -108,5 +108,5 @@ def test_a_checkpoint_that_cannot_be_written_does_not_end_the_run(method, tmp_pa
     with pytest.warns(UserWarning, match="The run goes on without checkpoints"):
         with method.checkpoint("tuning", "key", tmp_path/"file") as point:
             point.begin([torch.zeros(1)], torch.optim.Adam([torch.zeros(1, requires_grad=True)]), [])
-            point.keep()
+            point(Event("tuning", 2, 2))
     assert point.path is None
