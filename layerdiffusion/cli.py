@@ -11,7 +11,7 @@ __all__ = ['SUBJECT', 'PLACE', 'WORDS', 'TUNING', 'DRAWING', 'MASKS', 'BEYOND', 
            'bench', 'experiment', 'docs', 'editor', 'usage', 'explain', 'run_app', 'main']
 
 # %% ../nbs/30_cli.ipynb #9c2efb69
-import inspect, json, os, re, shutil, sys
+import inspect, json, re, shutil, sys
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
@@ -72,9 +72,9 @@ TUNING = [
     Opt("tuning_lr", Optional[float], None, "Learning rate of Eq. 4-6. Unset: the model's own, else the paper's 2e-6.", 1e-12),
     Opt("object_picture", Literal["input", "target", "auto"], "target", "O_t of Eq. 4: one drawn from TEXT (the paper), your picture, or (auto) your picture where the subject does already what TEXT says."),
     Opt("eq45_pictures", Literal["each", "one", "composite"], "composite", "Eq. 4 and 5 see: the subject pasted on the reference, each its own picture, or one picture through two masks."),
-    Opt("eq5_region", Literal["union", "reference"], "union", "What Eq. 5 leaves out: the subject's place too, or only what the reference shows of a subject."),
+    Opt("eq5_region", Literal["union", "reference"], "union", "What Eq. 5 leaves out: the subject's place too, or only what the reference shows of a subject. Only with --eq45-pictures each."),
     Opt("eq5_words", Literal["opt", "background"], "opt", "Eq. 5 under e_opt (the paper), or under the place's words alone."),
-    Opt("reference_mask", Literal["empty", "sam"], "empty", "M_r: the reference shows nobody, or SAM finds who is in it."),
+    Opt("reference_mask", Literal["empty", "sam"], "empty", "M_r: the reference shows nobody, or SAM finds who is in it. Only with --eq45-pictures each."),
     Opt("tuned_parameters", Literal["all", "attention", "lora"], "all", "What of the U-Net moves; lora needs the least memory."),
     Opt("lora_rank", int, 8, "Rank of the change for --tuned-parameters lora.", 1)]
 
@@ -115,7 +115,7 @@ WATCH = [
 # %% ../nbs/30_cli.ipynb #6f97fa3b
 RUN = [
     Opt("model", str, "mini", "mini (shipped; knows only its drawn world), a Stable Diffusion folder, or a hub name: CompVis/stable-diffusion-v1-4 is the paper's.", metavar="NAME"),
-    Opt("sam", Optional[str], None, "Segment Anything: mini, a folder, or a file of published weights such as sam_vit_h_4b8939.pth. Unset: mini beside mini, vit_h beside any other model.", metavar="NAME"),
+    Opt("sam", Optional[str], None, "Segment Anything: mini, a folder, or a file of published weights such as sam_vit_h_4b8939.pth. Unset: the model folder's own, mini beside mini, vit_h beside any other model.", metavar="NAME"),
     Opt("seeds", str, "0-7", "One picture for each: a range 0-7, a list 0,3,5, or both.", metavar="LIST"),
     Opt("seed", int, 0, "Seed of all other draws: noise and timesteps in Eq. 2, 4, 5, and the drawn reference.", 0, 2**63 - 1),
     Opt("device", Optional[str], None, "cpu, cuda, cuda:1 or mps. Unset: the fastest there is.", metavar="NAME"),
@@ -378,7 +378,6 @@ def edit(ctx: typer.Context,
     from layerdiffusion.pipeline import EditConfig, LayerDiffusion
     from layerdiffusion.settings import preset
     EditConfig(**settings)  # refuses what is wrong before anything is loaded
-    if options["offline"]: os.environ["HF_HUB_OFFLINE"] = "1"  # for open_clip too
     method = LayerDiffusion.from_pretrained(options["model"], options["device"], options["sam"], options["precision"], options["offline"])
     config = preset(options["preset"], method.models.card, **settings)
     result, looks = run_edit(method, text, request, config, choose_level(method, options["memory"], request, config))

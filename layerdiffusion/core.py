@@ -201,12 +201,14 @@ def fit_points(points: Sequence,  # numbers x, y, x, y ... or pairs (x, y), in p
                fitted: "torch.Tensor"  # the picture after `fit_image`, (3, H, W)
               ) -> list:
     "The same points in pixels of the fitted picture."
-    if len(points) and not isinstance(points[0], (int, float)): return [tuple(fit_points(p, image, fitted)) for p in points]
-    for x, y in zip(points[::2], points[1::2]):
+    import numpy as np
+    try: pairs = np.asarray(points, dtype=float).reshape(-1, 2)
+    except (TypeError, ValueError): raise BadInput(f"{points!r} is neither a point (x, y) or several nor a box (x0, y0, x1, y1).") from None
+    for x, y in pairs:
         if not (0 <= x <= image.width and 0 <= y <= image.height):
             raise BadInput(f"The point ({x:g}, {y:g}) is outside the picture, which is {image.width} pixels wide and {image.height} high.")
-    scale = fitted.shape[-1] / image.width, fitted.shape[-2] / image.height
-    return [v * scale[i % 2] for i, v in enumerate(points)]
+    out = (pairs * (fitted.shape[-1] / image.width, fitted.shape[-2] / image.height)).tolist()
+    return [tuple(p) for p in out] if np.ndim(points) == 2 else sum(out, [])
 
 # %% ../nbs/00_core.ipynb #7b8de5bf
 def _label(text, font, width, lines=2):

@@ -159,7 +159,7 @@ def split_text(text: str,  # the target text T
 # %% ../nbs/04_embeddings.ipynb #d109d4cd
 def subject_phrase(text: str) -> str:
     "Who the text is about, such as \"a brown dog\"."
-    named = [piece.strip(", ") for piece, kind in _label(_pieces(_tidy(text))) if kind == "object"]
+    named = [piece.strip(", ") for piece, kind in _label(_pieces(_tidy(text))) if kind == "object"] if re.search(r"\w", text) else []
     if not named: raise BadInput(f"The text {text!r} names no subject; begin with one, such as 'a brown dog'.")
     return named[0]
 

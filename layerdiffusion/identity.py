@@ -7,10 +7,11 @@ __all__ = ['DIRECTIONS', 'CHANGED', 'ACTIONS', 'PLACES', 'Subject', 'cut_out', '
            'SubjectAttention', 'subject_weights', 'subject_name', 'read_subject', 'small', 'see_subject', 'palette',
            'unlike', 'breed', 'choose', 'search_target', 'coat_colour', 'typical_coat', 'recolour', 'change_coat',
            'with_words', 'encode_with', 'first_vectors', 'word_objective', 'known', 'prior_texts', 'prior_pictures',
-           'fetch_clip', 'load_clip', 'propose_source']
+           'no_hub', 'fetch_clip', 'load_clip', 'propose_source']
 
 # %% ../nbs/07_identity.ipynb #bc7464f6
 import hashlib, math, re, time
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Callable, Optional, Sequence
@@ -329,6 +330,15 @@ def prior_pictures(models: Models,
     return torch.cat(drawn), embeds
 
 # %% ../nbs/07_identity.ipynb #ffdd1d26
+@contextmanager
+def no_hub(wanted: bool):
+    "Inside the `with`, where it is wanted, nothing asks the hub; what was fetched before is still used."
+    from huggingface_hub import constants
+    before = constants.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = wanted or before
+    try: yield
+    finally: constants.HF_HUB_OFFLINE = before
+
 def fetch_clip(where: str, tag: str):  # such as "ViT-B-32" and "laion2b_s34b_b79k"
     "Have the weights of an open_clip tag in the hub's cache, where open_clip looks for them; says so before they are fetched."
     import open_clip
@@ -337,17 +347,17 @@ def fetch_clip(where: str, tag: str):  # such as "ViT-B-32" and "laion2b_s34b_b7
     file = f"{Path(file).stem or 'open_clip_model'}.safetensors"
     if not (fetch(repository, files=[file]) / file).exists(): raise BadInput(f"{repository} has no {file}; give another tag of {where}: {', '.join(open_clip.list_pretrained_tags_by_model(where))}.")
 
-def load_clip(name: str = "mini"  # "mini", a folder for open_clip, or "ViT-B-32:laion2b_s34b_b79k" and the like
+def load_clip(name: str = "mini",  # "mini", a folder for open_clip, or "ViT-B-32:laion2b_s34b_b79k" and the like
+              offline: bool = False  # never ask the hub
              ) -> tuple:  # model, preprocess, tokenizer
     "An open_clip model."
     import open_clip
     folder = package_folder() / "weights" / "mini" / "clip" if name == "mini" else Path(name)
-    if folder.is_dir(): where, weights = f"local-dir:{folder}", None
-    else:
-        where, _, weights = name.partition(":")
-        fetch_clip(where, weights)
-    try: clip, preprocess = open_clip.create_model_from_pretrained(where, pretrained=weights or None)
-    except Exception as e: raise BadInput(f"Cannot load the CLIP model {name!r}: {(str(e).strip() or repr(e)).splitlines()[0]}; give 'mini', a folder, or a name such as 'ViT-B-32:laion2b_s34b_b79k'.") from None
+    where, _, weights = (f"local-dir:{folder}", "", None) if folder.is_dir() else name.partition(":")
+    with no_hub(offline):
+        if weights: fetch_clip(where, weights)
+        try: clip, preprocess = open_clip.create_model_from_pretrained(where, pretrained=weights or None)
+        except Exception as e: raise BadInput(f"Cannot load the CLIP model {name!r}: {(str(e).strip() or repr(e)).splitlines()[0]}; give 'mini', a folder, or a name such as 'ViT-B-32:laion2b_s34b_b79k'.") from None
     return clip.eval().requires_grad_(False), preprocess, open_clip.get_tokenizer(where)
 
 @torch.no_grad()

@@ -123,8 +123,10 @@ def save(self: EditResult,
         save_file(tensors, inside / "edit.safetensors", {"edit": json.dumps(settings)})
         shutil.copymode(inside / "sheet.png", inside / "edit.safetensors")  # safetensors makes private files
         write_json(inside / "edit.json", settings | dict(losses=self.losses))
-    for name, x in pictures.items():
-        if x is None: (folder / f"{name}.png").unlink(missing_ok=True)  # of an edit that was here before
+    written = {f"{name}.png" for name, x in pictures.items() if x is not None} | {f"full-{seed}.jpg" for seed in (self.seeds if photo is not None else ())}
+    ours = [p for pattern in ("seed-[0-9]*.png", "full-[0-9]*.jpg") for p in folder.glob(pattern)] + [folder / f"{name}.png" for name in pictures]
+    for path in ours:
+        if path.name not in written: path.unlink(missing_ok=True)  # of an edit that was here before
     clear_checkpoints(folder)
     return folder
 

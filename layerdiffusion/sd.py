@@ -256,8 +256,9 @@ def load_models(name: Union[str, Path] = "mini",  # "mini", a folder, or a hub n
 def awake(models: Models, part: str):  # "vae" or "text_encoder"
     "A part where the model works; back to the CPU after the `with` where parts wait there."
     module = getattr(models, part)
-    yield module.to(models.device) if models.how.offload else module
-    if models.how.offload: module.to("cpu")
+    try: yield module.to(models.device) if models.how.offload else module
+    finally:
+        if models.how.offload: module.to("cpu")
 
 @contextmanager
 def parked(models: Models):

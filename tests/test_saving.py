@@ -110,3 +110,55 @@ def test_a_checkpoint_that_cannot_be_written_does_not_end_the_run(method, tmp_pa
             point.begin([torch.zeros(1)], torch.optim.Adam([torch.zeros(1, requires_grad=True)]), [])
             point(Event("tuning", 2, 2))
     assert point.path is None
+
+def test_a_folder_holds_one_edit(edit, tmp_path):
+    "Saved with fewer seeds into the same folder, no picture of the others stays; other files do."
+    folder = edit.save(tmp_path/"dog", photo=edit.image)
+    (folder/"seed-notes.txt").write_text("mine")
+    replace(edit, images=edit.images[1:], seeds=SEEDS[1:], reference=None).save(folder)
+    assert sorted(p.name for p in folder.glob("seed-*")) == [f"seed-{SEEDS[1]}.png", "seed-notes.txt"] and not [*folder.glob("full-*"), *folder.glob("reference*")]
+
+@pytest.mark.parametrize("changes, said", [(dict(tuning_steps=3), "made with its tuning_steps"), (dict(lambda_obj=1.), "made with its lambda_obj"), (dict(alfa=1.), "no setting 'alfa'"), (dict(alpha=3.), "alpha is 3")])
+def test_a_saved_edit_is_drawn_with_settings_of_the_drawing(method, edit, tmp_path, changes, said):
+    folder = edit.save(tmp_path/"dog")
+    with pytest.raises(BadInput, match=said): load_edit(folder, method, **changes)
+
+def test_reuse_keeps_a_given_picture_of_the_object(method, tmp_path):
+    "While T_a is the same; another T_a, or another picture, goes without it."
+    other = method.edit("example:dog", "a dog jumping in a forest", point=(32, 36), seeds=[1], config=SHORT, object_reference="example:cat")
+    loaded = load_edit(other.save(tmp_path/"dog"), method)
+    assert loaded.record["object_given"] and torch.equal(loaded.object_image, other.object_image)
+    place, pose, given = (LayerDiffusion(method.models, method.sam).reuse(loaded, text, seeds=[1], steps=2, **more) for text, more in (
+        ("a dog jumping in the snow", {}), ("a dog lying in the snow", {}), ("a dog jumping in the snow", dict(object_reference="example:rabbit"))))
+    assert torch.equal(place.object_image, other.object_image) and place.record["object_given"]
+    assert not torch.equal(pose.object_image, other.object_image) and not pose.record["object_given"]
+    assert not torch.equal(given.object_image, other.object_image) and given.record["object_given"]
+
+def test_a_missing_reference_is_refused_before_anything_is_drawn(method):
+    seen = []
+    with pytest.raises(BadInput, match="nowhere.png"): LayerDiffusion(method.models).edit("example:dog", "a dog jumping in a forest", reference="nowhere.png", config=preset("best"), callback=seen.append)
+    assert not seen
+
+def test_a_model_brings_its_own_sam_and_clip(method, tmp_path, monkeypatch):
+    "A mini that somebody trained is used whole; without the two, those that are shipped."
+    from layerdiffusion import pipeline
+    folder = tmp_path/"mine"
+    folder.mkdir()
+    for part in method.models.folder.iterdir(): (folder/part.name).symlink_to(part)
+    mine, asked = LayerDiffusion.from_pretrained(str(folder), "cpu", offline=True), []
+    monkeypatch.setattr(pipeline, "load_clip", lambda *a: asked.append(a))
+    monkeypatch.setattr(pipeline, "propose_source", lambda *a: ["words"])
+    assert mine._sam == str(folder/"sam") and mine.propose(torch.zeros(3, 64, 64), "a dog") == "words" and asked == [(str(folder/"clip"), True)]
+    for part in ("sam", "clip"): (folder/part).unlink()
+    assert LayerDiffusion.from_pretrained(str(folder), "cpu")._sam == "mini"
+
+def test_points_and_seeds_of_numpy(method):
+    import numpy as np
+    from layerdiffusion.core import fit_points, load_image
+    from layerdiffusion.pipeline import check_seeds
+    image, fitted = load_image("example:dog"), torch.zeros(3, 64, 64)
+    for point in (np.array([32, 36]), torch.tensor([32, 36]), (np.float32(32), np.int64(36))): assert fit_points(point, image, fitted) == fit_points((32, 36), image, fitted)
+    assert fit_points(np.array([[32, 36], [1, 2]]), image, fitted) == fit_points([(32, 36), (1, 2)], image, fitted)
+    for wrong in ((1, 2, 3), "here", 4, [(1, 2), 3]):
+        with pytest.raises(BadInput, match="neither a point"): fit_points(wrong, image, fitted)
+    assert check_seeds(np.arange(3)) == [0, 1, 2] and check_seeds(np.int64(4)) == [4]
