@@ -225,7 +225,7 @@ def find_mask(sam: "Sam",  # see `load_sam`, or what `look` gave for this pictur
               image: torch.Tensor,  # (3, H, W) in 0-1
               point: Optional[Sequence] = None,  # (x, y) in pixels, or several; none and no box: `propose_subject`
               box: Optional[Sequence] = None,  # x0, y0, x1, y1 in pixels; with points: what lies outside is cut off
-              labels: Optional[Sequence] = None,  # for several points: 1 on the subject, 0 on the background
+              labels: Optional[Sequence] = None,  # for several points: 1 on the subject, 0 on the background, which the published SAMs know and mini's does not
               say: Optional[Callable] = print  # told what was taken, when nothing was asked for
              ) -> torch.Tensor:  # (1, H, W), 0 or 1
     "The subject's mask, by clicks, by a box, by both or by SAM's own proposal."

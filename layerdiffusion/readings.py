@@ -64,7 +64,8 @@ def show_readings(*groups: str,  # such as "Eq. 2"; none: all
     "Print the measured readings as a table; the first line is the centre that the others differ from."
     found = load_readings(folder)
     about = found["environment"]
-    print(f"{found['seeds']} seeds each of {len(found['edits'])} edits, {about['device_name']}, torch {about['torch']}, commit {about['commit']}, weights {found['model']}; 95 % intervals over edits\n")
+    print(f"{found['seeds']} seeds each of {len(found['edits'])} edits, {about['device_name']}, torch {about['torch']}, commit {about['commit']}, weights {found['model']}; 95 % intervals over edits.\n"
+          f"The first line, “the centre”: {', '.join(f'{k}={v}' for k, v in CENTRE.items())}, and otherwise the defaults of `EditConfig`; every other line says what it changes in it.\n")
     print(f"{'':58}{'valid':>6} {'of':>3}  {'':14}{'identity':22}{'background':22}right")
     for name, row in found["settings"].items():
         if groups and row["group"] not in ("", *groups): continue
