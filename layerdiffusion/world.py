@@ -17,6 +17,8 @@ from typing import Optional, Sequence, Union
 
 import torch
 
+from .core import BadInput
+
 # %% ../nbs/01_world.ipynb #432b5c9c
 SPECIES = ["dog", "cat", "rabbit"]
 POSES = ["standing", "sitting", "lying", "jumping"]
@@ -117,13 +119,18 @@ VALUES = dict(species=SPECIES, pose=POSES, colour=list(COLOURS), pattern=PATTERN
 
 def _as_tensor(name, value, like):
     "An index, a word or a tensor as a tensor shaped like the field."
-    if isinstance(value, str):
-        if value not in VALUES[name]: raise ValueError(f"The world has no {name} {value!r}; it has {', '.join(map(str, VALUES[name]))}.")
-        value = VALUES[name].index(value)
-    return torch.as_tensor(value, device=like.device).to(like.dtype).expand_as(like).clone()
+    known = VALUES.get(name)
+    try:
+        found = torch.as_tensor(known.index(value) if known and isinstance(value, str) else value, device=like.device).to(like.dtype).expand_as(like).clone()
+        if known and not ((found >= 0) & (found < len(known))).all(): raise ValueError
+        return found
+    except (TypeError, ValueError, RuntimeError):
+        raise BadInput(f"The world has no {name} {value!r}; it has {', '.join(map(str, known)) if known else f'numbers in the shape {tuple(like.shape)}'}.") from None
 
 def edit_scenes(scenes: Scenes, **changes) -> Scenes:
     "The same scenes with some attributes changed: words (`pose=\"jumping\"`), indices or tensors."
+    names = [f.name for f in fields(scenes)]
+    if odd := [k for k in changes if k not in names]: raise BadInput(f"A scene has no {odd[0]}; it has {', '.join(names)}.")
     return replace(scenes, **{k: _as_tensor(k, v, getattr(scenes, k)) for k, v in changes.items()})
 
 # %% ../nbs/01_world.ipynb #ec2f0edf
