@@ -80,7 +80,6 @@ def shell_line(order: Order, redraw: Optional[dict] = None,
                folder: str = "edits/1"  # where the results go
               ) -> str:
     "An edit for a terminal."
-    if 0 in (order.changes.get("embedding_steps"), order.changes.get("tuning_steps")): return "# A stage of no steps can only be said in Python."
     words, numbers = ["layerdiffusion", "edit", order.image, order.text], lambda row: ",".join(map(short, row))
     for name, value in ({**order.parts, **order.marks} | ({"reference": order.reference} if order.reference else {})).items():
         for one in value if name == "point" else [value]: words += [f"--{name}", one if isinstance(one, str) else numbers(one) if isinstance(one, tuple) else short(one)]
@@ -439,7 +438,9 @@ def start(self: LayerDiffusionApp, work: Callable, done: Callable, kind: str) ->
     "Begin a job; one that only redraws gives way."
     if self.running: return False
     before, self.job = self.job, None
-    if before: before.stop()
+    if before:
+        before.stop()
+        if before.alive: self.job = before; self.tell("run", "The last drawing is still stopping; try again in a moment."); return False
     self.kind, self.stages = kind, {}
     self.job = Job(work, lambda job: self.ended(job, done))
     self.refresh()
@@ -449,10 +450,11 @@ def start(self: LayerDiffusionApp, work: Callable, done: Callable, kind: str) ->
 @patch
 def ended(self: LayerDiffusionApp, job: Job, done: Callable):
     "In the job's thread, at its end."
+    if self.job is not job: return  # another has taken its place
     where = "place" if self.kind == "place" else "run"
     if job.error is None: self.guard(lambda: done(job.value), where)
-    elif self.job is job: self.tell(where, job.error)
-    if self.job is not job: return  # another has taken its place
+    else: self.tell(where, job.error)
+    if self.job is not job: return  # `done` began another
     if job.error and self.kind == "redraw": self.show(self.shown, keep=True)
     if not isinstance(job.error, (KeyboardInterrupt, type(None))): self.stopped = None
     self.job, self.preview.layout.display, self.says["stages"].value = None, "none", ""

@@ -56,7 +56,7 @@ PLACE = [
 # %% ../nbs/30_cli.ipynb #527b445c
 WORDS = [
     Opt("alpha", float, .7, "How much of e_opt is the subject's words: e_opt = alpha e_a + (1 - alpha) e_b (Eq. 3; the paper: 0.7).", 0, 1),
-    Opt("embedding_steps", int, 500, "Steps that fit both embeddings (Eq. 2; the paper: 500).", 1),
+    Opt("embedding_steps", int, 500, "Steps that fit both embeddings (Eq. 2; the paper: 500); 0 leaves them as they are.", 0),
     Opt("embedding_lr", Optional[float], None, "Learning rate of Eq. 2. Unset: the model's own, else the paper's 1e-3.", 1e-12),
     Opt("eq2_region", Literal["background", "object", "branch", "none"], "background", "Where Eq. 2 looks: around the subject, at it, each embedding at its own part, or everywhere."),
     Opt("eq2_picture", Literal["input", "reference"], "input", "The picture that Eq. 2 noises."),
@@ -66,7 +66,7 @@ WORDS = [
 TUNING = [
     Opt("lambda_obj", float, 2., "Weight of the subject's loss (lambda_1 in Eq. 6; the paper: 2, and 3 for small subjects).", 0),
     Opt("lambda_bg", float, 1., "Weight of the background's loss (lambda_2 in Eq. 6; the paper: 1).", 0),
-    Opt("tuning_steps", int, 250, "Steps that fit the U-Net (Eq. 4-6; the paper: 250).", 1),
+    Opt("tuning_steps", int, 250, "Steps that fit the U-Net (Eq. 4-6; the paper: 250); 0 leaves it as it is.", 0),
     Opt("tuning_batch", int, 1, "Draws of noise in each of these steps; more of them allow fewer and larger steps.", 1, 64),
     Opt("tuning_decay", bool, False, "Let the learning rate fall to nothing along half a cosine.", flags=("--tuning-decay/--no-tuning-decay",)),
     Opt("tuning_lr", Optional[float], None, "Learning rate of Eq. 4-6. Unset: the model's own, else the paper's 2e-6.", 1e-12),

@@ -170,12 +170,24 @@ def _upright(image):
     except Exception: return image  # an unreadable note is no reason to refuse a readable picture
 
 # %% ../nbs/00_core.ipynb #a99f7ebb
+def _from_numbers(x):
+    "A tensor in 0-1, or a NumPy array of bytes, as a Pillow picture."
+    from PIL import Image
+    if not hasattr(x, "detach"):
+        try: return Image.fromarray(x)
+        except (TypeError, ValueError): raise BadInput(f"An array of {x.dtype} in the shape {x.shape} is no picture; give bytes (uint8) in the shape (H, W, 3).") from None
+    while x.ndim > 3 and len(x) == 1: x = x[0]
+    if x.ndim != 2 and not (x.ndim == 3 and len(x) in (1, 3)): raise BadInput(f"A tensor in the shape {tuple(x.shape)} is not one picture; give (3, H, W).")
+    if not x.is_floating_point() or not (x.min() > -.01 and x.max() < 1.01): raise BadInput(f"The numbers of a picture are from 0 to 1; this tensor has {x.dtype} from {x.min():g} to {x.max():g}.")
+    return to_pil(x)
+
 def load_image(source: Union[str, Path, "Image.Image", "torch.Tensor"],  # a file, `example:dog`, or a picture already in memory
                keep_alpha: bool = False  # give an RGBA picture where there is transparency
               ) -> "Image.Image":
     "Any picture as an upright RGB one, transparency over white."
-    if hasattr(source, "detach"): source = to_pil(source)
-    if not isinstance(source, (str, Path)): return _to_rgb(_upright(source), keep_alpha)
+    if hasattr(source, "dtype"): source = _from_numbers(source)
+    if hasattr(source, "convert"): return _to_rgb(_upright(source), keep_alpha)
+    if not isinstance(source, (str, Path)): raise BadInput(f"A picture is a file, a Pillow picture, a tensor (3, H, W) in 0-1 or an array (H, W, 3) of bytes; this is a {type(source).__name__}.")
     path = _existing_file(source)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

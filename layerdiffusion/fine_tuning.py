@@ -66,7 +66,7 @@ def stack_layers(subject_latents: torch.Tensor,  # (1, C, h, w) the picture of E
                  lambda_obj: float = 2.,  # λ1
                  lambda_bg: float = 1.,  # λ2
                  scale: str = "all"  # see `object_loss`
-                ) -> tuple:  # latents (B, C, h, w) and weights (B, 1, h, w), B = 1 or 2
+                ) -> tuple:  # latents (B, C, h, w) and square roots of weights (B, 1, h, w), B = 1 or 2
     "The pictures and weights with which Eq. 6 is one weighted mean."
     for mask in (subject_mask, reference_mask):
         if mask.shape[-2:] != subject_latents.shape[-2:]:
@@ -79,7 +79,7 @@ def stack_layers(subject_latents: torch.Tensor,  # (1, C, h, w) the picture of E
 def layered_loss(unet: nn.Module,  # the model that learns
                  scheduler,  # its noise schedule
                  latents: torch.Tensor,  # (B, C, h, w) of `stack_layers`
-                 weights: torch.Tensor,  # (B, 1, h, w) of `stack_layers`
+                 weights: torch.Tensor,  # (B, 1, h, w) of `stack_layers`: square roots
                  noise: torch.Tensor,  # (B, C, h, w)
                  timesteps: torch.Tensor,  # (B,)
                  prompt_embeds: torch.Tensor  # (B, L, D) e_opt
@@ -197,8 +197,9 @@ def weight_difference(unet: nn.Module,  # before
 def apply_difference(unet: nn.Module,  # it is not changed
                      difference: dict  # from `weight_difference` or `low_rank`
                     ) -> nn.Module:
-    "A copy of a U-Net with a difference added."
+    "A copy of a U-Net with a difference added; where bfloat16 would round it away, in a finer precision (float16 on a GPU, float32 on a CPU)."
     tuned = twin(unet)
+    if tuned.dtype == torch.bfloat16: tuned = tuned.to(torch.float32 if tuned.device.type == "cpu" else torch.float16)
     weights = tuned.state_dict()
     with torch.no_grad():
         for name, change in full_rank(difference).items(): weights[name].copy_(weights[name].float() + change.to(weights[name].device).float().view_as(weights[name]))

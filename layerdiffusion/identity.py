@@ -24,7 +24,7 @@ from .core import BadInput, Event, package_folder
 from .embeddings import subject_phrase
 from .fine_tuning import apply_difference
 from .masks import propose_subject
-from .sd import Models, check_weights, ddim_sample, decode_latents, encode_image, encode_text, fetch, initial_latents, noise_loss, sample_noise_and_t
+from .sd import Models, check_text, check_weights, ddim_sample, decode_latents, encode_image, encode_text, fetch, initial_latents, noise_loss, sample_noise_and_t
 from .world import stream
 
 # %% ../nbs/07_identity.ipynb #c5f75d71
@@ -271,9 +271,9 @@ def encode_with(models: Models,
                 text: str,  # with a `*` for each learnt word
                 vectors: Optional[torch.Tensor]  # (n, D), the learnt words in order; None: there are none
                ) -> torch.Tensor:  # (1, L, D')
-    "Text embeddings of a text with learnt words; `vectors` may need gradients."
+    "Text embeddings of a text with learnt words; `vectors` may need gradients. The text encoder must be `awake`."
     if vectors is None or not len(vectors): return encode_text(models, text)
-    encode_text(models, text.replace("*", " "))  # refuses unknown words and too long a text
+    check_text(models, text.replace("*", " "))
     encoder, pad = models.text_encoder, dict(padding="max_length", max_length=models.text_length, return_tensors="pt")
     ids, star = models.tokenizer([text], **pad).input_ids, models.tokenizer("*").input_ids[1]
     if (ids == star).sum() != len(vectors): raise BadInput(f"The text {text!r} has room for {(ids == star).sum()} learnt words in {models.text_length} tokens, but there are {len(vectors)}; use a shorter text or fewer words.")

@@ -41,7 +41,8 @@ def dilate(mask: torch.Tensor,  # (1, H, W) or (B, 1, H, W)
           ) -> torch.Tensor:
     "The mask grown by `px` pixels in every direction, corners included."
     if px < 0: return 1 - dilate(1 - mask, -px)
-    return F.max_pool2d(mask, 2 * px + 1, stride=1, padding=px)
+    for size, pad in (((2 * px + 1, 1), (px, 0)), ((1, 2 * px + 1), (0, px))): mask = F.max_pool2d(mask, size, stride=1, padding=pad)  # down, then across: quicker than a square
+    return mask
 
 # %% ../nbs/03_masks.ipynb #743ad504
 def iou(a: torch.Tensor,  # (1, H, W) in 0-1

@@ -153,15 +153,16 @@ def predict(models: Models,
     "What each stage of an edit will need."
     how, config = LEVELS[level], settings_for(level, config or EditConfig(), models.card)
     height, width = height or models.size, width or models.size
-    unet, small = weight_bytes(models.unet, models.dtype), weight_bytes(models.vae, models.dtype) + weight_bytes(models.text_encoder, models.dtype)
+    finer = torch.float32 if (models.device.type, models.dtype) == ("cpu", torch.bfloat16) else models.dtype  # as `apply_difference` draws
+    unet, drawn, small = weight_bytes(models.unet, models.dtype), weight_bytes(models.unet, finer), weight_bytes(models.vae, models.dtype) + weight_bytes(models.text_encoder, models.dtype)
     resting, counted, n = 0 if how.offload else small, {} if counted is None else counted, min(seeds, 8)
     for name, count in dict(draw=lambda: count_draw(models, height, width, n), decode=lambda: count_decode(models, height, width, n), find=lambda: count_sam(sam) if sam is not None else 0).items():
         if name not in counted: counted[name] = count()
     stages = dict(find=(0 if how.offload else unet + small) + counted["find"]) if sam is not None else {}
     return stages | dict(embed=unet + resting + count_embed(models, how, height, width),
                          tune=(0 if how.offload else unet) + resting + count_tune(models, how, config, height, width),
-                         draw=2 * unet + resting + counted["draw"],
-                         decode=2 * unet + (weight_bytes(models.vae, models.dtype) if how.offload else resting) + counted["decode"])
+                         draw=unet + drawn + resting + counted["draw"],
+                         decode=unet + drawn + (weight_bytes(models.vae, models.dtype) if how.offload else resting) + counted["decode"])
 
 # %% ../nbs/21_memory.ipynb #846a1c54
 @contextmanager

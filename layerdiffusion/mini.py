@@ -49,7 +49,7 @@ class VaeObjective(nn.Module):
         x, mask, _ = render(scenes, IMAGE_SIZE)
         x = x * 2 - 1
         dist = self.vae.encode(x).latent_dist
-        y = self.vae.decode(dist.sample(generator=g if x.device.type == "cpu" else None)).sample
+        y = self.vae.decode(dist.mean + dist.std * torch.randn(dist.mean.shape, generator=g).to(x.device)).sample
         error, weight = y - x, 1 + mask
         loss = (weight * error.square()).mean() + .1 * (weight * error.abs()).mean() + self.kl * dist.kl().mean() / dist.mean[0].numel()
         return loss, dict(psnr=-10 * (error.square().mean() / 4).log10())

@@ -24,7 +24,7 @@ from .guidance import turns
 from .identity import ACTIONS, PLACES, change_coat, encode_with, first_vectors, known, load_clip, prior_pictures, prior_texts, propose_source, search_target, typical_coat, with_words, word_objective
 from .masks import check_mask, composite, dilate, find_mask, load_sam, mask_from_file, move_subject, to_latent
 from .saving import EditResult, beside, clear_checkpoints, patch, photo_info, pixels, read_edit, same_model
-from .sd import Models, ddim_sample, decode_latents, encode_image, encode_text, initial_latents, load_models, optimise, parked, pick_precision, vae_psnr, with_scheduler
+from .sd import PRECISIONS, Models, awake, ddim_sample, decode_latents, encode_image, encode_text, half, initial_latents, load_models, optimise, parked, pick_precision, vae_psnr, with_scheduler
 from .settings import EditConfig
 
 # %% ../nbs/10_pipeline.ipynb #01055d2a
@@ -156,7 +156,7 @@ def checkpoint(self: LayerDiffusion, stage: str, key: str, folder=None):
         self.unfinished.pop(key, None)
         point.live = None
     except torch.OutOfMemoryError:
-        if point.live is not None: self.unfinished[key] = snapshot(*point.live)
+        if point.live is not None and point.live[2]: self.unfinished[key] = snapshot(*point.live)  # the optimiser's first step may be half made
         raise
     except KeyboardInterrupt:
         if point.live is None: raise
@@ -218,10 +218,12 @@ def find_subject(self: LayerDiffusion, source, image: torch.Tensor, mask=None, p
     return self.once("mask", [image, point, box], compute)
 
 def read_mask(mask, height: int, width: int) -> torch.Tensor:
-    "A mask (1, height, width) from a tensor or a file, refused when it is empty or full."
-    if not hasattr(mask, "detach"): return mask_from_file(mask, (height, width))
+    "A mask (1, height, width) from a tensor, an array or a file, refused when it is empty or full."
+    if not hasattr(mask, "dtype"): return mask_from_file(mask, (height, width))
+    mask = torch.as_tensor(mask).detach().cpu().float()
     if tuple(mask.shape[-2:]) != (height, width): raise BadInput(f"The mask is {mask.shape[-2]}×{mask.shape[-1]} and the picture {height}×{width} px at the model's size; give it at that size, or as a file.")
-    return check_mask(mask.detach().cpu().float().reshape(1, height, width))
+    if mask.numel() != height * width or not (mask.min() >= 0 and mask.max() <= 1): raise BadInput(f"A mask is one picture of numbers from 0 to 1; this one has the shape {tuple(mask.shape)} and numbers from {mask.min():g} to {mask.max():g}.")
+    return check_mask(mask.reshape(1, height, width))
 
 # %% ../nbs/10_pipeline.ipynb #e410e354
 def check_world(models: Models, image: torch.Tensor, least: float = 20.):
@@ -303,7 +305,8 @@ def already(self: LayerDiffusion, photo: torch.Tensor, split: Split, source: Opt
 def propose(self: LayerDiffusion, photo: torch.Tensor, text: str, actions: Sequence[str] = ()) -> str:
     "What the photo shows, in CLIP's eyes; the subject is that of `text`, and `actions` may be among what it does."
     clip = self.once("clip", [], lambda _: load_clip(self.own("clip", "open_clip_config.json", "ViT-B-32:laion2b_s34b_b79k"), self.offline))
-    return propose_source(clip, to_pil(photo), subject_phrase(text), list(dict.fromkeys([*actions, *known(self.models, ACTIONS)])), known(self.models, PLACES))[0]
+    actions = list(dict.fromkeys([*actions, *known(self.models, ACTIONS)]))
+    return self.once("source", [photo, subject_phrase(text), actions], lambda _: propose_source(clip, to_pil(photo), subject_phrase(text), actions, known(self.models, PLACES))[0])
 
 # %% ../nbs/10_pipeline.ipynb #96f5112f
 def read_object(picture, mask) -> Optional[tuple]:
@@ -380,7 +383,7 @@ def learn(self: LayerDiffusion, scene: Scene, config: EditConfig, callback: Opti
     def compute(key):
         vectors, losses = first_vectors(self.models, text, config.learnt_words).requires_grad_(), []
         loss, optimizer = word_objective(self.models, text, vectors, latents, mask, config.loss_scale), torch.optim.Adam([vectors], lr=config.word_lr)
-        with self.checkpoint("words", key, folder) as point:
+        with self.checkpoint("words", key, folder) as point, awake(self.models, "text_encoder"):
             start = point.begin([vectors], optimizer, losses)
             optimise(loss, [vectors], config.embedding_steps, config.word_lr, "words", join_callbacks(point, callback), start, optimizer, config.seed, losses, self.models.gradient_scale)
         return vectors.detach(), losses
@@ -392,12 +395,13 @@ def whole_words(self: LayerDiffusion, scene: Scene, config: EditConfig, callback
     "e_a and e_b of the target's text, with learnt words in it where there are any, and the losses."
     vectors, losses = self.learn(scene, config, callback, folder)
     text = with_words(scene.text if config.object_words == "whole" else scene.split.object, config.learnt_words)
-    with torch.no_grad(): return encode_with(self.models, text, vectors), scene.e_b, losses
+    with torch.no_grad(), awake(self.models, "text_encoder"): return encode_with(self.models, text, vectors), scene.e_b, losses
 
 @patch
 def source_words(self: LayerDiffusion, scene: Scene, config: EditConfig, callback: Optional[Callable] = None, folder=None) -> torch.Tensor:
     "The words of the photo (1, L, D), with those that were learnt from it."
-    with torch.no_grad(): return encode_with(self.models, with_words(scene.source, config.learnt_words), self.learn(scene, config, callback, folder)[0])
+    vectors = self.learn(scene, config, callback, folder)[0]
+    with torch.no_grad(), awake(self.models, "text_encoder"): return encode_with(self.models, with_words(scene.source, config.learnt_words), vectors)
 
 @patch
 def prior(self: LayerDiffusion, scene: Scene, config: EditConfig, callback: Optional[Callable] = None, count: int = 24) -> Optional[tuple]:
@@ -438,7 +442,7 @@ def tune(self: LayerDiffusion, scene: Scene, words: tuple, config: Optional[Edit
                 return point.begin(params, *state)
             tuned, losses = fine_tune(self.models, embeds, *layers, **settings, prior=prior, start=start, callback=join_callbacks(point, looks, callback), begin=begin)
         change = weight_difference(self.models.unet, tuned)
-        return {name: x.cpu() for name, x in change.items()} if self.models.how.offload else change, losses
+        return {name: x.cpu() for name, x in change.items()}, losses
     if not config.tuning_steps: return start or {}, []
     return self.once("tune", [embeds, layers, prior, settings, start], compute)
 
@@ -492,7 +496,7 @@ class Looks:
         if event.step % self.every and event.step < event.total: return
         with torch.no_grad():
             for mine, theirs in zip(self.mine, self.theirs): mine.copy_(theirs)
-        event.image = self.method.paint(self.unet, **self.draw)
+        with half(self.method.models): event.image = self.method.paint(self.unet, **self.draw)
 
 # %% ../nbs/10_pipeline.ipynb #38a55785
 @patch
@@ -558,20 +562,21 @@ def load_edit(path: Union[str, Path],  # edit.safetensors or its folder
               callback: Optional[Callable] = None,
               **changes  # settings of the drawing to change, see `DRAWN`
              ) -> EditResult:
-    "Draw a saved edit again: with nothing changed, the same pictures."
+    "Draw a saved edit again: with nothing changed, the same pictures, on the same device in the same precision."
     path = Path(path).expanduser()
     path = path / "edit.safetensors" if path.is_dir() else path
     tensors, settings = read_edit(path)
     if fixed := [name for name in changes if name in EditConfig.model_fields and name not in DRAWN]:
         raise BadInput(f"{str(path)!r} was made with its {fixed[0]}, and only a new edit has another; a saved one can be drawn with another {', '.join(DRAWN)}.")
     config, split = EditConfig(**settings["config"] | changes), Split(settings["object"], settings["background"])
-    method = method or LayerDiffusion.from_pretrained(settings["model"])
+    precision = next((name for name, dtype in PRECISIONS.items() if str(dtype) == f"torch.{settings.get('precision')}"), "auto")
+    method = method or LayerDiffusion.from_pretrained(settings["model"], precision=precision)
     method = LayerDiffusion(method) if isinstance(method, Models) else method
     same_model(settings, method.models, repr(str(path)))
     words = tuple(tensors[k].to(method.models.device) for k in ("e_a", "e_b"))
     change, seeds = {k[5:]: v for k, v in tensors.items() if k.startswith("unet.")}, check_seeds(settings["seeds"] if seeds is None else seeds)
     images = method.sample(words, change, tuple(settings["size"]), seeds, config, callback)
-    record = {k: settings[k] for k in ("model", "model_hash", "source", "move", "scale", "object_given", "reused") if k in settings} | environment(str(method.models.device))
+    record = dict(precision=str(method.models.dtype).removeprefix("torch.")) | {k: settings[k] for k in ("model", "model_hash", "source", "move", "scale", "object_given", "reused") if k in settings} | environment(str(method.models.device))
     return EditResult(images, seeds, settings["text"], split, config, words, change, vectors=tensors.get("vectors"), record=record, **beside(path))
 
 # %% ../nbs/10_pipeline.ipynb #b2a953d6

@@ -134,7 +134,7 @@ def save(self: EditResult,
 @contextmanager
 def whole_folder(folder: Path):
     "A hidden folder to write to; what is in it goes to `folder` when the `with` ends well, and nowhere when it does not."
-    hidden = folder.absolute().with_name(f".{folder.absolute().name}-{uuid.uuid4().hex[:8]}")
+    hidden = folder.absolute().with_name(f".{folder.absolute().name}-{uuid.uuid4().hex[:8]}.unfinished")
     try:
         hidden.mkdir(parents=True)
         yield hidden
@@ -149,7 +149,7 @@ def whole_folder(folder: Path):
 def clear_checkpoints(folder: Union[str, Path]):
     "Remove the checkpoints of an edit, and what a killed process left half-written."
     folder = Path(folder).expanduser().absolute()
-    for path in folder.parent.glob(f".{glob.escape(folder.name)}-" + "[0-9a-f]" * 8): shutil.rmtree(path, ignore_errors=True)
+    for path in folder.parent.glob(f".{glob.escape(folder.name)}-" + "[0-9a-f]" * 8 + ".unfinished"): shutil.rmtree(path, ignore_errors=True)
     for pattern in ("checkpoint-*.safetensors", ".checkpoint-*.safetensors"):  # the second: half-written ones of a killed process
         for path in folder.glob(pattern): path.unlink(missing_ok=True)
 

@@ -148,7 +148,7 @@ Scorer.__call__ = score
 # %% ../nbs/13_scores.ipynb #19cfab1e
 def scorer_of(method, task: Task, judge=None) -> Scorer:
     "The scorer of an edit, made once for each judge."
-    return method.once("scorer", [task.name, *([judge.state_dict()] if judge else [])], lambda _: Scorer(task.edit, method.models, method.sam, judge or load_judge()))
+    return method.once("scorer", [task.name, task.edit.image, task.edit.answer, *([judge.state_dict()] if judge else [])], lambda _: Scorer(task.edit, method.models, method.sam, judge or load_judge()))
 
 def measure(method,  # a `LayerDiffusion`
             tasks: Sequence[Task], config,  # an `EditConfig`

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['PARTS', 'WEIGHTS', 'MODEL_FILES', 'PRECISIONS', 'PREDICTIONS', 'fetch', 'download_notice', 'resolve_model',
            'check_weights', 'weight_files', 'How', 'Models', 'weights_hash', 'quiet', 'pick_precision', 'speak_float32',
-           'load_scheduler', 'load_models', 'awake', 'parked', 'use', 'twin', 'half', 'encode_text', 'check_size',
-           'encode_image', 'decode_latents', 'vae_psnr', 'signal_and_noise', 'add_noise', 'target', 'predict_x0',
-           'masked_error', 'noise_loss', 'sample_noise_and_t', 'whole_step', 'optimise', 'initial_latents',
-           'guided_noise', 'timesteps', 'ddim_sample', 'with_scheduler']
+           'load_scheduler', 'load_models', 'awake', 'parked', 'use', 'twin', 'half', 'check_text', 'encode_text',
+           'check_size', 'encode_image', 'decode_latents', 'vae_psnr', 'signal_and_noise', 'add_noise', 'target',
+           'predict_x0', 'masked_error', 'noise_loss', 'sample_noise_and_t', 'whole_step', 'optimise',
+           'initial_latents', 'guided_noise', 'timesteps', 'ddim_sample', 'with_scheduler']
 
 # %% ../nbs/02_sd.ipynb #855a3fa1
 import copy, hashlib, json, math, re, signal, sys, threading, time
@@ -308,15 +308,18 @@ def _check_words(text, words):
         raise BadInput(f"This small model does not know the word {word!r}{hint}; use its words, or a full model with --model CompVis/stable-diffusion-v1-4.")
 
 # %% ../nbs/02_sd.ipynb #f0308bd8
+def check_text(models: Models, text: str):
+    "Refuse a text that the model cannot read whole."
+    if "words" in models.card: _check_words(text, models.card["words"])
+    _check_length(models, text)
+
 @torch.no_grad()
 def encode_text(models: Models,
                 texts: Union[str, Sequence[str]]  # one text or several; "" is the empty condition of guidance
                ) -> torch.Tensor:  # (B, L, D)
     "Text embeddings e: the text encoder's last hidden state."
     texts = [texts] if isinstance(texts, str) else list(texts)
-    for text in texts:
-        if "words" in models.card: _check_words(text, models.card["words"])
-        _check_length(models, text)
+    for text in texts: check_text(models, text)
     ids = models.tokenizer(texts, padding="max_length", max_length=models.text_length, return_tensors="pt").input_ids
     with awake(models, "text_encoder") as encoder: return encoder(ids.to(models.device)).last_hidden_state
 
@@ -369,7 +372,7 @@ def signal_and_noise(scheduler, t: Union[int, torch.Tensor], like: torch.Tensor)
     "The roots of ᾱ and 1 − ᾱ at timestep `t`, shaped to multiply `like`."
     alpha_bar = scheduler.alphas_cumprod[torch.as_tensor(t, device=scheduler.alphas_cumprod.device)]
     alpha_bar = alpha_bar.reshape(-1, *[1] * (like.ndim - 1))
-    return tuple(x.sqrt().to(like, non_blocking=True) for x in (alpha_bar, 1 - alpha_bar))
+    return tuple(x.sqrt().to(like, non_blocking=like.is_cuda) for x in (alpha_bar, 1 - alpha_bar))
 
 # %% ../nbs/02_sd.ipynb #800da1f3
 def add_noise(scheduler,
@@ -407,7 +410,7 @@ def predict_x0(scheduler,
 
 # %% ../nbs/02_sd.ipynb #30430939
 def masked_error(error: torch.Tensor,  # (B, C, h, w)
-                 mask: Optional[torch.Tensor] = None,  # (B or 1, 1, h, w), soft or hard, 0-1
+                 mask: Optional[torch.Tensor] = None,  # (B or 1, 1, h, w), 0-1 or the square root of any weight
                  scale: str = "all"  # "all": mean over all latents; "mask": over the mask's share
                 ) -> torch.Tensor:  # (B,)
     "The mean of (M · error)² for each of the batch."
@@ -424,14 +427,14 @@ def noise_loss(unet, scheduler,
                noise: torch.Tensor,  # (B, C, h, w)
                timesteps: torch.Tensor,  # (B,)
                prompt_embeds: torch.Tensor,  # (B or 1, L, D)
-               mask: Optional[torch.Tensor] = None,  # (B or 1, 1, h, w), 0-1
+               mask: Optional[torch.Tensor] = None,  # (B or 1, 1, h, w), see `masked_error`
                scale: str = "all",  # "all" or "mask", see `masked_error`
                reduction: str = "mean"  # "mean": one number; "each": (B,)
               ) -> torch.Tensor:
     "Eq. 1; with a mask, what Eqs. 2, 4 and 5 take the mean of."
-    noise = noise.to(latents, non_blocking=True)
+    noise = noise.to(latents, non_blocking=latents.is_cuda)
     x_t = add_noise(scheduler, latents, noise, timesteps)
-    noise_pred = unet(x_t, timesteps.to(latents.device, non_blocking=True), prompt_embeds.to(latents).expand(len(latents), -1, -1)).sample
+    noise_pred = unet(x_t, timesteps.to(latents.device, non_blocking=latents.is_cuda), prompt_embeds.to(latents).expand(len(latents), -1, -1)).sample
     each = masked_error((target(scheduler, latents, noise, timesteps) - noise_pred).float(), mask, scale)
     return each.mean() if reduction == "mean" else each
 

@@ -103,7 +103,7 @@ def sample_scenes(n: int,  # how many
                   **fixed  # attributes to fix: an index, a word ("jumping") or a (n,) tensor
                  ) -> Scenes:
     "Draw `n` random scenes."
-    if not 0 <= level <= 1: raise ValueError(f"level must be between 0 (simple) and 1 (full), not {level}.")
+    if not 0 <= level <= 1: raise BadInput(f"level must be between 0 (simple) and 1 (full), not {level}.")
     g = generator
     size = _pick(n, 3, g, level)
     scenes = Scenes(

@@ -217,7 +217,7 @@ def test_texts_of_lines():
     words = shlex.split(shell_line(order))
     assert words[2:4] == ["it's.png", 'a "big" dog in a city'] and words.count("--point") == 2 and words[words.index("--seeds") + 1] == "3-4" and "a b.png" in words
     compile(python_lines(order), "lines", "exec")
-    assert "Python" in shell_line(Order("x", "y", changes=dict(embedding_steps=0)))
+    assert "--embedding-steps 0" in shell_line(Order("x", "y", changes=dict(embedding_steps=0)))
     assert asked_for("a cat by the sea") == dict(species="cat", place="beach")
 
 def test_the_page_of_the_command(tmp_path):

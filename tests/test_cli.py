@@ -311,3 +311,15 @@ def test_ctrl_c_and_resume(run):
     assert {p.name for p in Path("out").iterdir()} == WRITTEN
     assert run("edit", "example:dog", TEXT, *steps, "--out", "whole")[0] == 0
     for name in ("seed-0.png", "sheet.png"): assert Path("out", name).read_bytes() == Path("whole", name).read_bytes()
+
+def test_options_allow_what_settings_allow():
+    "Default and bounds of every option are those of the setting of its name."
+    from layerdiffusion.cli import METHOD
+    from layerdiffusion.settings import EditConfig
+    for opt in METHOD:
+        field = EditConfig.model_fields[opt.name]
+        bound = lambda *names: next((getattr(m, n) for m in field.metadata for n in names if hasattr(m, n)), None)
+        low, high = bound("ge", "gt"), bound("le", "lt")
+        assert opt.default == field.default, opt.name
+        if low is not None: assert low <= opt.low < low + 1e-6, opt.name
+        if high is not None: assert high - 1 <= opt.high <= high, opt.name

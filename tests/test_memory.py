@@ -128,3 +128,56 @@ def test_eight_bits(tmp_path):
     edit = lambda: method.edit("example:dog", TEXT, point=(32, 36), seeds=[0], config=config(), callback=interrupted)
     with pytest.raises(torch.OutOfMemoryError): edit()
     assert torch.equal(edit().images, whole.images)
+
+def test_a_small_change_is_not_rounded_away():
+    "What 2e-6 a step changes is less than half a step of bfloat16 in most weights."
+    import torch
+    from layerdiffusion.fine_tuning import apply_difference, trainable
+    from layerdiffusion.sd import load_models
+    models = load_models("mini", "cpu", torch.bfloat16)
+    g, base = torch.Generator().manual_seed(0), models.unet.state_dict()
+    change = {name: (1e-4 * torch.randn(w.shape, generator=g)).half() for name, w in base.items()}
+    drawn = apply_difference(models.unet, change).state_dict()
+    asked, done = (torch.cat([x.flatten().float() for x in xs]) for xs in (change.values(), (drawn[n].float() - base[n].float() for n in change)))
+    assert torch.cosine_similarity(asked, done, dim=0) > .999
+    kept = torch.cat([((base[n].float() + c.float()).bfloat16().float() - base[n].float()).flatten() for n, c in change.items()])
+    assert torch.cosine_similarity(asked, kept, dim=0) < .95, "else this test says nothing"
+    assert {p.dtype for p in models.unet.parameters()} == {torch.bfloat16}
+
+@pytest.mark.parametrize("kind", ["lora", "attention", "all"])
+def test_early_looks_in_half_precision(kind):
+    from layerdiffusion import EditConfig, LayerDiffusion
+    looks, tiny = [], EditConfig(embedding_steps=0, tuning_steps=2, sampling_steps=2, tuned_parameters=kind)
+    method = LayerDiffusion.from_pretrained("mini", "cpu", precision="bf16")
+    method.edit("example:dog", TEXT, point=(32, 36), seeds=[0], config=tiny, look_every=1, callback=lambda e: looks.append(e.image))
+    assert sum(x is not None for x in looks) == 2
+
+def test_out_of_memory_in_the_first_step(monkeypatch):
+    "The optimiser's state is half made then; the next level begins anew."
+    import torch
+    from layerdiffusion import EditConfig, LayerDiffusion
+    from layerdiffusion.memory import run_in
+    method, told, step = LayerDiffusion.from_pretrained("mini", "cpu"), [], torch.optim.Adam.step
+    def full(self, *args):
+        for group in self.param_groups:
+            for p in group["params"]: self.state[p] = dict(step=torch.zeros(()), exp_avg=torch.zeros_like(p))
+        monkeypatch.setattr(torch.optim.Adam, "step", step)
+        raise torch.OutOfMemoryError("full")
+    monkeypatch.setattr(torch.optim.Adam, "step", full)
+    tiny = EditConfig(embedding_steps=0, tuning_steps=2, sampling_steps=2)
+    result = run_in("full", method, tiny, lambda c: method.edit("example:dog", TEXT, point=(32, 36), seeds=[0], config=c), say=told.append)
+    assert "going on at 'spare'" in told[0] and len(result.losses["tune"]) == 2
+
+def test_learnt_words_where_parts_wait(monkeypatch):
+    "The text encoder is awake whenever it is asked, and is asked once a step."
+    from layerdiffusion import LayerDiffusion, preset
+    from layerdiffusion.memory import LEVELS
+    from layerdiffusion.sd import use
+    method, moved = LayerDiffusion.from_pretrained("mini", "cpu"), []
+    use(method.models, LEVELS["spare"])
+    encoder, to = method.models.text_encoder, method.models.text_encoder.to
+    monkeypatch.setattr(encoder, "to", lambda *a, **k: (moved.append(("to", a)), to(*a, **k))[1])
+    encoder.register_forward_hook(lambda *_: moved.append("asked"))
+    tiny = preset("paper", embedding_steps=3, tuning_steps=1, sampling_steps=1, learnt_words=2)
+    method.edit("example:dog", TEXT, point=(32, 36), seeds=[0], config=tiny, source="a brown dog standing in a meadow")
+    assert any(moved[i:i + 3] == ["asked"] * 3 for i in range(len(moved)))

@@ -162,3 +162,31 @@ def test_points_and_seeds_of_numpy(method):
     for wrong in ((1, 2, 3), "here", 4, [(1, 2), 3]):
         with pytest.raises(BadInput, match="neither a point"): fit_points(wrong, image, fitted)
     assert check_seeds(np.arange(3)) == [0, 1, 2] and check_seeds(np.int64(4)) == [4]
+
+def test_only_our_own_hidden_folders_are_removed(edit, tmp_path):
+    "A date is eight hex digits too."
+    from layerdiffusion.saving import clear_checkpoints
+    for name in (".dog-20240101", ".dog-0123abcd.unfinished"): (tmp_path/name).mkdir(); (tmp_path/name/"file").write_text("")
+    clear_checkpoints(tmp_path/"dog")
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".dog-20240101"]
+
+def test_a_saved_edit_comes_back_in_its_precision(tmp_path):
+    half = LayerDiffusion.from_pretrained("mini", "cpu", precision="bf16")
+    result = half.edit("example:dog", "a dog jumping in a forest", point=(32, 36), seeds=[1], config=SHORT)
+    again = load_edit(result.save(tmp_path/"dog"))
+    assert torch.equal(again.images, result.images) and again.record["precision"] == result.record["precision"] == "bfloat16"
+
+def test_what_is_no_picture_and_no_mask(method):
+    import numpy as np
+    from layerdiffusion.core import load_image
+    from layerdiffusion.pipeline import read_mask
+    white = np.full((9, 8, 3), 255, "uint8")
+    assert load_image(white).size == load_image(torch.ones(3, 9, 8)).size == load_image(torch.ones(1, 1, 9, 8)).size == (8, 9)
+    for wrong, said in ((torch.full((3, 9, 8), 255, dtype=torch.uint8), "from 0 to 1"), (torch.full((3, 9, 8), 2.), "from 0 to 1"), (torch.full((3, 9, 8), float("nan")), "from 0 to 1"),
+                        (torch.ones(2, 3, 9, 8), "not one picture"), (torch.ones(5, 9, 8), "not one picture"), (white / 255, "bytes"), (None, "NoneType"), (3, "a int")):
+        with pytest.raises(BadInput, match=said): load_image(wrong)
+    some = np.zeros((8, 8), bool)
+    some[2:5, 2:5] = True
+    assert read_mask(some, 8, 8).sum() == read_mask(torch.from_numpy(some)[None], 8, 8).sum() == 9
+    for wrong in (some.astype("uint8") * 255, np.stack([some] * 3)):
+        with pytest.raises(BadInput, match="from 0 to 1"): read_mask(wrong, 8, 8)
