@@ -14,7 +14,7 @@ from typing import Callable, Optional, Sequence
 import torch
 
 # %% ../nbs/24_benchmark.ipynb #47fe36e2
-from .core import BadInput, content_hash, environment, fit_image, to_pil, write_json
+from .core import BadInput, content_hash, environment, fit_image, load_image, to_pil, write_json
 from .experiments import SCORES, score_cell
 from .scores import Task, edit_set, interval
 
@@ -40,11 +40,15 @@ def given(task: Task) -> dict:
 def as_tensors(pictures, count: int, size: int = 64) -> torch.Tensor:  # (B, 3, size, size), 0-1
     "What a method gave, checked: Pillow pictures, or a tensor (B, 3, H, W) in 0-1."
     if isinstance(pictures, torch.Tensor) and (pictures.ndim != 4 or pictures.shape[1] != 3): raise BadInput(f"The method gave a tensor of shape {tuple(pictures.shape)}; it must be (B, 3, H, W), or give Pillow pictures.")
-    pictures = list(pictures)
+    try: pictures = list(pictures)
+    except TypeError: raise BadInput(f"The method gave a {type(pictures).__name__}; give Pillow pictures, or a tensor (B, 3, H, W) in 0-1.") from None
     if len(pictures) != count: raise BadInput(f"The method gave {len(pictures)} pictures for {count} seeds; one is needed for each.")
     wrong = next((p for p in pictures if not (isinstance(p, torch.Tensor) or hasattr(p, "convert"))), None)
     if wrong is not None: raise BadInput(f"The method gave a {type(wrong).__name__}; give Pillow pictures, or a tensor (B, 3, H, W) in 0-1.")
-    return torch.stack([fit_image(to_pil(p.detach().float().cpu()) if isinstance(p, torch.Tensor) else p.convert("RGB"), size) for p in pictures])
+    fitted = [fit_image(load_image(p.detach().float().cpu() if isinstance(p, torch.Tensor) and p.is_floating_point() else p), size) for p in pictures]
+    wrong = next((p for p in fitted if p.shape != (3, size, size)), None)
+    if wrong is not None: raise BadInput(f"The method gave a picture that becomes {wrong.shape[2]}×{wrong.shape[1]} px; it must be square, as the photo is.")
+    return torch.stack(fitted)
 
 # %% ../nbs/24_benchmark.ipynb #86bd43a5
 def run_benchmark(edit: Callable,  # gets photo, mask, source, text, reference, seeds; gives pictures
@@ -56,9 +60,9 @@ def run_benchmark(edit: Callable,  # gets photo, mask, source, text, reference, 
                   callback: Optional[Callable[[str], None]] = None  # told each task's name when it is scored
                  ) -> dict:  # a row of `leaderboard`
     "Let a method edit all tasks, and score what it gives against the truth."
-    from layerdiffusion.pipeline import LayerDiffusion
-    method, tasks, seeds, flat, seconds = method or LayerDiffusion.from_pretrained("mini", "cpu"), list(tasks or benchmark_tasks()), list(seeds), [], 0.
-    if not seeds: raise BadInput("The list of seeds is empty; give at least one, such as 0.")
+    from layerdiffusion.pipeline import LayerDiffusion, check_seeds
+    method, tasks, seeds, flat, seconds = method or LayerDiffusion.from_pretrained("mini", "cpu"), benchmark_tasks() if tasks is None else list(tasks), check_seeds(seeds), [], 0.
+    if not tasks: raise BadInput("The list of tasks is empty; give some of benchmark_tasks(), or None for all.")
     for task in tasks:
         start = time.time()
         images = as_tensors(edit(**given(task), seeds=seeds), len(seeds))
@@ -93,7 +97,8 @@ def export_tasks(folder: Path  # is made
     folder, rows = Path(folder), []
     for t in benchmark_tasks():
         where, e = folder / t.name.replace(" ", "-"), t.edit
-        where.mkdir(parents=True, exist_ok=True)
+        try: where.mkdir(parents=True, exist_ok=True)
+        except OSError as error: raise BadInput(f"The folder {str(folder)!r} cannot be written: {error.strerror or error}.") from None
         for name, x in dict(photo=e.image, mask=e.mask, reference=e.reference, answer=e.answer, answer_mask=e.answer_mask).items(): to_pil(x).save(where / f"{name}.png")
         rows.append(dict(name=where.name, source=e.source, text=e.text, object=e.object, background=e.background))
     write_json(folder / "tasks.json", dict(benchmark=NAME, version=VERSION, hash=benchmark_hash(), tasks=rows))
@@ -102,11 +107,10 @@ def export_tasks(folder: Path  # is made
 def from_folder(folder: Path  # holds TASK/SEED.png
                ) -> Callable:
     "A method for `run_benchmark` that reads pictures drawn elsewhere."
-    from PIL import Image
     names = {t.edit.text + t.edit.source: t.name.replace(" ", "-") for t in benchmark_tasks()}
     def edit(source, text, seeds, **_):
         paths = [Path(folder) / names[text + source] / f"{s}.png" for s in seeds]
         missing = next((p for p in paths if not p.exists()), None)
         if missing: raise BadInput(f"{missing} is not there; a picture is needed for each task and seed.")
-        return [Image.open(p) for p in paths]
+        return [load_image(p) for p in paths]
     return edit

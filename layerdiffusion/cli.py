@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['SUBJECT', 'PLACE', 'WORDS', 'TUNING', 'DRAWING', 'MASKS', 'BEYOND', 'WATCH', 'RUN', 'app', 'PANELS', 'METHOD',
            'EXAMPLES', 'STAGES', 'REPORT', 'Opt', 'in_range', 'as_parameter', 'with_options', 'parse_seeds',
-           'parse_numbers', 'default_folder', 'check_writable', 'check_preview', 'read_settings', 'typed',
-           'read_request', 'placement', 'announce', 'describe_mask', 'prepare', 'choose_level', 'Stopped', 'run_edit',
-           'save_looks', 'after_stop', 'save', 'close_bars', 'forget', 'edit', 'examples', 'train_mini', 'check_mini',
-           'bench', 'experiment', 'docs', 'editor', 'usage', 'explain', 'run_app', 'main']
+           'parse_numbers', 'default_folder', 'stopped_text', 'claim', 'check_writable', 'check_file', 'check_preview',
+           'read_settings', 'typed', 'read_request', 'placement', 'announce', 'describe_mask', 'prepare',
+           'choose_level', 'Stopped', 'run_edit', 'save_looks', 'after_stop', 'save', 'close_bars', 'forget', 'edit',
+           'examples', 'train_mini', 'check_mini', 'bench', 'experiment', 'docs', 'editor', 'usage', 'explain',
+           'run_app', 'main']
 
 # %% ../nbs/30_cli.ipynb #9c2efb69
 import inspect, json, re, shutil, sys
@@ -76,7 +77,7 @@ TUNING = [
     Opt("eq5_words", Literal["opt", "background"], "opt", "Eq. 5 under e_opt (the paper), or under the place's words alone."),
     Opt("reference_mask", Literal["empty", "sam"], "empty", "M_r: the reference shows nobody, or SAM finds who is in it. Only with --eq45-pictures each."),
     Opt("tuned_parameters", Literal["all", "attention", "lora"], "all", "What of the U-Net moves; lora needs the least memory."),
-    Opt("lora_rank", int, 8, "Rank of the change for --tuned-parameters lora.", 1)]
+    Opt("lora_rank", int, 8, "Rank of the change for --tuned-parameters lora.", 1, 1280)]
 
 # %% ../nbs/30_cli.ipynb #05526139
 DRAWING = [
@@ -134,8 +135,9 @@ def in_range(opt: Opt) -> Callable:
     "A check for typer: the value within the option's range, or a sentence."
     def check(value):
         if value is None or opt.low <= value <= opt.high: return value
-        bound = f"at least {opt.low:g}" if opt.high == float("inf") else f"between {opt.low:g} and {opt.high:g}"
-        raise BadInput(f"{opt.flag} must be {bound}, not {value:g}.")
+        say = lambda v: str(v) if isinstance(v, int) else f"{v:g}"
+        bound = f"at least {say(opt.low)}" if opt.high == float("inf") else f"between {say(opt.low)} and {say(opt.high)}"
+        raise BadInput(f"{opt.flag} must be {bound}, not {say(value)}.")
     return check
 
 # %% ../nbs/30_cli.ipynb #c1ac2bf5
@@ -186,14 +188,33 @@ def parse_numbers(text: Optional[str],  # "12,30"
 
 # %% ../nbs/30_cli.ipynb #1273658b
 def default_folder(image: str,  # what the user gave as the picture
-                   resume: bool = False  # the newest that was stopped, if there is one
+                   resume: bool = False,  # the newest that was stopped, if there is one
+                   text: str = ""  # its words
                   ) -> Path:
     "edits/NAME-1, or the first such number that is free."
     name = Path(image.removeprefix("example:")).stem or "picture"
     folders = (Path("edits") / f"{name}-{n}" for n in range(1, 10**6))
     used = list(takewhile(Path.exists, folders))
-    stopped = [p for p in used if any(p.glob("checkpoint-*"))]
-    return stopped[-1] if resume and stopped else Path("edits") / f"{name}-{len(used) + 1}"
+    stopped = {p: said for p in used if (said := stopped_text(p)) is not None} if resume else {}
+    fitting = [p for p, said in stopped.items() if said in (text, "")]
+    if stopped and not fitting: raise BadInput(f"--resume: no edit with these words was stopped; there are {', '.join(f'{p} ({said!r})' for p, said in stopped.items())}.")
+    return fitting[-1] if fitting else Path("edits") / f"{name}-{len(used) + 1}"
+
+def stopped_text(folder: Path) -> Optional[str]:
+    "The words of the edit that was stopped in a folder, empty where they are not known; None where none was."
+    from safetensors import safe_open
+    found = None
+    for file in sorted(folder.glob("checkpoint-*.safetensors")):
+        try:
+            with safe_open(str(file), "pt") as f: found = found or (f.metadata() or {}).get("text", "")
+        except Exception: found = found or ""  # damaged: the run begins that stage anew
+    return found
+
+def claim(folder: Path) -> Path:
+    "Make a folder that is free: this one, or one of the numbers after it."
+    while True:
+        try: folder.mkdir(parents=True); return folder
+        except FileExistsError: name, n = folder.name.rsplit("-", 1); folder = folder.with_name(f"{name}-{int(n) + 1}")
 
 # %% ../nbs/30_cli.ipynb #46468f7d
 def check_writable(folder: Path, flag: str = "--out"):
@@ -209,6 +230,12 @@ def check_writable(folder: Path, flag: str = "--out"):
             if path.exists(): remove(path)
 
 # %% ../nbs/30_cli.ipynb #249df1fa
+def check_file(file: Optional[Path]):
+    "Refuse a folder, or a folder that cannot be written, where --out shall be a file."
+    if file is None: return
+    if file.is_dir(): raise BadInput(f"--out {str(file)!r} is a folder; give the name of a file.")
+    check_writable(file.parent, "--out: the folder")
+
 def check_preview(file: Optional[Path]) -> Optional[Path]:
     "The file of the preview, refused when no picture can be written to it."
     if file is None: return None
@@ -250,9 +277,9 @@ Step counts, alpha and lambda are the paper's; learning rates and guidance are t
 def read_settings(file: Optional[Path]) -> tuple:
     "The settings in an edit.json and the place of its subject, {} and {} without one."
     if file is None: return {}, {}
-    try: data = json.loads(Path(file).expanduser().read_text())
+    try: data = json.loads(Path(file).expanduser().read_text(encoding="utf-8-sig"))
     except OSError as e: raise BadInput(f"--config {str(file)!r} cannot be read: {e.strerror or e}.") from None
-    except ValueError: raise BadInput(f"--config {str(file)!r} is not JSON; give the edit.json of an earlier edit.") from None
+    except (ValueError, RecursionError): raise BadInput(f"--config {str(file)!r} is not JSON; give the edit.json of an earlier edit.") from None
     if isinstance(data, dict) and isinstance(data.get("config"), dict): return data["config"], {k: data[k] for k in ("move", "scale") if k in data}
     if isinstance(data, dict): return data, {}
     raise BadInput(f"--config {str(file)!r} holds no settings; give the edit.json of an earlier edit.")
@@ -263,13 +290,17 @@ def typed(ctx: typer.Context, options: dict, rows: List[Opt]) -> dict:
     return {o.name: options[o.name] for o in rows if getattr(ctx.get_parameter_source(o.name), "name", "") == "COMMANDLINE"}
 
 # %% ../nbs/30_cli.ipynb #3590b1c5
-def read_request(image: str, options: dict) -> dict:
+def read_request(image: str, options: dict, text: str = "") -> dict:
     "Everything about an edit that can be known without a model."
     request = dict(seeds=parse_seeds(options["seeds"]), box=parse_numbers(options["box"], "--box", "X0,Y0,X1,Y1"),
                    point=[parse_numbers(p, "--point", "X,Y") for p in options["point"]] or None)
     if options["config"] and options["preset"] != "paper": raise BadInput("--config holds all settings already; give --preset or --config, not both.")
     if options["mask"] and (request["point"] or request["box"]): raise BadInput("Give --mask, or --point and --box for SAM to make one, not both.")
-    request |= dict(image=load_image(image), out=Path(options["out"] or default_folder(image, options["resume"])).expanduser())
+    request |= dict(image=load_image(image), out=Path(options["out"] or default_folder(image, options["resume"], text)).expanduser())
+    said = stopped_text(request["out"]) if options["resume"] else None
+    if options["resume"] and said is None: announce(f"Nothing was stopped in {request['out']}: the edit begins anew.")
+    if said and said != text: raise BadInput(f"--resume: the edit that was stopped in {request['out']} has the words {said!r}; give those, or another --out.")
+    request |= dict(claim=not options["out"] and said is None)
     if options["object_mask"] and not options["object_reference"]: raise BadInput("--object-mask belongs to --object-reference; the subject's mask in IMAGE is --mask.")
     for name in ("mask", "reference", "object_reference", "object_mask"): load_image(options[name] or request["image"])
     check_writable(request["out"])
@@ -324,6 +355,7 @@ def run_edit(method, text: str, request: dict, config, level: str = "full"):
     from layerdiffusion.core import join_callbacks, progress_bars
     from layerdiffusion.memory import run_in
     from layerdiffusion.sd import whole_step
+    if request.get("claim"): request["out"] = claim(request["out"])
     show, out, looks = method.preview(request["preview"]) if request["preview"] else progress_bars(), request["out"], []
     show = join_callbacks(show, lambda event: event.image is not None and looks.append((f"step {event.step}", event.image[0])))
     def watch(event):
@@ -331,7 +363,7 @@ def run_edit(method, text: str, request: dict, config, level: str = "full"):
     def work(config):
         scene, given = prepare(method, text, request, config, watch)
         return scene, method.edit(request["image"], text, seeds=request["seeds"], config=config, callback=watch, look_every=request["look_every"], folder=out, resume=request["resume"], **given)
-    before = set(out.glob("checkpoint-*"))
+    before = set(out.glob("checkpoint-*.safetensors"))
     try: scene, result = run_in(level, method, config, work, announce)
     except KeyboardInterrupt: raise Stopped(after_stop(out)) from None
     except Exception: forget(out, before); raise
@@ -347,7 +379,9 @@ def save_looks(looks: list, file: Path):
 # %% ../nbs/30_cli.ipynb #7adbca05
 def after_stop(out: Path) -> str:
     "What a person should know after Ctrl-C."
-    if not any(out.glob("checkpoint-*")): return "Stopped by Ctrl-C; nothing was written."
+    if not any(out.glob("checkpoint-*")):
+        forget(out)
+        return "Stopped by Ctrl-C; nothing was written."
     return f"Stopped by Ctrl-C; what was fitted is kept in {out}, and the same command with --out {out} --resume goes on there."
 
 def save(result, out: Path, photo=None):
@@ -361,9 +395,10 @@ def close_bars():
     for bar in list(getattr(tqdm, "_instances", ())): bar.close()
 
 def forget(out: Path, keep: set = frozenset()):  # keep: what an earlier run had fitted
-    "Remove checkpoints, and the folder if nothing else is in it."
-    for path in set(out.glob("checkpoint-*")) - keep: path.unlink()
-    if out.is_dir() and not any(out.iterdir()): out.rmdir()
+    "Remove checkpoints, and the folder (and `edits` about it) if nothing else is in it."
+    for path in set(out.glob("checkpoint-*.safetensors")) - keep: path.unlink()
+    for folder in (out, Path("edits")):
+        if folder.is_dir() and not any(folder.iterdir()): folder.rmdir()
 
 # %% ../nbs/30_cli.ipynb #dfeb6d5d
 @app.command(epilog=EXAMPLES, no_args_is_help=True)
@@ -373,10 +408,12 @@ def edit(ctx: typer.Context,
          text: Annotated[str, typer.Argument(help='What the picture shall show, in words: "a dog jumping in a forest".')],
          **options):
     "Edit one picture: it becomes what TEXT says, and its subject stays the same subject."
-    request, (settings, earlier) = read_request(image, options), read_settings(options["config"])
+    request, (settings, earlier) = read_request(image, options, text), read_settings(options["config"])
     settings, request = settings | typed(ctx, options, METHOD), request | placement(ctx, options, earlier)
     from layerdiffusion.pipeline import EditConfig, LayerDiffusion
+    from layerdiffusion.saving import OURS, check_folder
     from layerdiffusion.settings import preset
+    check_folder(request["out"])
     EditConfig(**settings)  # refuses what is wrong before anything is loaded
     method = LayerDiffusion.from_pretrained(options["model"], options["device"], options["sam"], options["precision"], options["offline"])
     config = preset(options["preset"], method.models.card, **settings)
@@ -384,7 +421,7 @@ def edit(ctx: typer.Context,
     save(result, request["out"], request["image"] if options["paste_back"] else None)
     save_looks(looks, request["out"] / "looks.png")
     seconds = ", ".join(f"{stage} {spent:.1f} s" for stage, spent in result.times.items() if spent > .05)
-    announce(f"Time     {seconds}\nWrote    {', '.join(sorted(p.name for p in request['out'].iterdir()))}\nLook at  {request['out'] / 'sheet.png'}")
+    announce(f"Time     {seconds}\nWrote    {', '.join(sorted(p.name for p in request['out'].iterdir() if re.fullmatch(OURS + '|looks.png', p.name)))}\nLook at  {request['out'] / 'sheet.png'}")
 
 # %% ../nbs/30_cli.ipynb #12721721
 @app.command(epilog='Next:  layerdiffusion edit example:dog "a dog jumping in a forest"')
@@ -426,7 +463,7 @@ def check_mini(model: Annotated[Optional[Path], typer.Option(help="A folder of m
     from layerdiffusion.core import environment, pick_device
     from layerdiffusion.mini import check_mini, show_gates
     from layerdiffusion.sd import load_models
-    if out: check_writable(out.parent, "--out: the folder")
+    check_file(out)
     rows = check_mini(model and load_models(model).folder, quick, pick_device(device))
     announce(show_gates(rows))
     if out: write_json(out, dict(rows=rows, **environment(device)))
@@ -446,7 +483,7 @@ def bench(quick: Annotated[bool, typer.Option("--quick", help="A tenth of the st
     import tempfile
     from layerdiffusion import bench
     from layerdiffusion.core import pick_device
-    if out: check_writable(out.parent, "--out: the folder")
+    check_file(out)
     device, how = pick_device(device), dict(channels_last=channels_last, compiled=compile) if channels_last or compile else None
     with tempfile.TemporaryDirectory() as folder:
         given = {}
@@ -510,7 +547,7 @@ REPORT = "https://github.com/layerdiffusion/layerdiffusion/issues"
 
 def usage(message: str) -> str:
     "typer's complaint as one sentence; empty when it has shown the help already."
-    message = re.sub(r"Value error, |Input should be an? (valid )?|, unable to parse .*", lambda m: "should be a " if m[0][0] == "I" else "", message)
+    message = re.sub("a integer", "an integer", re.sub(r"Value error, |Input should be an? (valid )?|, unable to parse .*", lambda m: "should be a " if m[0][0] == "I" else "", message))
     return message and message.strip().rstrip(".") + "; --help shows what there is."
 
 def explain(error: BaseException) -> tuple:  # (sentence, exit code)
@@ -525,7 +562,9 @@ def explain(error: BaseException) -> tuple:  # (sentence, exit code)
 # %% ../nbs/30_cli.ipynb #c90362f3
 def run_app(args: List[str]) -> int:  # exit code
     "Run the command and turn whatever happens into an exit code and at most one sentence."
-    try: code = app(args, prog_name="layerdiffusion", standalone_mode=False) or 0  # typer gives 130 for a Ctrl-C of its own
+    try:
+        code = app(args, prog_name="layerdiffusion", standalone_mode=False) or 0
+        if code == 130: print("layerdiffusion: Stopped by Ctrl-C.", file=sys.stderr)  # typer took it
     except BaseException as error:
         if isinstance(error, SystemExit) or "--debug" in args and explain(error)[1] == 1: raise
         sentence, code = explain(error)
@@ -539,5 +578,8 @@ def main(args: Optional[List[str]] = None  # None: what was typed
     import warnings
     args = list(sys.argv[1:] if args is None else args)
     with warnings.catch_warnings():
-        if "--debug" not in args: warnings.simplefilter("ignore")
+        if "--debug" not in args:
+            warnings.simplefilter("ignore")
+            warnings.filterwarnings("always", message=".*goes on without checkpoints")
+            warnings.showwarning = lambda message, *_, **__: print(f"Warning: {message}", file=sys.stderr)
         return run_app(args)

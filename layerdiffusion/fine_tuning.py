@@ -199,7 +199,8 @@ def apply_difference(unet: nn.Module,  # it is not changed
                     ) -> nn.Module:
     "A copy of a U-Net with a difference added; where bfloat16 would round it away, in a finer precision (float16 on a GPU, float32 on a CPU)."
     tuned = twin(unet)
-    if tuned.dtype == torch.bfloat16: tuned = tuned.to(torch.float32 if tuned.device.type == "cpu" else torch.float16)
+    for p in tuned.parameters():
+        if p.dtype == torch.bfloat16: p.data = p.data.float() if p.device.type == "cpu" else p.data.half()
     weights = tuned.state_dict()
     with torch.no_grad():
         for name, change in full_rank(difference).items(): weights[name].copy_(weights[name].float() + change.to(weights[name].device).float().view_as(weights[name]))

@@ -41,6 +41,7 @@ class Clip:
     @torch.no_grad()
     def pictures(self, images: torch.Tensor) -> torch.Tensor:
         "Unit vectors (B, D) of pictures (B, 3, H, W), 0-1, prepared as the model wants them."
+        if images.ndim != 4 or not images.is_floating_point(): raise BadInput(f"Pictures are a tensor (B, 3, H, W) in 0-1; this one is {images.dtype} of shape {tuple(images.shape)}.")
         return self.model.encode_image(torch.stack([self.preprocess(to_pil(x)) for x in images]), normalize=True)
 
     @torch.no_grad()
@@ -79,6 +80,7 @@ def subject_likeness(encode: Callable[[torch.Tensor], torch.Tensor],  # pictures
                      side: int = 64  # see `subject_crop`
                     ) -> torch.Tensor:  # (B,) cosines; -1 where there is nobody
     "CLIP-I, DINO and the like, on the masked subject."
+    if len(masks) != len(images): raise BadInput(f"There are {len(images)} pictures and {len(masks)} masks; give one for each, None where nobody is.")
     there = [i for i, m in enumerate(masks) if m is not None]
     crops = torch.stack([subject_crop(photo, photo_mask, side), *[subject_crop(images[i], masks[i], side) for i in there]])
     vectors, out = F.normalize(encode(crops), dim=1), torch.full((len(images),), -1.)

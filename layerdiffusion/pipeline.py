@@ -62,6 +62,11 @@ class LayerDiffusion:
         if isinstance(self._sam, (str, Path)): self._sam = load_sam(self._sam, device=str(self.models.device))
         return self._sam.to(self.models.device)
 
+    def settings(self, config: Optional[EditConfig] = None) -> EditConfig:
+        "The settings with the model's own numbers filled in; None: the defaults."
+        if config is not None and not isinstance(config, EditConfig): raise BadInput(f"config is a {type(config).__name__}; give an EditConfig, such as EditConfig(alpha=.5) or preset('best').")
+        return (config or EditConfig()).resolve(self.models.card)
+
     def __repr__(self): return f"LayerDiffusion({self.models.name!r}, device={str(self.models.device)!r}, {len(self.cache)} stage results kept)"
 
 # %% ../nbs/10_pipeline.ipynb #a54a0ff7
@@ -86,8 +91,8 @@ class Checkpoint:
     "Keeps a training stage that may be interrupted: in memory, and in a file where a folder is given."
     every = 15.  # seconds between two writes of the file
 
-    def __init__(self, stage: str, key: str, kept: dict, folder=None):
-        self.stage, self.key, self.kept = stage, key, kept
+    def __init__(self, stage: str, key: str, kept: dict, folder=None, text: str = ""):
+        self.stage, self.key, self.kept, self.text = stage, key, kept, text
         self.path = Path(folder) / f"checkpoint-{stage}.safetensors" if folder else None
         self.live, self.last = None, time.monotonic()
 
@@ -125,7 +130,7 @@ def restore(saved: dict, params, optimizer, losses):
 def write(self: Checkpoint):
     "Write the live stage to its file."
     from safetensors.torch import save_file
-    write_atomic(self.path, lambda p: save_file(snapshot(*self.live), p, {"key": self.key}))
+    write_atomic(self.path, lambda p: save_file(snapshot(*self.live), p, {"key": self.key, "text": self.text}))
     self.last = time.monotonic()
 
 @patch
@@ -148,9 +153,9 @@ def read(self: Checkpoint) -> Optional[dict]:
 # %% ../nbs/10_pipeline.ipynb #03dd5318
 @patch
 @contextmanager
-def checkpoint(self: LayerDiffusion, stage: str, key: str, folder=None):
+def checkpoint(self: LayerDiffusion, stage: str, key: str, folder=None, text: str = ""):  # text: what the edit shall show, for people
     "Around a training stage: keeps what was done when it is interrupted, and says how to go on."
-    point = Checkpoint(stage, key, self.unfinished, folder)
+    point = Checkpoint(stage, key, self.unfinished, folder, text)
     try:
         yield point
         self.unfinished.pop(key, None)
@@ -242,7 +247,8 @@ def prepare(self: LayerDiffusion,
             object_reference=None, object_mask=None, move: Sequence = (0., 0.), scale: float = 1., source: Optional[str] = None,  # see `edit`
             config: Optional[EditConfig] = None, callback: Optional[Callable] = None) -> Scene:
     "Stage 1: read, find the subject, split the words, get the reference."
-    config, times = (config or EditConfig()).resolve(self.models.card), {}
+    if mask is not None and (point is not None or box is not None): raise BadInput("Both a mask and a point or box were given; give the mask, or let SAM make one of the others.")
+    config, times = self.settings(config), {}
     placement, given, reference = check_placement(move, scale), read_object(object_reference, object_mask), None if reference is None else load_image(reference)
     split = split_text(text, object, background)
     e_a, e_b = encode_text(self.models, [split.object, split.background]).split(1)
@@ -357,7 +363,7 @@ def small(self: LayerDiffusion, mask: torch.Tensor, config: EditConfig) -> torch
 @patch
 def embed(self: LayerDiffusion, scene: Scene, config: Optional[EditConfig] = None, callback: Optional[Callable] = None, folder=None) -> tuple:
     "Stage 2, Eq. 2: the fitted embeddings of subject and place, and the losses."
-    config = (config or EditConfig()).resolve(self.models.card)
+    config = self.settings(config)
     if config.learnt_words or config.object_words == "whole": return self.whole_words(scene, config, callback, folder)
     mask, latents = self.small(scene.mask, config), self.latents(scene.image if config.eq2_picture == "input" else scene.reference)
     settings = config.model_dump(include={"embedding_steps", "embedding_lr", "eq2_region", "eq2_conditioning", "loss_scale", "seed"})
@@ -366,7 +372,7 @@ def embed(self: LayerDiffusion, scene: Scene, config: Optional[EditConfig] = Non
         params = [e.detach().float().clone().requires_grad_() for e in (scene.e_a, scene.e_b)]
         loss = embedding_objective(self.models, *params, latents, mask, config.eq2_conditioning, config.eq2_region, config.loss_scale, config.alpha)
         optimizer, losses = torch.optim.Adam(params, lr=config.embedding_lr), []
-        with self.checkpoint("embeddings", key, folder) as point:
+        with self.checkpoint("embeddings", key, folder, scene.text) as point:
             start = point.begin(params, optimizer, losses)
             optimise(loss, params, config.embedding_steps, config.embedding_lr, "embeddings", join_callbacks(point, callback), start, optimizer, config.seed, losses, self.models.gradient_scale)
         return params[0].detach(), params[1].detach(), losses
@@ -383,7 +389,7 @@ def learn(self: LayerDiffusion, scene: Scene, config: EditConfig, callback: Opti
     def compute(key):
         vectors, losses = first_vectors(self.models, text, config.learnt_words).requires_grad_(), []
         loss, optimizer = word_objective(self.models, text, vectors, latents, mask, config.loss_scale), torch.optim.Adam([vectors], lr=config.word_lr)
-        with self.checkpoint("words", key, folder) as point, awake(self.models, "text_encoder"):
+        with self.checkpoint("words", key, folder, scene.text) as point, awake(self.models, "text_encoder"):
             start = point.begin([vectors], optimizer, losses)
             optimise(loss, [vectors], config.embedding_steps, config.word_lr, "words", join_callbacks(point, callback), start, optimizer, config.seed, losses, self.models.gradient_scale)
         return vectors.detach(), losses
@@ -427,7 +433,7 @@ def tune(self: LayerDiffusion, scene: Scene, words: tuple, config: Optional[Edit
          start: Optional[dict] = None  # a difference to begin with; None: the loaded U-Net as it is
         ) -> tuple:
     "Stage 3, Eq. 3-6: what changes in the U-Net (see `weight_difference`), and the losses."
-    config = (config or EditConfig()).resolve(self.models.card)
+    config = self.settings(config)
     embeds, layers = interpolate(*words[:2], config.alpha), self.layers(scene, config)
     if config.eq4_words == "source" or config.eq5_words == "background":
         embeds = torch.cat([self.source_words(scene, config, callback, folder) if config.eq4_words == "source" else embeds, scene.e_b if config.eq5_words == "background" else embeds])
@@ -436,7 +442,7 @@ def tune(self: LayerDiffusion, scene: Scene, words: tuple, config: Optional[Edit
     settings = {short: getattr(config, name) for name, short in names.items()}
     def compute(key):
         looks = Looks(self, words, scene.size, config, look_every, look_seed) if look_every else None
-        with self.checkpoint("tuning", key, folder) as point:
+        with self.checkpoint("tuning", key, folder, scene.text) as point:
             def begin(params, *state):
                 if looks: looks.watch(params, start)
                 return point.begin(params, *state)
@@ -457,7 +463,7 @@ def sample(self: LayerDiffusion,
            batch: int = 8  # pictures drawn at a time
           ) -> torch.Tensor:  # (B, 3, H, W), 0-1
     "Stage 4, Eq. 7-8: draw with the tuned U-Net, the two embeddings taking turns."
-    config, seeds = (config or EditConfig()).resolve(self.models.card), check_seeds(seeds)
+    config, seeds = self.settings(config), check_seeds(seeds)
     unet = apply_difference(self.models.unet, difference)
     return torch.cat([self.paint(unet, words, size, seeds[i:i + batch], config, callback) for i in range(0, len(seeds), batch)])
 
@@ -473,7 +479,8 @@ def paint(self: LayerDiffusion, unet, words: tuple, size: tuple, seeds: list, co
 # %% ../nbs/10_pipeline.ipynb #aad63391
 def check_seeds(seeds: Sequence[int]) -> list:
     "A list of different whole numbers from 0."
-    seeds = [seeds] if isinstance(seeds, Integral) else list(seeds)
+    try: seeds = [seeds] if isinstance(seeds, Integral) else list(seeds)
+    except TypeError: raise BadInput(f"The seeds are {seeds!r}; give whole numbers, such as range(8).") from None
     if not seeds: raise BadInput("The list of seeds is empty; give at least one, such as 0.")
     for s in seeds:
         if not isinstance(s, Integral) or isinstance(s, bool) or not 0 <= s < 2**63: raise BadInput(f"The seed {s!r} is not a whole number from 0 to 2**63.")
@@ -523,7 +530,7 @@ def edit(self: LayerDiffusion,
          resume: bool = False  # go on from checkpoints in `folder`
         ) -> EditResult:
     "LayerDiffusion: change what the subject does and where it is."
-    config, seeds = (config or EditConfig()).resolve(self.models.card), check_seeds(seeds)
+    config, seeds = self.settings(config), check_seeds(seeds)
     scene = self.prepare(image, text, mask=mask, point=point, box=box, reference=reference, object=object, background=background, object_reference=object_reference,
                          object_mask=object_mask, move=move, scale=scale, source=source, config=config, callback=callback)
     if folder and not resume: clear_checkpoints(folder)
@@ -557,7 +564,7 @@ def preview(self: LayerDiffusion,
 DRAWN = "alpha", "iterative_guidance", "eq8_index", "eq8_first", "scheduler", "sampling_steps", "guidance_scale"  # settings that the drawing reads
 
 def load_edit(path: Union[str, Path],  # edit.safetensors or its folder
-              method: Optional[LayerDiffusion] = None,  # a loaded model, or `Models`; None: the one named in the file
+              method: Optional[LayerDiffusion] = None,  # a loaded model, `Models` or a name; None: the one named in the file
               seeds: Optional[Sequence[int]] = None,  # None: those it was saved with
               callback: Optional[Callable] = None,
               **changes  # settings of the drawing to change, see `DRAWN`
@@ -570,7 +577,7 @@ def load_edit(path: Union[str, Path],  # edit.safetensors or its folder
         raise BadInput(f"{str(path)!r} was made with its {fixed[0]}, and only a new edit has another; a saved one can be drawn with another {', '.join(DRAWN)}.")
     config, split = EditConfig(**settings["config"] | changes), Split(settings["object"], settings["background"])
     precision = next((name for name, dtype in PRECISIONS.items() if str(dtype) == f"torch.{settings.get('precision')}"), "auto")
-    method = method or LayerDiffusion.from_pretrained(settings["model"], precision=precision)
+    if method is None or isinstance(method, (str, Path)): method = LayerDiffusion.from_pretrained(method or settings["model"], precision=precision)
     method = LayerDiffusion(method) if isinstance(method, Models) else method
     same_model(settings, method.models, repr(str(path)))
     words = tuple(tensors[k].to(method.models.device) for k in ("e_a", "e_b"))
@@ -609,6 +616,7 @@ def reuse(self: LayerDiffusion,
           callback: Optional[Callable[[Event], None]] = None, look_every: int = 0  # see `edit`
          ) -> EditResult:
     "Another text or place for a subject that was learnt, by a short tuning instead of a whole edit."
+    if not isinstance(result, EditResult): raise BadInput(f"reuse takes an edit, not {result!r}; load_edit(path) reads one from a folder.")
     if not 0 <= keep <= 1: raise BadInput(f"keep is {keep}; it must be between 0 (the U-Net begins anew) and 1 (with all its change).")
     check_reusable(result, self.models)
     old, seeds = result.config, check_seeds(seeds)
@@ -628,8 +636,8 @@ def reuse(self: LayerDiffusion,
 # %% ../nbs/10_pipeline.ipynb #fda8ff5b
 def shorter(old: EditConfig, steps: Optional[int] = None, learning_rate: Optional[float] = None, sampling_steps: Optional[int] = None, draws: int = 12) -> EditConfig:
     "The settings of a reuse; what is None is taken from those of the edit."
-    return EditConfig(**old.model_dump() | dict(tuning_steps=max(10, old.tuning_steps // 16) if steps is None else steps, tuning_lr=learning_rate or max(old.tuning_lr, min(8 * old.tuning_lr, 4e-4)),
-                                                sampling_steps=sampling_steps or -(-old.sampling_steps // 2), target_draws=min(draws, old.target_draws)))
+    return EditConfig(**old.model_dump() | dict(tuning_steps=max(10, old.tuning_steps // 16) if steps is None else steps, tuning_lr=max(old.tuning_lr, min(8 * old.tuning_lr, 4e-4)) if learning_rate is None else learning_rate,
+                                                sampling_steps=-(-old.sampling_steps // 2) if sampling_steps is None else sampling_steps, target_draws=min(draws, old.target_draws)))
 
 # %% ../nbs/10_pipeline.ipynb #86a1c2ee
 def check_reusable(result: EditResult, models: Models):

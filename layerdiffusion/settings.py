@@ -46,7 +46,7 @@ class EditConfig(BaseModel):
     prior_batch: int = Field(0, ge=0, le=32, description="Eq. 6: so many pictures of the model's own in every step, in other poses and places (beyond the paper)")
     lambda_prior: float = Field(1., ge=0, description="Eq. 6: weight of the model's own pictures")
     tuned_parameters: Literal["all", "attention", "lora"] = Field("all", description="Eq. 6: which parameters of the U-Net move")
-    lora_rank: int = Field(8, ge=1, description="rank of the change for tuned_parameters=lora")
+    lora_rank: int = Field(8, ge=1, le=1280, description="rank of the change for tuned_parameters=lora")
     loss_scale: Literal["all", "mask"] = Field("all", description="Eq. 2, 4, 5: mean over all latents or over the mask")
     mask_resample: Literal["area", "nearest", "bilinear"] = Field("area", description="how masks become latent-sized")
     mask_hard: bool = Field(False, description="round latent-sized masks to 0 and 1")

@@ -79,7 +79,7 @@ BAD = dict(
     alpha_nan=(["edit", "example:dog", TEXT, "--alpha", "nan"], ["--alpha", "nan"]),
     alpha_word=(["edit", "example:dog", TEXT, "--alpha", "much"], ["--alpha"]),
     steps=(["edit", "example:dog", TEXT, "--steps", "0"], ["--steps", "0"]),
-    embedding_steps=(["edit", "example:dog", TEXT, "--embedding-steps", "0"], ["--embedding-steps", "at least 1"]),
+    embedding_steps=(["edit", "example:dog", TEXT, "--embedding-steps", "-1"], ["--embedding-steps", "at least 0", "-1"]),
     tuning_steps=(["edit", "example:dog", TEXT, "--tuning-steps", "-4"], ["--tuning-steps", "-4"]),
     steps_many=(["edit", "example:dog", TEXT, "--steps", "1001"], ["--steps", "1001"]),
     lambda_negative=(["edit", "example:dog", TEXT, "--lambda-obj", "-1"], ["--lambda-obj", "-1"]),
@@ -323,3 +323,27 @@ def test_options_allow_what_settings_allow():
         assert opt.default == field.default, opt.name
         if low is not None: assert low <= opt.low < low + 1e-6, opt.name
         if high is not None: assert high - 1 <= opt.high <= high, opt.name
+
+def test_resume_takes_the_edit_of_these_words(tmp_path, monkeypatch):
+    "Of two that were stopped, and none of another; nothing is touched where none fits."
+    import torch
+    from safetensors.torch import save_file
+    from layerdiffusion.cli import BadInput, claim, default_folder, stopped_text
+    monkeypatch.chdir(tmp_path)
+    for n, text in enumerate(("a dog lying", "a dog sitting"), 1):
+        (tmp_path/f"edits/dog-{n}").mkdir(parents=True)
+        save_file({"x": torch.zeros(1)}, tmp_path/f"edits/dog-{n}/checkpoint-tuning.safetensors", {"key": "", "text": text})
+    assert default_folder("dog.png", True, "a dog lying").name == "dog-1" and default_folder("dog.png", True, "a dog sitting").name == "dog-2"
+    with pytest.raises(BadInput, match="no edit with these words was stopped; there are edits/dog-1"): default_folder("dog.png", True, "a dog jumping")
+    assert default_folder("dog.png", False, "a dog lying").name == "dog-3" and stopped_text(tmp_path/"never") is None
+    assert [claim(Path("edits/dog-2")).name for _ in range(2)] == ["dog-3", "dog-4"]
+
+def test_folders_of_somebody_else(tmp_path, capsys):
+    "A folder with files that an edit would replace, and a folder where a file is meant."
+    (tmp_path/"mask.png").write_text("mine")
+    assert main(["edit", "example:dog", TEXT, "--out", str(tmp_path)]) == 2 and "which an edit would replace" in capsys.readouterr().err
+    for command in ("bench", "check-mini"): assert main([command, "--quick", "--out", str(tmp_path)]) == 2 and "is a folder" in capsys.readouterr().err
+    (tmp_path/"bom.json").write_bytes(b'\xef\xbb\xbf{"alpha": 2}')
+    assert main(["edit", "example:dog", TEXT, "--config", str(tmp_path/"bom.json")]) == 2 and "alpha is 2" in capsys.readouterr().err
+    assert main(["edit", "example:dog", TEXT, "--seed", str(2**63)]) == 2 and str(2**63) in capsys.readouterr().err
+    assert (tmp_path/"mask.png").read_text() == "mine"

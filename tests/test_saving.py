@@ -163,12 +163,57 @@ def test_points_and_seeds_of_numpy(method):
         with pytest.raises(BadInput, match="neither a point"): fit_points(wrong, image, fitted)
     assert check_seeds(np.arange(3)) == [0, 1, 2] and check_seeds(np.int64(4)) == [4]
 
-def test_only_our_own_hidden_folders_are_removed(edit, tmp_path):
-    "A date is eight hex digits too."
+def test_only_our_own_leavings_are_removed(tmp_path):
+    "Hidden folders of processes that are gone, and checkpoints of the stages there are."
     from layerdiffusion.saving import clear_checkpoints
-    for name in (".dog-20240101", ".dog-0123abcd.unfinished"): (tmp_path/name).mkdir(); (tmp_path/name/"file").write_text("")
-    clear_checkpoints(tmp_path/"dog")
-    assert sorted(p.name for p in tmp_path.iterdir()) == [".dog-20240101"]
+    kept = {".20240101", ".99999999-0123abcd.mine", f".{os.getpid()}-0123abcd.unfinished", "checkpoint-5.safetensors", "checkpoint-mine.safetensors", "file"}
+    for name in kept | {".99999999-0123abcd.unfinished"}: (tmp_path/name).mkdir()
+    for name in ("checkpoint-tuning.safetensors", ".checkpoint-tuning-0123abcd.safetensors"): (tmp_path/name).write_text("")
+    clear_checkpoints(tmp_path)
+    assert {p.name for p in tmp_path.iterdir()} == kept
+
+@pytest.mark.parametrize("name", ["mask.png", "seed-12.png", "edit.json"])
+def test_files_of_somebody_else_stay(edit, tmp_path, name):
+    (tmp_path/name).write_text("mine")
+    with pytest.raises(BadInput, match=f"holds '{name}'"): edit.save(tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == [name] and (tmp_path/name).read_text() == "mine"
+
+def test_an_edit_takes_the_place_of_an_edit(edit, tmp_path):
+    for _ in range(2): edit.save(tmp_path/"dog")
+    (tmp_path/"dog"/"notes.txt").write_text("mine")
+    edit.save(tmp_path/"dog")
+    assert (tmp_path/"dog"/"notes.txt").exists() and not [p for p in (tmp_path/"dog").iterdir() if p.name.startswith(".")]
+
+@pytest.mark.skipif(not os.path.isdir("/dev/shm"), reason="there is no second file system")
+def test_save_to_another_disk(edit, tmp_path):
+    "By a link, and where only the folder itself may be written."
+    import shutil, tempfile
+    real = tempfile.mkdtemp(dir="/dev/shm")
+    try:
+        (tmp_path/"link").symlink_to(real)
+        edit.save(tmp_path/"link")
+        assert "edit.safetensors" in os.listdir(real)
+    finally: shutil.rmtree(real)
+
+def test_a_foreign_format_is_refused(method, edit, tmp_path):
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+    file = edit.save(tmp_path/"dog")/"edit.safetensors"
+    tensors = load_file(file)
+    with safe_open(file, "pt") as f: settings = json.loads(f.metadata()["edit"])
+    for change, said in ((dict(format="layerdiffusion edit 2"), "edit 2"), (dict(config=None), "layerdiffusion|settings|damaged")):
+        save_file(tensors, file, {"edit": json.dumps({k: v for k, v in (settings | change).items() if v is not None or k != "config"})})
+        with pytest.raises(BadInput, match=said): load_edit(file, method)
+    save_file({k: v for k, v in tensors.items() if k != "e_a"}, file, {"edit": json.dumps(settings)})
+    with pytest.raises(BadInput, match="damaged"): load_edit(file, method)
+
+def test_calls_that_cannot_be_meant(method, edit):
+    call = lambda **kw: method.edit("example:dog", "a dog jumping in a forest", **kw)
+    for kw, said in ((dict(mask=edit.mask, point=(1, 1)), "Both a mask"), (dict(config=dict(alpha=.5)), "config is a dict"), (dict(seeds=None), "seeds are None")):
+        with pytest.raises(BadInput, match=said): call(**kw)
+    with pytest.raises(BadInput, match="load_edit"): method.reuse("edits/1", "a dog lying in the snow")
+    with pytest.raises(BadInput, match="learning_rate|tuning_lr"): method.reuse(edit, "a dog lying in the snow", learning_rate=0.)
+    with pytest.raises(BadInput, match="rank is 0"): edit.tensors(0)
 
 def test_a_saved_edit_comes_back_in_its_precision(tmp_path):
     half = LayerDiffusion.from_pretrained("mini", "cpu", precision="bf16")
