@@ -132,7 +132,7 @@ def train_loop(objective: nn.Module,  # returns (loss, logs) for (scenes, genera
     objective = objective.to(device)
     ema = AveragedModel(objective, multi_avg_fn=moving_average(objective.ema))
     opt = torch.optim.AdamW(objective.parameters(), lr=1., weight_decay=.01, betas=(.9, .99), fused=True)
-    record, path = dict(samples=0, seconds=0., step=0), Path(folder) / "checkpoint.safetensors"
+    record, path = dict(samples=0, seconds=0., step=0, seed=seed, level=getattr(objective, "level", 0.)), Path(folder) / "checkpoint.safetensors"
     if resume and path.exists(): record |= load_checkpoint(path, objective, ema, opt)
     model = nn.parallel.DistributedDataParallel(objective, find_unused_parameters=getattr(objective, "unused", False)) if ranks > 1 else objective
     if hasattr(objective, "fill"):
@@ -539,9 +539,14 @@ def train_stage(stage: str,  # vae, sam, clip, judge or diffusion
     if stage not in STAGES: raise BadInput(f"There is no stage {stage!r}; the stages are {', '.join(STAGES)}.")
     if not 0 <= level <= 1: raise BadInput(f"level is {level}; it goes from 0 (simple) to 1 (full).")
     kw = dict(vae=_vae_folder(run)) if stage in ("diffusion", "judge") else {}
+    if seed < 0: raise BadInput(f"seed is {seed}; it must be at least 0.")
     folder, length = Path(run) / stage, samples or STAGES[stage].samples
+    if resume and (folder / "checkpoint.safetensors").exists():
+        before = _last_record(folder)
+        for name, value in dict(seed=seed, level=level).items():
+            if before.get(name, value) != value: raise BadInput(f"The run in {folder} has {name} {before[name]}, not {value}; give that, another folder, or --no-resume to begin anew.")
     train(functools.partial(STAGES[stage], level=level, **kw), folder, length, device, workers, minutes=minutes, resume=resume, seed=seed)
-    write_json(folder / "record.json", dict(stage=stage, level=level, length=length, seed=seed, **environment(device), **_last_record(folder)))
+    write_json(folder / "record.json", dict(stage=stage, length=length, **environment(device)) | _last_record(folder))
 
 def _last_record(folder):
     from safetensors import safe_open

@@ -85,3 +85,13 @@ def test_verdicts():
     rows = [dict(value=v, low=v - .1, high=v + .1, bar=.9) for v in (1., .95, .85, .7)]
     assert [verdict(r) for r in rows] == ["met", "met", "NOT MET", "NOT MET"]
     assert [verdict(r | dict(quick=True)) for r in rows] == ["met", "not to be told", "not to be told", "NOT MET"]
+
+def test_a_run_goes_on_as_it_began(tmp_path):
+    "Another seed or level is another run."
+    from layerdiffusion.core import BadInput
+    from layerdiffusion.mini import train_stage
+    go = lambda **kw: train_stage("vae", tmp_path, workers=1, **kw)
+    go(samples=32, seed=3)
+    go(samples=48, seed=3)
+    for kw, said in ((dict(seed=4), "has seed 3, not 4"), (dict(seed=3, level=.5), "has level 0.0, not 0.5"), (dict(seed=-1), "at least 0")):
+        with pytest.raises(BadInput, match=said): go(samples=64, **kw)
