@@ -125,7 +125,7 @@ RUN = [
     Opt("offline", bool, False, "Never ask the Hugging Face hub; what was fetched before is still used."),
     Opt("preset", Literal["paper", "best"], "paper", "Settings to start from. paper: the paper's numbers, with those readings of it that did best. best: those that kept the subject best. Options given beside it win."),
     Opt("config", Optional[Path], None, "Settings from the edit.json of an earlier edit; options given beside it win.", metavar="FILE"),
-    Opt("resume", bool, False, "Go on with an edit that was stopped; ends with the same bytes as one that was not."),
+    Opt("resume", bool, False, "Go on with the edit of these words that was stopped; ends with the same pictures as one that was not."),
     Opt("paste_back", bool, False, "Write each picture in the full size of IMAGE too: IMAGE itself, and the edit where the subject was and is now. For edits that keep the place."),
     Opt("out", Optional[Path], None, "Folder for the results. Unset: edits/NAME-1, -2, ... with the picture's name.", metavar="DIR"),
     Opt("debug", bool, False, "Show the whole traceback when something unexpected happens.")]
