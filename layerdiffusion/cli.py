@@ -388,6 +388,7 @@ def save(result, out: Path, photo=None):
     "Write the results; until they are there, the checkpoints stay."
     try: result.save(out, photo=photo)
     except KeyboardInterrupt: raise Stopped(after_stop(out)) from None
+    except BadInput: forget(out, set(out.glob("checkpoint-*.safetensors"))); raise
 
 def close_bars():
     "Close the progress bars that are still open."

@@ -145,7 +145,7 @@ def whole_folder(folder: Path):
             if path.is_dir(): shutil.rmtree(folder / path.name, ignore_errors=True)  # a folder only replaces an empty one
             os.replace(path, folder / path.name)
     except Exception as e:
-        if isinstance(e, OSError) or "os error" in str(e): raise BadInput(f"{str(folder)!r} cannot be written: {getattr(e, 'strerror', None) or e}.") from None
+        if isinstance(e, OSError) or "os error" in str(e): raise BadInput(f"{str(folder)!r} cannot be written: {getattr(e, 'strerror', None) or re.sub(r'.*I/O error: | .os error.*', '', str(e))}.") from None
         raise  # safetensors has an error of its own for a full disk, hence the text
     finally:
         shutil.rmtree(hidden, ignore_errors=True)
