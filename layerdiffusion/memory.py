@@ -204,9 +204,9 @@ class Plan:
 def gigabytes(n: int) -> str: return f"{n / 1e9:.1f} GB" if n >= 1e9 else f"{n / 1e6:.0f} MB"
 
 def free_memory(device) -> Optional[int]:  # bytes
-    "What a device has left; None where it cannot be told."
+    "What a device has left, on a GPU with what this process holds already; None where it cannot be told."
     device = torch.device(device)
-    if device.type == "cuda": return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_allocated(device)
+    if device.type == "cuda": return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
     try: return next(int(line.split()[1]) * 1024 for line in open("/proc/meminfo") if line.startswith("MemAvailable"))
     except (OSError, StopIteration): return None
 
@@ -223,7 +223,8 @@ def plan(models: Models,
         ) -> Plan:
     "Choose how to work."
     if level not in ("auto", *LEVELS): raise BadInput(f"There is no level of memory {level!r}; give auto, {', '.join(LEVELS)}.")
-    free = free_memory(models.device) if free is None else free
+    if free is None and (free := free_memory(models.device)) and models.device.type == "cpu":
+        free += sum(weight_bytes(part, models.dtype) for part in (models.unet, models.vae, models.text_encoder))  # loaded, and counted by `predict`
     counted = {}
     need = lambda name: predict(models, name, config, height, width, seeds, sam, counted)
     if level != "auto":
