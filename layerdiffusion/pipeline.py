@@ -608,11 +608,11 @@ def reuse(self: LayerDiffusion,
           object: Optional[str] = None, background: Optional[str] = None,  # T_a and T_b; None: split by rule
           move: Sequence = (0., 0.), scale: float = 1.,  # as in `edit`, from where the subject was then
           seeds: Sequence[int] = range(8),  # one picture each
-          steps: Optional[int] = None,  # of tuning; None: a sixteenth of the edit's, at least 10
-          learning_rate: Optional[float] = None,  # of tuning; None: eight times the edit's, up to 4e-4
+          steps: Optional[int] = None,  # of tuning; None: half of the edit's
+          learning_rate: Optional[float] = None,  # of tuning; None: the edit's
           sampling_steps: Optional[int] = None,  # None: half of the edit's
-          keep: float = .5,  # share of the U-Net's change to begin with, 0-1
-          draws: int = 12,  # pictures that O_t is chosen from, at most, where the edit's settings choose it
+          keep: float = 0.,  # share of the U-Net's change to begin with, 0-1
+          draws: int = 32,  # pictures that O_t is chosen from, at most, where the edit's settings choose it
           callback: Optional[Callable[[Event], None]] = None, look_every: int = 0  # see `edit`
          ) -> EditResult:
     "Another text or place for a subject that was learnt, by a short tuning instead of a whole edit."
@@ -634,9 +634,9 @@ def reuse(self: LayerDiffusion,
     return self.pack(scene, words, difference, images, seeds, config, times, dict(embed=[], tune=losses), move=list(map(float, move)), scale=float(scale), object_given=object_reference is not None, reused=dict(text=result.text, keep=keep))
 
 # %% ../nbs/10_pipeline.ipynb #fda8ff5b
-def shorter(old: EditConfig, steps: Optional[int] = None, learning_rate: Optional[float] = None, sampling_steps: Optional[int] = None, draws: int = 12) -> EditConfig:
+def shorter(old: EditConfig, steps: Optional[int] = None, learning_rate: Optional[float] = None, sampling_steps: Optional[int] = None, draws: int = 32) -> EditConfig:
     "The settings of a reuse; what is None is taken from those of the edit."
-    return EditConfig(**old.model_dump() | dict(tuning_steps=max(10, old.tuning_steps // 16) if steps is None else steps, tuning_lr=max(old.tuning_lr, min(8 * old.tuning_lr, 4e-4)) if learning_rate is None else learning_rate,
+    return EditConfig(**old.model_dump() | dict(tuning_steps=-(-old.tuning_steps // 2) if steps is None else steps, tuning_lr=old.tuning_lr if learning_rate is None else learning_rate,
                                                 sampling_steps=-(-old.sampling_steps // 2) if sampling_steps is None else sampling_steps, target_draws=min(draws, old.target_draws)))
 
 # %% ../nbs/10_pipeline.ipynb #86a1c2ee

@@ -100,7 +100,7 @@ def test_reuse_from_the_folder(method, tmp_path, name):
     loaded = load_edit(edit.save(tmp_path/"dog"), LayerDiffusion(method.models, method.sam))
     again = [LayerDiffusion(method.models, method.sam).reuse(e, "a dog lying in the snow", seeds=[1, 2], steps=2) for e in (edit, loaded)]
     assert torch.equal(again[0].images, again[1].images) and again[1].record["reused"]["text"] == edit.text
-    assert len(again[1].losses["tune"]) == 2 and again[1].config.tuning_lr == 8 * edit.config.tuning_lr
+    assert len(again[1].losses["tune"]) == 2 and again[1].config.tuning_lr == edit.config.tuning_lr
     assert torch.equal(load_edit(again[1].save(tmp_path/"again"), method).images, again[1].images)
 
 def test_a_checkpoint_that_cannot_be_written_does_not_end_the_run(method, tmp_path):
