@@ -98,7 +98,7 @@ def test_reuse_from_the_folder(method, tmp_path, name):
     tiny = preset(name, embedding_steps=2, tuning_steps=3, sampling_steps=2, prior_batch=0)
     edit = method.edit("example:dog", "a dog jumping in a forest", point=(32, 36), seeds=[1], config=tiny, source="a brown dog standing in a meadow")
     loaded = load_edit(edit.save(tmp_path/"dog"), LayerDiffusion(method.models, method.sam))
-    again = [LayerDiffusion(method.models, method.sam).reuse(e, "a dog lying in the snow", seeds=[1, 2], steps=2) for e in (edit, loaded)]
+    again = [LayerDiffusion(method.models, method.sam).reuse(e, "a dog lying in the snow", seeds=[1, 2], steps=2, draws=2) for e in (edit, loaded)]
     assert torch.equal(again[0].images, again[1].images) and again[1].record["reused"]["text"] == edit.text
     assert len(again[1].losses["tune"]) == 2 and again[1].config.tuning_lr == edit.config.tuning_lr
     assert torch.equal(load_edit(again[1].save(tmp_path/"again"), method).images, again[1].images)
