@@ -200,6 +200,7 @@ def default_folder(image: str,  # what the user gave as the picture
     if stopped and not fitting: raise BadInput(f"--resume: no edit with these words was stopped; there are {', '.join(f'{p} ({said!r})' for p, said in stopped.items())}.")
     return fitting[-1] if fitting else Path("edits") / f"{name}-{len(used) + 1}"
 
+# %% ../nbs/30_cli.ipynb #12736591
 def stopped_text(folder: Path) -> Optional[str]:
     "The words of the edit that was stopped in a folder, empty where they are not known; None where none was."
     from safetensors import safe_open

@@ -174,7 +174,9 @@ def _from_numbers(x):
     "A tensor in 0-1, or a NumPy array of bytes, as a Pillow picture."
     from PIL import Image
     if not hasattr(x, "detach"):
-        try: return Image.fromarray(x)
+        try:
+            if x.dtype.kind not in "ub": raise TypeError
+            return Image.fromarray(x)
         except (TypeError, ValueError): raise BadInput(f"An array of {x.dtype} in the shape {x.shape} is no picture; give bytes (uint8) in the shape (H, W, 3).") from None
     while x.ndim > 3 and len(x) == 1: x = x[0]
     if x.ndim != 2 and not (x.ndim == 3 and len(x) in (1, 3)): raise BadInput(f"A tensor in the shape {tuple(x.shape)} is not one picture; give (3, H, W).")

@@ -347,6 +347,7 @@ def fetch_clip(where: str, tag: str):  # such as "ViT-B-32" and "laion2b_s34b_b7
     file = f"{Path(file).stem or 'open_clip_model'}.safetensors"
     if not (fetch(repository, files=[file]) / file).exists(): raise BadInput(f"{repository} has no {file}; give another tag of {where}: {', '.join(open_clip.list_pretrained_tags_by_model(where))}.")
 
+# %% ../nbs/07_identity.ipynb #ffdd1d31
 def load_clip(name: str = "mini",  # "mini", a folder for open_clip, or "ViT-B-32:laion2b_s34b_b79k" and the like
               offline: bool = False  # never ask the hub
              ) -> tuple:  # model, preprocess, tokenizer

@@ -143,7 +143,7 @@ def whole_folder(folder: Path):
         yield hidden
         for path in sorted(hidden.iterdir()):
             if path.is_dir(): shutil.rmtree(folder / path.name, ignore_errors=True)  # a folder only replaces an empty one
-            os.replace(path, folder / path.name)
+            os.replace(path, folder / path.name)  # edit.json comes first, so that a folder of which half was moved is known as ours
     except Exception as e:
         if isinstance(e, OSError) or "os error" in str(e): raise BadInput(f"{str(folder)!r} cannot be written: {getattr(e, 'strerror', None) or re.sub(r'.*I/O error: | .os error.*', '', str(e))}.") from None
         raise  # safetensors has an error of its own for a full disk, hence the text
@@ -165,6 +165,7 @@ def _at_work(hidden: Path) -> bool:
     except OSError as e: return isinstance(e, PermissionError)
     return True
 
+# %% ../nbs/09_saving.ipynb #3a793111
 OURS = r"(input|mask|reference|object|object_mask|sheet)\.png|edit\.(json|safetensors)|seed-\d+\.png|full-\d+\.jpg"  # names that `save` writes
 
 def saved_before(folder: Path) -> Optional[dict]:

@@ -246,3 +246,12 @@ def test_a_port_that_is_taken():
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0)); s.listen()
         with pytest.raises(BadInput, match="taken"): free_port(s.getsockname()[1])
+
+def test_a_drawing_that_does_not_stop(editor):
+    "The next one is not begun beside it, and what it gives is not shown."
+    class Slow: alive = True; stop = lambda self: None
+    editor.job, shown = Slow(), []
+    assert not editor.start(lambda job: None, lambda value: None, "redraw") and "still stopping" in said(editor, "run")
+    editor.job, job = None, type("Job", (), dict(error=None, value=1))()
+    editor.ended(job, shown.append)
+    assert not shown

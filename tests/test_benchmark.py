@@ -63,3 +63,27 @@ def test_recorded_methods_are_rows():
     row = dict(setting="SDEdit", n=4, seconds=1., **{f: [.5, .4, .6] for f in ("right", "valid", "identity", "background", "clip")})
     rows = recorded_rows(dict(edits=["joint 0"], seeds=[0, 1, 2, 3], size="quick", settings=[row]))
     assert "SDEdit (1 of 15 tasks) (a fifth of the steps)" in leaderboard(rows)
+
+@pytest.mark.parametrize("made, said", [
+    (lambda: (torch.rand(1, 3, 64, 64) * 255).byte(), "from 0 to 1"), (lambda: torch.rand(1, 3, 64, 64) * 2 - 1, "from 0 to 1"), (lambda: torch.full((1, 3, 64, 64), float("nan")), "from 0 to 1"),
+    (lambda: torch.rand(1, 3, 64, 32), "must be square"), (lambda: None, "gave a NoneType")])
+def test_answers_that_are_no_pictures(made, said):
+    "A stranger's method is told, not scored."
+    from layerdiffusion.core import BadInput
+    with pytest.raises(BadInput, match=said): as_tensors(made(), 1)
+    assert as_tensors(torch.rand(1, 3, 64, 64), 1).shape == (1, 3, 64, 64)
+
+def test_a_run_without_tasks_and_with_odd_seeds(tmp_path):
+    from layerdiffusion.core import BadInput
+    with pytest.raises(BadInput, match="list of tasks is empty"): run_benchmark(lambda **_: None, "x", tasks=[], method=object())
+    with pytest.raises(BadInput, match="not a whole number"): run_benchmark(lambda **_: None, "x", seeds=["a"], method=object())
+    (tmp_path/"file").write_text("")
+    with pytest.raises(BadInput, match="cannot be written"): export_tasks(tmp_path/"file")
+
+def test_metrics_refuse_what_is_not_a_batch():
+    from layerdiffusion.core import BadInput
+    from layerdiffusion.metrics import Clip, clip_score, subject_likeness
+    clip, x = Clip("mini"), torch.rand(2, 3, 64, 64)
+    for wrong in (x[0], (x * 255).byte()):
+        with pytest.raises(BadInput, match="Pictures are a tensor"): clip_score(clip, wrong, "a dog")
+    with pytest.raises(BadInput, match="2 pictures and 1 masks"): subject_likeness(clip.pictures, x, [None], x[0], torch.ones(1, 64, 64))

@@ -324,7 +324,7 @@ def test_options_allow_what_settings_allow():
         if low is not None: assert low <= opt.low < low + 1e-6, opt.name
         if high is not None: assert high - 1 <= opt.high <= high, opt.name
 
-def test_resume_takes_the_edit_of_these_words(tmp_path, monkeypatch):
+def test_resume_takes_the_edit_of_these_words(tmp_path, monkeypatch, capsys):
     "Of two that were stopped, and none of another; nothing is touched where none fits."
     import torch
     from safetensors.torch import save_file
@@ -335,6 +335,7 @@ def test_resume_takes_the_edit_of_these_words(tmp_path, monkeypatch):
         save_file({"x": torch.zeros(1)}, tmp_path/f"edits/dog-{n}/checkpoint-tuning.safetensors", {"key": "", "text": text})
     assert default_folder("dog.png", True, "a dog lying").name == "dog-1" and default_folder("dog.png", True, "a dog sitting").name == "dog-2"
     with pytest.raises(BadInput, match="no edit with these words was stopped; there are edits/dog-1"): default_folder("dog.png", True, "a dog jumping")
+    assert main(["edit", "example:dog", "a dog jumping in a forest", "--resume", "--out", "edits/dog-1"]) == 2 and "has the words 'a dog lying'" in capsys.readouterr().err
     assert default_folder("dog.png", False, "a dog lying").name == "dog-3" and stopped_text(tmp_path/"never") is None
     assert [claim(Path("edits/dog-2")).name for _ in range(2)] == ["dog-3", "dog-4"]
 

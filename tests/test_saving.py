@@ -201,8 +201,8 @@ def test_a_foreign_format_is_refused(method, edit, tmp_path):
     file = edit.save(tmp_path/"dog")/"edit.safetensors"
     tensors = load_file(file)
     with safe_open(file, "pt") as f: settings = json.loads(f.metadata()["edit"])
-    for change, said in ((dict(format="layerdiffusion edit 2"), "edit 2"), (dict(config=None), "layerdiffusion|settings|damaged")):
-        save_file(tensors, file, {"edit": json.dumps({k: v for k, v in (settings | change).items() if v is not None or k != "config"})})
+    for wrong, said in ((settings | dict(format="layerdiffusion edit 2"), "has the format 'layerdiffusion edit 2'"), ({k: v for k, v in settings.items() if k != "config"}, "damaged")):
+        save_file(tensors, file, {"edit": json.dumps(wrong)})
         with pytest.raises(BadInput, match=said): load_edit(file, method)
     save_file({k: v for k, v in tensors.items() if k != "e_a"}, file, {"edit": json.dumps(settings)})
     with pytest.raises(BadInput, match="damaged"): load_edit(file, method)
@@ -228,10 +228,27 @@ def test_what_is_no_picture_and_no_mask(method):
     white = np.full((9, 8, 3), 255, "uint8")
     assert load_image(white).size == load_image(torch.ones(3, 9, 8)).size == load_image(torch.ones(1, 1, 9, 8)).size == (8, 9)
     for wrong, said in ((torch.full((3, 9, 8), 255, dtype=torch.uint8), "from 0 to 1"), (torch.full((3, 9, 8), 2.), "from 0 to 1"), (torch.full((3, 9, 8), float("nan")), "from 0 to 1"),
-                        (torch.ones(2, 3, 9, 8), "not one picture"), (torch.ones(5, 9, 8), "not one picture"), (white / 255, "bytes"), (None, "NoneType"), (3, "a int")):
+                        (torch.ones(2, 3, 9, 8), "not one picture"), (torch.ones(5, 9, 8), "not one picture"), (white / 255, "bytes"), (white[..., 0] / 255, "bytes"), (None, "NoneType"), (3, "a int")):
         with pytest.raises(BadInput, match=said): load_image(wrong)
     some = np.zeros((8, 8), bool)
     some[2:5, 2:5] = True
     assert read_mask(some, 8, 8).sum() == read_mask(torch.from_numpy(some)[None], 8, 8).sum() == 9
     for wrong in (some.astype("uint8") * 255, np.stack([some] * 3)):
         with pytest.raises(BadInput, match="from 0 to 1"): read_mask(wrong, 8, 8)
+
+def test_a_model_by_name_and_by_its_owner(method, edit, tmp_path):
+    "`load_edit` takes a name, `export` a `LayerDiffusion`."
+    folder = edit.save(tmp_path/"dog")
+    assert torch.equal(load_edit(folder, "mini").images, edit.images)
+    assert (export(edit, method, tmp_path/"out")/"draw.py").is_file()
+
+def test_offline_is_given_back():
+    from huggingface_hub import constants
+    from layerdiffusion.identity import no_hub
+    before, seen = constants.HF_HUB_OFFLINE, []
+    try:
+        constants.HF_HUB_OFFLINE = False
+        for wanted in (True, False):
+            with no_hub(wanted): seen.append(constants.HF_HUB_OFFLINE)
+        assert seen == [True, False] and not constants.HF_HUB_OFFLINE
+    finally: constants.HF_HUB_OFFLINE = before
