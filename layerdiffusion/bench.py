@@ -250,7 +250,8 @@ def plain_edit(config, device: str = "cpu", model: str = "mini", job: dict = JOB
     import torch
     from layerdiffusion.core import fit_image, load_image
     from layerdiffusion.masks import load_sam, to_latent
-    from layerdiffusion.sd import quiet, resolve_model
+    from layerdiffusion.folders import resolve_model
+    from layerdiffusion.sd import quiet
     watch = watch or Stopwatch(device)
     with watch("load"), quiet(): pipe, sam = plain_pipe(resolve_model(model), device), load_sam(sam, device=device)
     image = fit_image(load_image(job["image"]), pipe.unet.config.sample_size * pipe.vae_scale_factor)[None].to(device)

@@ -29,7 +29,7 @@ from .identity import subject_name
 from .judge import wilson
 from .metrics import Clip, clip_score
 from .scores import edit_set, interval, scorer_of
-from .sd import resolve_model
+from .folders import resolve_model
 from .settings import PRESETS, EditConfig, preset
 from .world import stream
 

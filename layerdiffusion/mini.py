@@ -23,8 +23,9 @@ import torch.nn.functional as F
 
 from . import world
 from .core import BadInput, environment, write_json
+from .folders import resolve_model
 from .judge import Judge, ask, judge_errors, load_judge, valid, wilson
-from .sd import ddim_sample, decode_latents, encode_image, encode_text, initial_latents, load_models, resolve_model
+from .sd import ddim_sample, decode_latents, encode_image, encode_text, initial_latents, load_models
 from .world import captions, render, sample_scenes, stream
 
 # %% ../nbs/12_mini.ipynb #648590e5
