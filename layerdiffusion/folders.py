@@ -155,7 +155,7 @@ def needed_files(names: Iterable[str],  # of all files, relative to the model's 
     names = sorted(names)
     complaint = _parts_missing(names) or _settings_missing(names)
     adapters = [n for n in names if re.fullmatch(rf"({'|'.join(WEIGHTS)})/adapter_config.json", n)]
-    if adapters: complaint = f"has {adapters[0]}, a change to a part: merge it (peft, merge_and_unload), or take it away"
+    if adapters: complaint = f"has {adapters[0]}, a change to a part; merge it (peft, merge_and_unload) or remove it"
     if _in_part("text_encoder_2", names): complaint = f"has two text encoders (SDXL); {OURS}"
     needed = [n for n in names if n == "model_index.json" or n.rpartition("/")[0] in ("tokenizer", "scheduler")]
     for part in WEIGHTS if not complaint else ():

@@ -4,6 +4,7 @@ The hub is a small web server on this machine, which gives out the shipped mini 
 """
 import hashlib, json, os, subprocess, sys, threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import pytest
 
@@ -114,3 +115,100 @@ def test_open_clip_tag(hub, tmp_path):
     assert abs(float(done.stdout) - sum(p.double().sum().item() for p in load_clip("mini")[0].parameters())) < 1e-6
     again = load(hub, tmp_path, code=code)
     assert again.stdout == done.stdout and "Fetching" not in again.stderr
+
+
+def fp16(names): return {n.replace(".safetensors", ".fp16.safetensors"): p for n, p in names.items()}
+
+
+def resolve(hub, home, name, offline=False):
+    code = f"from layerdiffusion.folders import resolve_model, weight_files; from layerdiffusion.core import BadInput\ntry: f = resolve_model({name!r}, {offline}); print(f, weight_files(f, 'unet')[1])\nexcept BadInput as e: print('refused:', e)"
+    return load(hub, home, code=code)
+
+
+@pytest.fixture
+def repository(tmp_path):
+    "Add a repository to the hub, with the files given by name; text is written to a file first."
+    added = []
+    def add(name, files):
+        for k, (n, content) in enumerate(files.items()):
+            if isinstance(content, str):
+                path = tmp_path / f"file-{len(added)}-{k}"
+                path.write_text(content)
+                files[n] = path
+        REPOSITORIES[name] = files
+        added.append(name)
+        return name
+    yield add
+    for name in added: del REPOSITORIES[name]
+
+
+def settings(file, **changes): return json.dumps(json.loads((MINI / file).read_text()) | changes)
+
+
+def weights_asked(): return [path for method, path, _ in Hub.asked if method == "GET" and "/resolve/" in path and ".safetensors" in path]
+
+
+def test_half_precision_alone(hub, tmp_path, repository):
+    "A repository in fp16 only loads from the hub, from the cache, and as a folder, each the same."
+    name = repository("somebody/half-diffusion", fp16(FILES))
+    done = resolve(hub, tmp_path, name)
+    folder, variant = done.stdout.split()
+    assert variant == "fp16" and len(weights_asked()) == 3, done.stdout + done.stderr
+    assert resolve(hub, tmp_path, name, offline=True).stdout == done.stdout and not Hub.asked
+    assert resolve(hub, tmp_path, folder).stdout == done.stdout
+
+
+def test_one_precision_is_fetched(hub, tmp_path, repository):
+    "Where both are there, the full one comes, and nothing twice."
+    done = resolve(hub, tmp_path, repository("somebody/both-diffusion", FILES | fp16(FILES)))
+    assert done.stdout.split()[1] == "None" and len(weights_asked()) == 3
+
+
+def test_what_diffusers_cached(hub, tmp_path, repository):
+    "diffusers has fetched the fp16 files of a repository that has both; offline, those are loaded."
+    name = repository("somebody/cached-diffusion", FILES | fp16(FILES))
+    code = f"from diffusers import DiffusionPipeline; print(DiffusionPipeline.download({name!r}, variant='fp16', use_safetensors=True))"
+    fetched = load(hub, tmp_path, code=code)
+    assert fetched.returncode == 0, fetched.stderr
+    done = resolve(hub, tmp_path, name, offline=True)
+    assert done.stdout.split() == [fetched.stdout.split()[-1], "fp16"], done.stdout + done.stderr
+
+
+REFUSED = dict(
+    one_file=({"dreamy.safetensors": "x" * 99}, ["dreamy.safetensors", "from_single_file"]),
+    lora=({"pytorch_lora_weights.safetensors": "x"}, ["LoRA", "fuse_lora"]),
+    pickled=({n.replace(".safetensors", ".bin"): p for n, p in FILES.items()}, ["unet", ".bin", "use_safetensors=False"]),
+    no_unet=({n: p for n, p in FILES.items() if "unet" not in n}, ["has no unet"]),
+    no_weights=({n: p for n, p in FILES.items() if not ("vae" in n and "safetensors" in n)}, ["vae has no weights"]),
+    lcm=(FILES | {"unet/config.json": settings("unet/config.json", time_cond_proj_dim=256)}, ["time_cond_proj_dim", "LCM"]),
+    inpainting=(FILES | {"unet/config.json": settings("unet/config.json", in_channels=33)}, ["inpainting"]),
+    flow=(FILES | {"scheduler/scheduler_config.json": settings("scheduler/scheduler_config.json", _class_name="FlowMatchEulerDiscreteScheduler")}, ["FlowMatchEulerDiscreteScheduler"]),
+    no_json=(FILES | {"vae/config.json": "{"}, ["vae/config.json", "not JSON"]))
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_no_weights_before_they_are_known_to_fit(hub, tmp_path, repository, case):
+    "What does not fit is refused online, by its true reason, and no weights are fetched."
+    files, words = REFUSED[case]
+    done = resolve(hub, tmp_path / "home", repository(f"somebody/{case.replace('_', '-')}", dict(files)))
+    assert done.stdout.startswith("refused:") and len(done.stdout.splitlines()) == 1, done.stdout + done.stderr
+    assert not [w for w in words if w not in done.stdout] and "offline" not in done.stdout, done.stdout
+    assert not weights_asked()
+
+
+def test_half_a_copy(hub, tmp_path, repository):
+    "A cache without the U-Net's weights: online they are fetched, offline their name is said."
+    name = repository("somebody/part-diffusion", dict(FILES))
+    first = resolve(hub, tmp_path, name)
+    (file,) = Path(first.stdout.split()[0]).glob("unet/*.safetensors")
+    os.unlink(file.resolve())
+    file.unlink()
+    refused = resolve(hub, tmp_path, name, offline=True)
+    assert "unet has no weights" in refused.stdout and "offline" in refused.stdout and "cache" in refused.stdout, refused.stdout
+    assert resolve(hub, tmp_path, name).stdout == first.stdout and len(weights_asked()) == 1
+
+
+def test_a_lora_beside_is_said(hub, tmp_path, repository):
+    name = repository("somebody/styled-diffusion", FILES | {"pytorch_lora_weights.safetensors": "x"})
+    done = resolve(hub, tmp_path, name)
+    assert "pytorch_lora_weights.safetensors" in done.stderr and "fuse_lora" in done.stderr and len(weights_asked()) == 3
