@@ -122,15 +122,16 @@ def _parts_missing(names: Sequence[str]) -> str:
     if _in_part("transformer", names): return f"has a transformer and no U-Net; {OURS}"
     gone, roots = [f"{part}/{PARTS[part].settings}" for part in missing], [n for n in names if "/" not in n]
     said = f"has no {', '.join(missing)} ({', '.join(gone)}); a model is a folder with {', '.join(PARTS)}"
+    if len(missing) == len(PARTS): said = f"holds no model, which is a folder with {', '.join(PARTS)}"
     whole = [n for n in roots if n.endswith((".safetensors", ".ckpt"))]
     lora = [n for n in roots if "lora" in n.lower() or n == "adapter_config.json"]
     if lora:
-        return (f"{said}. {lora[0]} is a LoRA, a change to a model: add it to its model with diffusers "
+        return (f"{said}; {lora[0]} is a LoRA, a change to a model: add it to its model with diffusers "
                 "(load_lora_weights, fuse_lora, save_pretrained)")
     if whole:
-        return (f"{said}. {whole[0]} is a model in one file; with diffusers, {ONE_FILE.format(whole[0])} makes the "
-                "folder")
-    if "config.json" in roots: return f"{said}. This is one part alone; give the folder about it"
+        return (f"{said}; if {whole[0]} is a whole model in one file, diffusers makes the folder of it: "
+                f"{ONE_FILE.format(whole[0])}")
+    if "config.json" in roots: return f"{said}; this seems to be one part alone, so give the folder about it"
     return said
 
 def _settings_missing(names: Sequence[str]) -> str:

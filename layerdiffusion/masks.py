@@ -124,9 +124,9 @@ def _read_weights(path):
         check_weights(path)
         return load_file(path)
     try: return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as e:  # whatever it is, the file is no file of numbers
-        raise BadInput(f"{str(path)!r} is damaged, or holds more than weights, which is not run "
-                       f"({type(e).__name__}); download it again.") from None
+    except Exception:  # whatever it is, the file is no file of numbers
+        raise BadInput(f"{str(path)!r} is damaged, or holds more than weights, which is not run; "
+                       "download it again.") from None
 
 def _unwrapped(data, path):
     "The tensors of a checkpoint by their names in SAM, out of what a training put round them."
