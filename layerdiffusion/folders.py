@@ -458,8 +458,8 @@ def resolve_model(name: Union[str, Path] = "mini",  # "mini", a folder, or a rep
     if not folder.exists() and re.fullmatch(r"\w[\w.-]*/[\w.-]+", str(name)): return fetch(str(name), offline)
     if folder.is_dir(): return folder
     if folder.exists():
-        raise BadInput(f"The model {str(name)!r} is a file; a model is a folder with {', '.join(PARTS)}. With "
-                       f"diffusers, {ONE_FILE.format(folder.name)} makes one.")
+        raise BadInput(f"The model {str(name)!r} is a file; a model is a folder with {', '.join(PARTS)}; "
+                       f"with diffusers, {ONE_FILE.format(folder.name)} makes one.")
     raise BadInput(f"There is no model folder {str(name)!r}; give 'mini', a folder, or a hub name such as "
                    "'CompVis/stable-diffusion-v1-4'.")
 

@@ -124,7 +124,9 @@ def _read_weights(path):
         check_weights(path)
         return load_file(path)
     try: return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception:  # whatever it is, the file is no file of numbers
+    except MemoryError: raise
+    except OSError as e: raise BadInput(f"The weights {str(path)!r} cannot be read: {e.strerror or e}.") from None
+    except Exception:  # whatever else it is, the file is no file of numbers
         raise BadInput(f"{str(path)!r} is damaged, or holds more than weights, which is not run; "
                        "download it again.") from None
 
