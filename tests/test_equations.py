@@ -3,6 +3,7 @@
 Only the loading is shared. Where both are given the same settings, the fitted words, the losses of both trainings and the pictures agree; the rates
 are high and the steps few, so that a wrong picture, mask, weight, sign or turn is far more than 1e-5 away.
 """
+
 import copy, hashlib, math
 
 import pytest, torch
@@ -14,7 +15,7 @@ from layerdiffusion.sd import load_models
 from layerdiffusion.world import make_edit, sample_scenes
 
 T_A, T_B, SOURCE = "a pink dog standing", "in the snow", "a pink dog lying in a city at night"
-SHORT = dict(embedding_steps=3, embedding_lr=1e-2, tuning_steps=3, tuning_lr=2e-4, sampling_steps=4, guidance_scale=3.)
+SHORT = dict(embedding_steps=3, embedding_lr=1e-2, tuning_steps=3, tuning_lr=2e-4, sampling_steps=4, guidance_scale=3.0)
 GIVEN = dict(object_picture="input")
 SEEDS, NEAR = [3, 0], 1e-5
 
@@ -27,7 +28,9 @@ def draws(stage, seed, step):
 
 class Plain:
     "The paper, on the parts of a Stable Diffusion folder."
-    def __init__(self, parts): self.vae, self.unet, self.encoder, self.tokenizer, self.scheduler = parts
+
+    def __init__(self, parts):
+        self.vae, self.unet, self.encoder, self.tokenizer, self.scheduler = parts
 
     @torch.no_grad()
     def words(self, text):
@@ -35,10 +38,12 @@ class Plain:
         return self.encoder(ids).last_hidden_state
 
     @torch.no_grad()
-    def encode(self, picture): return self.vae.encode(picture[None] * 2 - 1).latent_dist.mean * self.vae.config.scaling_factor
+    def encode(self, picture):
+        return self.vae.encode(picture[None] * 2 - 1).latent_dist.mean * self.vae.config.scaling_factor
 
     @torch.no_grad()
-    def decode(self, x): return (self.vae.decode(x / self.vae.config.scaling_factor).sample[0] / 2 + .5).clamp(0, 1)
+    def decode(self, x):
+        return (self.vae.decode(x / self.vae.config.scaling_factor).sample[0] / 2 + 0.5).clamp(0, 1)
 
     def error(self, unet, x0, noise, t, words):
         "Eq. 1's bracket: what the U-Net should have said, less what it said."
@@ -66,14 +71,15 @@ class Plain:
         pictures = list({id(x): x for _, x, _, _ in terms}.values())
         adam, losses = torch.optim.Adam(unet.parameters(), lr=c.tuning_lr), []
         for step in range(c.tuning_steps):
-            if c.tuning_decay: adam.param_groups[0]["lr"] = c.tuning_lr * (1 + math.cos(math.pi * step / c.tuning_steps)) / 2
+            if c.tuning_decay:
+                adam.param_groups[0]["lr"] = c.tuning_lr * (1 + math.cos(math.pi * step / c.tuning_steps)) / 2
             g, n = draws("tuning", c.seed, step), len(pictures) * c.tuning_batch
             noise, t = torch.randn(n, *pictures[0].shape[1:], generator=g), torch.randint(1000, (n,), generator=g)
-            loss = 0.
+            loss = 0.0
             for k in range(c.tuning_batch):
                 for weight, x0, mask, words in terms:
                     i = k * len(pictures) + [x is x0 for x in pictures].index(True)
-                    error = self.error(unet, x0, noise[i:i + 1], t[i:i + 1], words)
+                    error = self.error(unet, x0, noise[i : i + 1], t[i : i + 1], words)
                     scale = mask.mean() if c.loss_scale == "mask" else 1
                     loss = loss + weight * (mask * error).square().mean() / scale / c.tuning_batch
             adam.zero_grad()
@@ -98,9 +104,11 @@ class Plain:
 
     def turns(self, e_a, e_opt, c):
         "Eq. 8: e_a at even steps and e_opt at odd ones, or the other way round; without turns e_opt at all."
+
         def said(i, t):
             even = (i if c.eq8_index == "loop" else int(t)) % 2 == 0
             return e_a if c.iterative_guidance and even == (c.eq8_first == "object") else e_opt
+
         return said
 
     def edit(self, photo, mask, reference, other, other_mask, c, seeds):
@@ -118,20 +126,28 @@ class Plain:
             terms = [(c.lambda_obj, alone, m_t, opt), (c.lambda_bg, alone, 1 - m_t, opt)]
         else:
             outside = 1 - m_t if c.eq5_region == "union" else torch.ones_like(m_t)
-            terms = [(c.lambda_obj, self.encode(other), m_t, self.words(SOURCE) if c.eq4_words == "source" else opt),
-                     (c.lambda_bg, self.encode(reference), outside, e_b if c.eq5_words == "background" else opt)]
+            terms = [
+                (c.lambda_obj, self.encode(other), m_t, self.words(SOURCE) if c.eq4_words == "source" else opt),
+                (c.lambda_bg, self.encode(reference), outside, e_b if c.eq5_words == "background" else opt),
+            ]
         unet, tuned = self.tune(terms, c)
         return a, b, fitted, tuned, torch.stack([self.draw(unet, s, self.turns(a, opt, c), c) for s in seeds])
 
 
 @pytest.fixture(scope="module")
-def models(): return load_models("mini")
+def models():
+    return load_models("mini")
+
 
 @pytest.fixture(scope="module")
-def plain(models): return Plain((models.vae, models.unet, models.text_encoder, models.tokenizer, models.scheduler))
+def plain(models):
+    return Plain((models.vae, models.unet, models.text_encoder, models.tokenizer, models.scheduler))
+
 
 @pytest.fixture(scope="module")
-def method(models): return LayerDiffusion(models)
+def method(models):
+    return LayerDiffusion(models)
+
 
 @pytest.fixture(scope="module")
 def scene():
@@ -140,7 +156,7 @@ def scene():
     before = sample_scenes(1, g, species="dog", colour="pink", pose="lying", place="city")
     edit = make_edit(before, 64, pose="standing", place="snow")
     levels = lambda x: (x * 255).round() / 255
-    return levels(edit.image), (edit.mask > .5).float(), levels(edit.reference)
+    return levels(edit.image), (edit.mask > 0.5).float(), levels(edit.reference)
 
 
 def near(ours, theirs):
@@ -162,25 +178,54 @@ def compare(result, theirs):
 
 CASES = {
     "the default": {},
-    "alpha 1": dict(alpha=1.), "alpha 0": dict(alpha=0.),
-    "no turns": dict(iterative_guidance=False), "the mix first": dict(eq8_first="opt"), "turns by timestep": dict(eq8_index="timestep"),
-    "Eq. 2 on the reference": dict(eq2_picture="reference"), "Eq. 2 on the subject": dict(eq2_region="object"), "Eq. 2 everywhere": dict(eq2_region="none"),
-    "lambda_obj": dict(lambda_obj=5.), "no subject": dict(lambda_obj=0.), "lambda_bg": dict(lambda_bg=4.), "no place": dict(lambda_bg=0.),
-    "one picture": dict(eq45_pictures="one"), "two pictures": dict(eq45_pictures="each"), "two pictures, whole reference": dict(eq45_pictures="each", eq5_region="reference"),
-    "the photo's own words": dict(eq45_pictures="each", eq4_words="source"), "the place's own words": dict(eq45_pictures="each", eq5_words="background"),
-    "mean over the mask": dict(loss_scale="mask"), "several draws": dict(tuning_batch=3), "several draws of two": dict(tuning_batch=2, eq45_pictures="each"), "decay": dict(tuning_decay=True),
-    "seed": dict(seed=4), "guidance": dict(guidance_scale=1.), "pndm": dict(scheduler="pndm"), "no fitting": dict(embedding_steps=0), "no tuning": dict(tuning_steps=0),
-    "embedding_lr": dict(embedding_lr=1e-3), "tuning_lr": dict(tuning_lr=1e-3), "steps": dict(embedding_steps=5, tuning_steps=4, sampling_steps=3)}
+    "alpha 1": dict(alpha=1.0),
+    "alpha 0": dict(alpha=0.0),
+    "no turns": dict(iterative_guidance=False),
+    "the mix first": dict(eq8_first="opt"),
+    "turns by timestep": dict(eq8_index="timestep"),
+    "Eq. 2 on the reference": dict(eq2_picture="reference"),
+    "Eq. 2 on the subject": dict(eq2_region="object"),
+    "Eq. 2 everywhere": dict(eq2_region="none"),
+    "lambda_obj": dict(lambda_obj=5.0),
+    "no subject": dict(lambda_obj=0.0),
+    "lambda_bg": dict(lambda_bg=4.0),
+    "no place": dict(lambda_bg=0.0),
+    "one picture": dict(eq45_pictures="one"),
+    "two pictures": dict(eq45_pictures="each"),
+    "two pictures, whole reference": dict(eq45_pictures="each", eq5_region="reference"),
+    "the photo's own words": dict(eq45_pictures="each", eq4_words="source"),
+    "the place's own words": dict(eq45_pictures="each", eq5_words="background"),
+    "mean over the mask": dict(loss_scale="mask"),
+    "several draws": dict(tuning_batch=3),
+    "several draws of two": dict(tuning_batch=2, eq45_pictures="each"),
+    "decay": dict(tuning_decay=True),
+    "seed": dict(seed=4),
+    "guidance": dict(guidance_scale=1.0),
+    "pndm": dict(scheduler="pndm"),
+    "no fitting": dict(embedding_steps=0),
+    "no tuning": dict(tuning_steps=0),
+    "embedding_lr": dict(embedding_lr=1e-3),
+    "tuning_lr": dict(tuning_lr=1e-3),
+    "steps": dict(embedding_steps=5, tuning_steps=4, sampling_steps=3),
+}
+
 
 @pytest.fixture(scope="module")
 def ours(method, scene):
     "Our edit with the photo's subject as O_t and a given reference, each kept."
     photo, mask, reference = scene
+
     def edit(**changes):
         config = EditConfig(**SHORT | GIVEN | changes)
         kept = edit.__dict__.setdefault(str(config), [])
-        if not kept: kept.append(method.edit(photo, f"{T_A} {T_B}", mask=mask, reference=reference, source=SOURCE, seeds=SEEDS, config=config))
+        if not kept:
+            kept.append(
+                method.edit(
+                    photo, f"{T_A} {T_B}", mask=mask, reference=reference, source=SOURCE, seeds=SEEDS, config=config
+                )
+            )
         return kept[0]
+
     return edit
 
 
@@ -191,17 +236,23 @@ def test_an_edit_is_the_plain_loop(ours, plain, scene, name):
     result = ours(**changes)
     compare(result, plain.edit(photo, mask[None], reference, photo, mask[None], result.config, SEEDS))
     two = {k: v for k, v in changes.items() if k == "eq45_pictures" and len(changes) > 1}
-    moved = [(x - y).abs().mean() for x, y in zip((result.images, *result.embeddings), (ours(**two).images, *ours(**two).embeddings))]
+    moved = [
+        (x - y).abs().mean()
+        for x, y in zip((result.images, *result.embeddings), (ours(**two).images, *ours(**two).embeddings))
+    ]
     assert name == "the default" or max(moved) > 50 * NEAR
 
 
 def test_the_default_draws_both_pictures(method, plain, scene):
     "O_t = SD(T) with SAM's mask of it, O_r = SD(T_b), both from the setting's own seed; the photo is fitted, and learnt from nowhere."
     from layerdiffusion.masks import propose_subject
+
     photo, mask, _ = scene
     config = EditConfig(**SHORT | dict(seed=2))
     result = method.edit(photo, f"{T_A} {T_B}", mask=mask, seeds=[5], config=config)
-    whole, place = (plain.draw(plain.unet, 2, lambda i, t, e=plain.words(text): e, config) for text in (f"{T_A} {T_B}", T_B))
+    whole, place = (
+        plain.draw(plain.unet, 2, lambda i, t, e=plain.words(text): e, config) for text in (f"{T_A} {T_B}", T_B)
+    )
     near(result.object_image, whole)
     near(result.reference, place)
     assert torch.equal(result.object_mask, propose_subject(method.sam, result.object_image).mask)
