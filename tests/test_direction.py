@@ -1,7 +1,8 @@
 """Each setting moves what it names, and in the right direction: a swapped sign, mask, picture or order fails here.
 
-What an equation has is compared with a loop of its own in test_equations.py. Here is the rest: rates, steps and seeds, the words, the choice of O_t
-and the search for it, another coat, the subject attention, and what trains the mini models. Nothing depends on how well they draw.
+What an equation has is compared with a loop of its own in test_equations.py. Here is the rest: rates, steps and seeds,
+the words, the choice of O_t and the search for it, another coat, the subject attention, and what trains mini.
+Nothing depends on how well they draw.
 """
 
 import math
@@ -103,6 +104,27 @@ def test_the_rate_falls_to_nothing_along_half_a_cosine():
     )
 
 
+def test_the_loss_may_be_scaled_for_the_backward_pass():
+    "Half precision needs larger gradients on the way; what is taken off is the same."
+    from layerdiffusion.sd import optimise
+
+    ends = []
+    for scale in (1.0, 8.0):
+        w = torch.ones(1, requires_grad=True)
+        optimise(lambda step, g: w.square().sum(), [w], 3, 0.1, "x", optimizer=torch.optim.SGD([w], 0.1), scale=scale)
+        ends.append(w.item())
+    assert ends == pytest.approx([0.8**3] * 2)
+
+
+def test_the_finished_picture_as_predicted_on_the_way(method, plain, scene):
+    "The last prediction is the picture, and the first is what one step would give."
+    seen = []
+    images = method.sample((scene.e_a, scene.e_b), {}, scene.size, [0], short(sampling_steps=4), seen.append)
+    assert mean(plain.decode(seen[-1].x0)[None], images) < 1e-4 < mean(plain.decode(seen[0].x0)[None], images)
+    one = method.sample((scene.e_a, scene.e_b), {}, scene.size, [0], short(sampling_steps=1))
+    assert mean(plain.decode(seen[0].x0)[None], one) < 1e-4
+
+
 def test_descent_goes_down(method, scene):
     "More steps, a smaller loss on the same draws, in both trainings."
     from layerdiffusion.embeddings import evaluate_embedding
@@ -125,7 +147,8 @@ def test_descent_goes_down(method, scene):
 
 
 def test_the_setting_seed_decides_every_draw_but_the_first_noise(method, scene):
-    "Drawn reference, noise and timesteps of both trainings, LoRA's start, the model's own pictures; another seed, other numbers, the same seed, the same."
+    """Drawn reference, noise and timesteps of both trainings, LoRA's start, the model's own pictures; another seed,
+    other numbers, the same seed, the same."""
 
     def all_of(seed):
         anew = LayerDiffusion(method.models, method.sam)
@@ -230,7 +253,7 @@ def test_new_words_are_fitted_to_the_photos_subject(method, plain, scene):
 
 
 def test_the_models_own_pictures(method, plain, scene):
-    "Their noise loss under their own words, unmasked, times λ_prior, is added; the pictures are the untouched model's."
+    "Their noise loss under their own words, unmasked, times λ_prior, is added; they are the untouched model's."
     config = lambda weight: short(prior_batch=2, lambda_prior=weight, guidance_scale=1.0)
     pictures, words = method.prior(scene, config(1.0).resolve(method.models.card), count=3)
     texts = identity.prior_texts(method.models, "a pink dog", 3, 0)
@@ -287,7 +310,8 @@ def first_loss(method, plain, scene, config, *terms):
 
 
 def test_who_is_in_the_reference_is_left_out(method, plain, scene, task):
-    "M_r is what SAM finds there; Eq. 5 leaves it out, and with `union` the subject's place too. With `empty` nobody is there."
+    """M_r is what SAM finds there; Eq. 5 leaves it out, and with `union` the subject's place too. With `empty`
+    nobody is there."""
     config = lambda **changes: short(eq45_pictures="each", **changes)
     somebody = method.prepare(
         task.image, task.text, mask=scene.mask, reference=task.answer, config=config(reference_mask="sam")
@@ -353,6 +377,48 @@ def test_a_layer_lies_over_the_other():
     )
 
 
+def test_a_subject_does_not_reach_the_border():
+    "Of two that are in the middle."
+    from layerdiffusion.masks import subject_scores
+
+    masks = torch.zeros(2, 64, 64, dtype=torch.bool)
+    masks[0, 20:44, 20:44] = masks[1, :, 20:44] = True
+    whole, cut = subject_scores(masks, torch.ones(2))
+    assert whole > cut > 0
+
+
+def test_of_several_masks_the_surest():
+    "SAM gives three for a click."
+    import numpy as np
+    from layerdiffusion.masks import find_mask
+
+    masks = np.zeros((3, 8, 8), bool)
+    for k in range(3):
+        masks[k, : k + 2, 1:5] = True
+    answers = lambda *a, **k: (masks, np.array([0.3, 0.9, 0.5]), None)
+    predictor = SimpleNamespace(set_image=None, predict=answers, model=SimpleNamespace(knows_boxes=False))
+    found = find_mask(predictor, torch.zeros(3, 8, 8), (3, 1))
+    assert torch.equal(found[0], torch.from_numpy(masks[1]).float())
+
+
+def test_the_two_terms_are_the_layers(models, scene):
+    "Eq. 4 and Eq. 5, weighted, are Eq. 6's one pass."
+    from layerdiffusion.fine_tuning import background_loss, layered_loss, object_loss, stack_layers
+
+    g = torch.Generator().manual_seed(0)
+    x, noise, t = (torch.randn(2, 16, 8, 8, generator=g) for _ in range(2)), None, torch.tensor([400, 400])
+    x, noise = x
+    m = F.avg_pool2d(scene.mask[None], 8)
+    both = stack_layers(x[:1], m, x[1:], m, 3.0, 0.5)
+    e = scene.e_a
+    with torch.no_grad():
+        given = models.unet, models.scheduler
+        one = object_loss(*given, x[:1], m, noise[:1], t[:1], e)
+        two = background_loss(*given, x[1:], m, noise[1:], t[1:], e)
+        whole = layered_loss(*given, *both, noise, t, e.expand(2, -1, -1))
+    assert whole.item() == pytest.approx(3 * one.item() + 0.5 * two.item(), abs=1e-5) and not torch.isclose(one, two)
+
+
 # Which O_t
 
 
@@ -385,7 +451,8 @@ def test_the_photo_where_its_subject_does_it_already(method, scene, monkeypatch)
 
 
 def test_what_the_search_is_told(method, scene, monkeypatch):
-    "Its settings, the photo and the subject; and the mask of what it finds grows by a share of the picture's longer side."
+    """Its settings, the photo and the subject; and the mask of what it finds grows by a share of the picture's
+    longer side."""
     told, found = [], F.pad(torch.ones(1, 10, 10), (27, 27, 27, 27))
 
     def search(models, sam, text, image, mask, **settings):
@@ -494,6 +561,17 @@ def test_quality_counts_as_much_as_it_is_told(monkeypatch):
     assert found[0.0] > 0.5 > found[5.0] and found[0.001] > 0.5
 
 
+def test_children_are_like_their_parents():
+    "The less, the larger the spread; and as wide as noise is."
+    parents = torch.randn(2, 1, 50, 50, generator=torch.Generator().manual_seed(0))
+    like = {}
+    for spread in (0.0, 0.3, 1.0):
+        children = identity.breed(parents, 4, spread, torch.Generator().manual_seed(1))
+        assert children.std().item() == pytest.approx(1, abs=0.05)
+        like[spread] = F.cosine_similarity(children[2].flatten(), parents[0].flatten(), dim=0).item()
+    assert like[0.0] == pytest.approx(1) and like[0.3] == pytest.approx(0.91**0.5, abs=0.05) and abs(like[1.0]) < 0.1
+
+
 def test_the_choice():
     "The nearest; the most typical where none is near; clearness is taken off the distance."
     palettes = torch.tensor([0.1, 0.2, 0.4, 0.42]).view(4, 1, 1).expand(-1, 24, 5)
@@ -524,7 +602,8 @@ def coats(monkeypatch, method, worn):
 
 
 def test_the_coat_becomes_the_one_that_is_asked_for(method, monkeypatch):
-    "Only the subject's; not where it is worn already; and with `recolour_tone` as much lighter or darker than its words as the old one."
+    """Only the subject's; not where it is worn already; and with `recolour_tone` as much lighter or darker than its
+    words as the old one."""
     from layerdiffusion.embeddings import split_text
 
     split = split_text("a blue dog lying in the snow")
@@ -578,7 +657,8 @@ def test_the_subject_without_its_place(models, plain, task, subject):
 
 
 def test_what_each_layer_reads_of_the_subject(models, plain, subject):
-    "What goes into its self-attention when the U-Net looks at the clean subject without words; the model's own layers are as before."
+    """What goes into its self-attention when the U-Net looks at the clean subject without words; the model's own
+    layers are as before."""
     seen, hooks = {}, []
     for name, layer in models.unet.named_modules():
         if name.endswith("attn1"):
@@ -636,7 +716,8 @@ def test_attention_sees_the_subject_and_not_the_rest(models, plain, subject, kin
 
 @pytest.mark.parametrize("kind", ["trained", "shared"])
 def test_attention_by_hand(models, subject, kind):
-    "One layer, written out over the subject's places alone: a second attention that is added, or one in which the subject's weights are multiplied by the scale."
+    """One layer, written out over the subject's places alone: a second attention that is added, or one in which the
+    subject's weights are multiplied by the scale."""
     weights, scale = identity.subject_weights(models) if kind == "trained" else None, 1.7
     seeing = identity.see_subject(models, subject, scale, weights)
     attn = next(iter(identity.self_attention(seeing.unet).values()))
@@ -685,6 +766,7 @@ def test_which_weights_move(method, scene):
     assert any(".attn" not in name for name in moved["all"]) and len(moved["all"]) > len(moved["attention"]) > 0
     for kind in ("attention", "lora"):
         assert all(".attn" in name for name in moved[kind]), kind
+        assert all(any(part in name for name in moved[kind]) for part in (".attn1.", ".attn2."))
     ranks = {
         kind: max(torch.linalg.matrix_rank(x.float(), rtol=1e-2).item() for x in moved[kind].values() if x.ndim == 2)
         for kind in ("attention", "lora")

@@ -1,7 +1,7 @@
-"""Eq. 1 to 8 once more, written out here with torch and diffusers alone, beside `LayerDiffusion.edit`: the same numbers to 1e-5.
+"""Eq. 1 to 8 once more, written out here with torch and diffusers alone, beside `LayerDiffusion.edit`: equal to 1e-5.
 
-Only the loading is shared. Where both are given the same settings, the fitted words, the losses of both trainings and the pictures agree; the rates
-are high and the steps few, so that a wrong picture, mask, weight, sign or turn is far more than 1e-5 away.
+Only the loading is shared. With the same settings the fitted words, both trainings' losses and the pictures agree;
+the rates are high and the steps few, so that a wrong picture, mask, weight, sign or turn is far more than 1e-5 away.
 """
 
 import copy, hashlib, math
@@ -50,15 +50,23 @@ class Plain:
         x_t = self.scheduler.add_noise(x0, noise, t)
         return self.scheduler.get_velocity(x0, noise, t) - unet(x_t, t, words).sample
 
-    def fit(self, e_a, e_b, x0, mask, c):
-        "Eq. 2: Adam on both embeddings, side by side, with the error counted under `mask`."
+    def asked(self, a, b, c, step):
+        "Eq. 2: the words of each pass, and whose mask it is: of e_a (0) or of e_b (1)."
+        ways = dict(
+            concat=[(torch.cat([a, b], 1), 0)], mix=[(c.alpha * a + (1 - c.alpha) * b, 0)], sum=[(a, 0), (b, 1)]
+        )
+        return [ways["sum"][step % 2]] if c.eq2_conditioning == "alternate" else ways[c.eq2_conditioning]
+
+    def fit(self, e_a, e_b, x0, masks, c):
+        "Eq. 2: Adam on both embeddings, with the error counted under their masks."
         a, b = (e.clone().requires_grad_() for e in (e_a, e_b))
         adam, losses = torch.optim.Adam([a, b], lr=c.embedding_lr), []
         for step in range(c.embedding_steps):
-            g = draws("embeddings", c.seed, step)
+            g, loss = draws("embeddings", c.seed, step), 0.0
             noise, t = torch.randn(x0.shape, generator=g), torch.randint(1000, (1,), generator=g)
-            error = self.error(self.unet, x0, noise, t, torch.cat([a, b], 1))
-            loss = (mask * error).square().mean() / (mask.mean() if c.loss_scale == "mask" else 1)
+            for words, whose in self.asked(a, b, c, step):
+                mask, error = masks[whose], self.error(self.unet, x0, noise, t, words)
+                loss = loss + (mask * error).square().mean() / (mask.mean() if c.loss_scale == "mask" else 1)
             adam.zero_grad()
             loss.backward()
             adam.step()
@@ -66,7 +74,8 @@ class Plain:
         return a.detach(), b.detach(), losses
 
     def tune(self, terms, c):
-        "Eq. 6: the sum of `terms`, each (weight, picture, mask, words), with Adam on a copy of the U-Net; pictures that are one are noised once."
+        """Eq. 6: the sum of `terms`, each (weight, picture, mask, words), with Adam on a copy of the U-Net; pictures
+        that are one are noised once."""
         unet = copy.deepcopy(self.unet).requires_grad_(True)
         pictures = list({id(x): x for _, x, _, _ in terms}.values())
         adam, losses = torch.optim.Adam(unet.parameters(), lr=c.tuning_lr), []
@@ -114,8 +123,10 @@ class Plain:
     def edit(self, photo, mask, reference, other, other_mask, c, seeds):
         "All of it. `other` is O_t, `reference` is O_r with nobody in it; masks are (1, 1, 64, 64)."
         small, (e_a, e_b) = lambda m: F.avg_pool2d(m, 8), map(self.words, (T_A, T_B))
-        region = {"background": 1 - small(mask), "object": small(mask), "none": torch.ones(1, 1, 8, 8)}[c.eq2_region]
-        a, b, fitted = self.fit(e_a, e_b, self.encode(photo if c.eq2_picture == "input" else reference), region, c)
+        m = small(mask)
+        regions = dict(background=(1 - m, 1 - m), object=(m, m), branch=(m, 1 - m), none=(torch.ones_like(m),) * 2)
+        seen = self.encode(photo if c.eq2_picture == "input" else reference)
+        a, b, fitted = self.fit(e_a, e_b, seen, regions[c.eq2_region], c)
         opt = c.alpha * a + (1 - c.alpha) * b  # Eq. 3
         m_t = small(other_mask)
         if c.eq45_pictures == "composite":
@@ -186,6 +197,9 @@ CASES = {
     "Eq. 2 on the reference": dict(eq2_picture="reference"),
     "Eq. 2 on the subject": dict(eq2_region="object"),
     "Eq. 2 everywhere": dict(eq2_region="none"),
+    "Eq. 2 in two passes": dict(eq2_region="branch", eq2_conditioning="sum"),
+    "Eq. 2 in alternation": dict(eq2_region="branch", eq2_conditioning="alternate"),
+    "Eq. 2 of the mix": dict(eq2_conditioning="mix", alpha=0.6),
     "lambda_obj": dict(lambda_obj=5.0),
     "no subject": dict(lambda_obj=0.0),
     "lambda_bg": dict(lambda_bg=4.0),
@@ -231,7 +245,8 @@ def ours(method, scene):
 
 @pytest.mark.parametrize("name", CASES)
 def test_an_edit_is_the_plain_loop(ours, plain, scene, name):
-    "For each setting that an equation has; and each moves the words or the pictures by far more than the comparison allows."
+    """For each setting that an equation has; and each moves the words or the pictures by far more than the
+    comparison allows."""
     (photo, mask, reference), changes = scene, CASES[name]
     result = ours(**changes)
     compare(result, plain.edit(photo, mask[None], reference, photo, mask[None], result.config, SEEDS))
@@ -244,7 +259,8 @@ def test_an_edit_is_the_plain_loop(ours, plain, scene, name):
 
 
 def test_the_default_draws_both_pictures(method, plain, scene):
-    "O_t = SD(T) with SAM's mask of it, O_r = SD(T_b), both from the setting's own seed; the photo is fitted, and learnt from nowhere."
+    """O_t = SD(T) with SAM's mask of it, O_r = SD(T_b), both from the setting's own seed; the photo is fitted, and
+    learnt from nowhere."""
     from layerdiffusion.masks import propose_subject
 
     photo, mask, _ = scene
