@@ -5,18 +5,32 @@ is no longer found in the code. `python tests/mutants.py masks` tries those whos
 by hand and by a nightly workflow, not by pytest.
 """
 
+import multiprocessing
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import NamedTuple
 
+import pytest
+
+os.environ |= dict(OMP_NUM_THREADS="1", PYTHONDONTWRITEBYTECODE="1", HF_HUB_OFFLINE="1")
+sys.dont_write_bytecode = True
+
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "layerdiffusion"
 EQUATIONS, DIRECTION = "test_equations.py", "test_direction.py"
+
+
+# Each run of tests is a process of its own, forked from one that has imported the libraries, but not ours.
+CHILDREN = multiprocessing.get_context("forkserver" if os.name == "posix" else "spawn")
+if os.name == "posix":
+    LIBRARIES = "torch", "diffusers", "diffusers.schedulers", "transformers", "segment_anything", "pytest", "PIL.Image"
+    PARTS = "diffusers.models.autoencoders.autoencoder_kl", "diffusers.models.unets.unet_2d_condition"
+    WORDS = "transformers.models.clip.modeling_clip", "transformers.models.clip.tokenization_clip", "torch._dynamo"
+    CHILDREN.set_forkserver_preload([*LIBRARIES, *PARTS, *WORDS])
 
 
 class Mutant(NamedTuple):
@@ -329,32 +343,24 @@ def copy_package(folder: Path):
             (folder / "layerdiffusion" / path.name).symlink_to(path, target_is_directory=True)
 
 
-def run_tests(folder: Path, test: str) -> subprocess.CompletedProcess:
-    "The tests of a file whose names hold a word, with the package in `folder`."
+def in_child(folder: Path, test: str, said: Path):
+    "Run the tests of a file whose names hold a word, with the package in `folder`; ends this process."
     file, _, word = test.partition("::")
-    env = {
-        **os.environ,
-        "PYTHONPATH": str(folder),
-        "OMP_NUM_THREADS": "1",
-        "PYTHONDONTWRITEBYTECODE": "1",
-        "HF_HUB_OFFLINE": "1",
-    }
-    words = word.replace("[", " and ").replace("]", "")
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-x",
-        "-q",
-        "-n",
-        "0",
-        "-p",
-        "no:cacheprovider",
-        ROOT / "tests" / file,
-        "-k",
-        words or "test",
-    ]
-    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    out = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    for fd in (1, 2):
+        os.dup2(out, fd)
+    os.chdir(folder)
+    os.environ["PYTHONPATH"] = sys.path[0] = str(folder)
+    words = word.replace("[", " and ").replace("]", "") or "test"
+    sys.exit(pytest.main(["-x", "-q", "-n", "0", "-p", "no:cacheprovider", str(ROOT / "tests" / file), "-k", words]))
+
+
+def run_tests(folder: Path, test: str) -> tuple:
+    "How pytest ended, and what it said."
+    child = CHILDREN.Process(target=in_child, args=(folder, test, folder / "said"))
+    child.start()
+    child.join()
+    return child.exitcode, (folder / "said").read_text(encoding="utf-8", errors="replace")
 
 
 def verdict(mutant: Mutant, folder: Path) -> str:
@@ -362,21 +368,21 @@ def verdict(mutant: Mutant, folder: Path) -> str:
     if not apply(mutant, folder):
         return "NOT FOUND: the line is not in the module once; write the mutant anew"
     try:
-        done = run_tests(folder, mutant.test)
+        code, said = run_tests(folder, mutant.test)
     finally:
         shutil.copy(PACKAGE / f"{mutant.module}.py", folder / "layerdiffusion")
-    if done.returncode in (0, 1):
-        return ("SURVIVED", "killed")[done.returncode]
-    return f"NOT TRIED: pytest ended with {done.returncode}: {(done.stdout + done.stderr).strip().splitlines()[-1]}"
+    if code in (0, 1):
+        return ("SURVIVED", "killed")[code]
+    return f"NOT TRIED: pytest ended with {code}: {(said.strip().splitlines() or [''])[-1]}"
 
 
 def sound(folder: Path) -> bool:
     "Whether the copy is what the tests import, and passes them as it is."
-    code = "import layerdiffusion; print(layerdiffusion.__file__)"
-    env = {**os.environ, "PYTHONPATH": str(folder)}
-    where = subprocess.run([sys.executable, "-c", code], cwd=folder, env=env, capture_output=True, text=True).stdout
-    assert where.startswith(str(folder)), f"the tests would import {where}"
-    return all(run_tests(folder, file).returncode == 0 for file in (EQUATIONS, DIRECTION))
+    (folder / "test_where.py").write_text(
+        f"def test_where():\n    import layerdiffusion\n    assert layerdiffusion.__file__.startswith({str(folder)!r})\n"
+    )
+    tests = str(folder / "test_where.py"), EQUATIONS, DIRECTION
+    return all(run_tests(folder, file)[0] == 0 for file in tests)
 
 
 def main(words: list) -> int:
