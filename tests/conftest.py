@@ -13,8 +13,13 @@ os.environ["PYTHONUTF8"] = "1"  # files are UTF-8, whatever language the machine
 if "gpu" not in os.environ.get("NB_FLAGS", "").split(): os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # as everywhere: on the CPU
 
 
-def pytest_collection_modifyitems(items):
-    "The tests of a file go to one process, for they share what is loaded; pages share nothing and fill both processes to the end."
-    for item in items:
-        alone = getattr(item, "originalname", "") == "test_page_runs"
-        item.add_marker(pytest.mark.xdist_group(item.nodeid if alone else item.path.name))
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    "A file's tests go to one process, for they share what is loaded. Pages share nothing: each goes where there is time."
+    from xdist.scheduler import LoadFileScheduling
+
+    class PagesApart(LoadFileScheduling):
+        def _split_scope(self, nodeid):
+            return nodeid if "::test_page_runs[" in nodeid else super()._split_scope(nodeid)
+
+    return PagesApart(config, log) if config.getvalue("dist") == "loadfile" else None
