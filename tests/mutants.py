@@ -186,16 +186,16 @@ MUTANTS = [
         "setting_seed",
     ),
     way("half of the attention", "fine_tuning", 'if ".attn" in name', 'if ".attn1" in name', "weights_move"),
-    way("the change taken off", "fine_tuning", ".float() + change.to(", ".float() - change.to(", "begin_with"),
-    loop("the change's sign", "fine_tuning", "(weight - base[name]).half()", "(base[name] - weight).half()", "default"),
+    way("the change taken off", "fine_tuning", ".float() + change", ".float() - change", "begin_with"),
+    loop("the change's sign", "fine_tuning", "weight - base[name]", "base[name] - weight", "default"),
     way(
         "no start",
         "fine_tuning",
-        "apply_difference(models.unet, start) if start",
-        "twin(models.unet) if start",
+        ") if start else twin(",
+        ") if False else twin(",
         "begin_with",
     ),
-    way("what is not kept", "pipeline", "(keep * change.float())", "((1 - keep) * change.float())", "reuse_keeps"),
+    way("what is not kept", "pipeline", "(keep * ", "((1 - keep) * ", "reuse_keeps"),
     # Eq. 7 and 8: the drawing
     loop(
         "guided away",
@@ -378,9 +378,8 @@ def verdict(mutant: Mutant, folder: Path) -> str:
 
 def sound(folder: Path) -> bool:
     "Whether the copy is what the tests import, and passes them as it is."
-    (folder / "test_where.py").write_text(
-        f"def test_where():\n    import layerdiffusion\n    assert layerdiffusion.__file__.startswith({str(folder)!r})\n"
-    )
+    where = f"import layerdiffusion\ndef test_where(): assert layerdiffusion.__file__.startswith({str(folder)!r})\n"
+    (folder / "test_where.py").write_text(where, encoding="utf-8")
     tests = str(folder / "test_where.py"), EQUATIONS, DIRECTION
     return all(run_tests(folder, file)[0] == 0 for file in tests)
 
