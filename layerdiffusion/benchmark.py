@@ -31,8 +31,8 @@ def benchmark_hash(tasks: Optional[Sequence[Task]] = None  # None: the benchmark
                   ) -> str:
     "Sixteen digits that change when a scene or a word of the tasks does; the same on every processor."
     tasks = benchmark_tasks() if tasks is None else tasks
-    drawn = [[t.name, t.edit.source, t.edit.text, scene_numbers(t.edit.before), scene_numbers(t.edit.after)] for t in tasks]
-    return content_hash(NAME, VERSION, drawn)[:16]
+    both = lambda edit: (scene_numbers(edit.before), scene_numbers(edit.after))
+    return content_hash(NAME, VERSION, [[t.name, t.edit.source, t.edit.text, *both(t.edit)] for t in tasks])[:16]
 
 def scene_numbers(scenes: Scenes) -> dict:
     "All that a scene is drawn from, in whole thousandths."

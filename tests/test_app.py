@@ -51,7 +51,8 @@ def test_a_run_is_a_call_of_edit(editor, method):
     assert [b.description for _, b in editor.cells] == ["Pick", "Picked"]
 
 def test_stop_and_resume(editor, method, monkeypatch):
-    "A stop keeps what was learnt; what follows is what an uninterrupted run gives. The tuning waits for the stop, so no processor is too quick for it."
+    """A stop keeps what was learnt; what follows is what an uninterrupted run gives. The tuning waits for the stop, so no
+    processor is too quick for it."""
     reached, pressed, call = threading.Event(), threading.Event(), module.Job.__call__
     def hold(job, event=None):
         if event is not None and (event.stage, event.step) == ("tuning", 3): reached.set(); pressed.wait(600)

@@ -23,18 +23,20 @@ def test_the_tasks_are_those_of_version_1():
 
 def small_pictures():
     "All pictures of the tasks, each cell of four pixels by four as its mean: a row for each task."
-    rows = [torch.cat([x.expand(3, -1, -1) for x in (e.image, e.mask, e.reference, e.answer, e.answer_mask)], 2) for e in (t.edit for t in benchmark_tasks())]
+    shown = lambda e: (e.image, e.mask, e.reference, e.answer, e.answer_mask)
+    rows = [torch.cat([x.expand(3, -1, -1) for x in shown(t.edit)], 2) for t in benchmark_tasks()]
     return torch.nn.functional.avg_pool2d(torch.cat(rows, 1), 4)
 
 def test_the_tasks_look_as_in_version_1():
-    """The renderer draws the scenes as it did, to one of 255 levels in a cell's mean; what a processor rounds otherwise is a thousandth of that.
-    The file is made by `python tests/test_benchmark.py`."""
+    """The renderer draws the scenes as it did, to one of 255 levels in a cell's mean; what a processor rounds otherwise is
+    a thousandth of that. The file is made by `python tests/test_benchmark.py`."""
     then = pixels(SHEET)
     assert (small_pictures() - then).abs().max() < 1 / 255
 
 def test_the_hash_sees_every_scene_and_word():
     tasks, seen = benchmark_tasks(), {benchmark_hash()}
-    for change in (lambda e: setattr(e, "text", e.text + " "), lambda e: e.after.look.mul_(.9), lambda e: e.before.pose.add_(1), lambda e: e.after.where.add_(.01)):
+    words, look = lambda e: setattr(e, "text", e.text + " "), lambda e: e.after.look.mul_(.9)
+    for change in (words, look, lambda e: e.before.pose.add_(1), lambda e: e.after.where.add_(.01)):
         tasks = benchmark_tasks()
         change(tasks[3].edit)
         seen.add(benchmark_hash(tasks))

@@ -296,7 +296,7 @@ import os, signal, sys
 from layerdiffusion.cli import main
 write, pressed = sys.stderr.write, []
 def press(text):
-    "The command presses Ctrl-C itself, as soon as it shows a step: on a quick machine too there is something left to do."
+    "The command presses Ctrl-C itself, as soon as it shows a step: on a quick machine too something is left to do."
     write(text)
     if "embeddings" in text and not pressed: pressed.append(os.kill(os.getpid(), signal.SIGINT))
 sys.stderr.write = press
@@ -307,8 +307,10 @@ sys.exit(main())
 def test_ctrl_c_and_resume(run):
     """Ctrl-C ends with 130 and a sentence; --resume ends with the bytes of a run that was never stopped."""
     steps = "--embedding-steps 30 --tuning-steps 1 --steps 1 --seeds 0 --device cpu --mask mask.png".split()
-    done = subprocess.run([sys.executable, "-c", PRESSED, "edit", "example:dog", TEXT, *steps, "--out", "out"], capture_output=True, text=True)
-    assert done.returncode == 130 and "Stopped by Ctrl-C" in done.stderr and "--resume" in done.stderr and "Traceback" not in done.stderr
+    command = [sys.executable, "-c", PRESSED, "edit", "example:dog", TEXT, *steps, "--out", "out"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 130 and "Stopped by Ctrl-C" in done.stderr and "--resume" in done.stderr
+    assert "Traceback" not in done.stderr
     assert {p.name for p in Path("out").iterdir()} == {"checkpoint-embeddings.safetensors"}
     fitted = sorted(Path("out").glob("checkpoint-*"))
     Image.new("L", (64, 64)).save("empty.png")

@@ -123,11 +123,13 @@ def test_half_precision_draws_the_same_pictures(two_precisions):
     assert single.record["precision"] == "float32" and half.record["precision"] == "bfloat16"
     assert 0 < (single.images - half.images).abs().mean() < .01
     for stage in ("embed", "tune"):
-        assert sum(abs(a - b) for a, b in zip(single.losses[stage], half.losses[stage])) < .06 * sum(single.losses[stage])  # how bfloat16 is added up is the processor's own
+        off = sum(abs(a - b) for a, b in zip(single.losses[stage], half.losses[stage]))
+        assert off < .06 * sum(single.losses[stage])  # how bfloat16 is added up is the processor's own
 
 
 def test_half_precision_scores_the_same(two_precisions):
-    "The mean of each score moves by less than its 95 % interval over the seeds; one picture may fall to the other side of the judge's line."
+    """The mean of each score moves by less than its 95 % interval over the seeds; one picture may fall to the other side of
+    the judge's line."""
     import statistics
     _, (single, half) = two_precisions
     for field in ("valid", "right"): assert sum(a[field] != b[field] for a, b in zip(single, half)) <= 1

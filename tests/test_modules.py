@@ -34,7 +34,7 @@ for module in {MODULES}:
 """
 
 def test_each_imports_alone_and_without_tools():
-    "An interpreter in which the notebook and docs tools cannot be imported, and before each module nothing of this package was."
+    "In an interpreter without the notebook and docs tools; before each module nothing of this package is there."
     done = python(ALONE)
     assert done.returncode == 0 and not done.stdout, done.stdout + done.stderr
 
@@ -84,7 +84,8 @@ for name, imports in json.load(sys.stdin).items():
 
 def test_signatures_can_be_read():
     "The site shows each public signature: its annotations name only what the module, or else its page, imports."
-    done = subprocess.run([sys.executable, "-c", SIGNATURES], input=json.dumps({m: page_imports(m) for m in MODULES}), capture_output=True, text=True)
+    pages = json.dumps({m: page_imports(m) for m in MODULES})
+    done = subprocess.run([sys.executable, "-c", SIGNATURES], input=pages, capture_output=True, text=True)
     assert done.returncode == 0 and not done.stdout, done.stdout + done.stderr
 
 def test_public_names():

@@ -16,9 +16,11 @@ SKIPPED = set(cfg["DEFAULT"]["tst_flags"].split()) - set(FORCED)
 # Each page is a process of its own, forked from one that has imported the libraries, but nothing of this package.
 PROCESSES = multiprocessing.get_context("forkserver" if os.name == "posix" else "spawn")
 if os.name == "posix":
-    PROCESSES.set_forkserver_preload(["nbdev.test", "IPython", "matplotlib.pyplot", "fastcore.test", "ipywidgets", "anywidget", "open_clip", "segment_anything", "torch._dynamo",
-                                      "diffusers.models.autoencoders.autoencoder_kl", "diffusers.models.unets.unet_2d_condition", "diffusers.schedulers.scheduling_ddim",
-                                      "transformers.models.clip.modeling_clip", "transformers.models.clip.tokenization_clip"])
+    TOOLS = "nbdev.test", "IPython", "matplotlib.pyplot", "fastcore.test", "ipywidgets", "anywidget"
+    LIBRARIES = "open_clip", "segment_anything", "torch._dynamo", "diffusers.schedulers.scheduling_ddim"
+    PARTS = "diffusers.models.autoencoders.autoencoder_kl", "diffusers.models.unets.unet_2d_condition"
+    WORDS = "transformers.models.clip.modeling_clip", "transformers.models.clip.tokenization_clip"
+    PROCESSES.set_forkserver_preload([*TOOLS, *LIBRARIES, *PARTS, *WORDS])
 
 def run_page(page, said):
     "What the command `nbdev_test` does with one page; what it says goes into the file `said`."
