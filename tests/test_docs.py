@@ -25,9 +25,12 @@ def test_every_page_is_in_the_sidebar():
     assert sorted(menu()) == sorted(p.name for p in (ROOT/"nbs").glob("*.ipynb")), "each page once, and no page that is not there"
 
 def test_workflows_are_yaml():
-    "GitHub's two files parse, run on pushes, and call what exists."
-    docs, tests = (yaml.safe_load((ROOT/f".github/workflows/{name}.yml").read_text(encoding="utf-8")) for name in ("docs", "tests"))
-    assert docs[True] and tests[True]  # YAML reads the key `on` as true
+    "GitHub's three files parse, run on pushes or at night, and call what exists."
+    read = lambda name: yaml.safe_load((ROOT/f".github/workflows/{name}.yml").read_text(encoding="utf-8"))
+    docs, tests, nightly = map(read, ("docs", "tests", "nightly"))
+    assert docs[True] and tests[True] and nightly[True]["schedule"]  # YAML reads the key `on` as true
+    assert any(step.get("run") == "python tests/mutants.py" for step in nightly["jobs"]["mutants"]["steps"])
+    assert (ROOT/"tests/mutants.py").exists()
     steps = [step.get("run", "") for job in docs["jobs"].values() for step in job["steps"]]
     assert any("layerdiffusion docs" in s for s in steps)
     assert tests["jobs"]["tests"]["strategy"]["matrix"]["python"] == ["3.10", "3.12"]

@@ -23,6 +23,8 @@ def test_prediction(folder, level, pictures, precision, draws):
     from layerdiffusion.fine_tuning import fine_tune
     from layerdiffusion.memory import LEVELS, count_decode, count_draw, count_embed, count_tune, measure_peak, settings_for
     from layerdiffusion.sd import PRECISIONS, decode_latents, encode_text, load_models, noise_loss, optimise, sample_noise_and_t, use
+    if precision == "bf16" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        pytest.skip("this processor has no bfloat16 of its own, and PyTorch computes it by other means there")
     models = use(load_models(folder, dtype=PRECISIONS[precision]), LEVELS[level])
     config, size = settings_for(level, EditConfig(eq45_pictures=pictures, tuning_batch=draws), models.card), 128
     x, mask, e = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0)), torch.ones(1, 1, 16, 16), encode_text(models, TEXT)

@@ -24,11 +24,19 @@ def own_imports(module):
         else: continue
         yield from (n.split(".")[1] for n in names if re.match(r"layerdiffusion\.\w", n) and n.split(".")[1] in PAGES)
 
-@pytest.mark.parametrize("module", MODULES)
-def test_imports_alone_and_without_tools(module):
-    "A fresh interpreter in which the notebook and docs tools cannot be imported."
-    done = python(f"import sys; sys.modules.update(dict.fromkeys({TOOLS})); import layerdiffusion.{module}")
-    assert done.returncode == 0, done.stderr
+ALONE = f"""
+import importlib, sys, traceback
+sys.modules.update(dict.fromkeys({TOOLS}))
+for module in {MODULES}:
+    for name in [n for n in sys.modules if n.split(".")[0] == "layerdiffusion"]: del sys.modules[name]
+    try: importlib.import_module(f"layerdiffusion.{{module}}")
+    except Exception: print(module, traceback.format_exc())
+"""
+
+def test_each_imports_alone_and_without_tools():
+    "In an interpreter without the notebook and docs tools; before each module nothing of this package is there."
+    done = python(ALONE)
+    assert done.returncode == 0 and not done.stdout, done.stdout + done.stderr
 
 @pytest.mark.parametrize("module", MODULES)
 def test_imports_only_lower_numbers(module):
@@ -61,18 +69,23 @@ def page_imports(module):
     trees = [ast.parse(re.sub(r"^[%!].*", "", cell, flags=re.M)) for cell in cells]
     return "\n".join(ast.unparse(n) for tree in trees for n in tree.body if isinstance(n, (ast.Import, ast.ImportFrom)))
 
-@pytest.mark.parametrize("module", MODULES)
-def test_signatures_can_be_read(module):
+SIGNATURES = """
+import importlib, inspect, json, sys
+for name, imports in json.load(sys.stdin).items():
+    module, names = importlib.import_module("layerdiffusion." + name), {}
+    exec(imports, names)
+    names |= vars(module)
+    for public in map(vars(module).get, module.__all__):
+        for f in [public, *vars(public).values()] if inspect.isclass(public) else [public]:
+            if inspect.isfunction(f) and f.__module__ == module.__name__:
+                try: inspect.signature(f, eval_str=True, globals=names)
+                except NameError as e: print(name, f.__qualname__, e)
+"""
+
+def test_signatures_can_be_read():
     "The site shows each public signature: its annotations name only what the module, or else its page, imports."
-    done = python(page_imports(module) + f"""
-import inspect, layerdiffusion.{module} as module
-names = {{**globals(), **vars(module)}}
-for public in map(vars(module).get, module.__all__):
-    for f in [public, *vars(public).values()] if inspect.isclass(public) else [public]:
-        if inspect.isfunction(f) and f.__module__ == module.__name__:
-            try: inspect.signature(f, eval_str=True, globals=names)
-            except NameError as e: print(f.__qualname__, e)
-""")
+    pages = json.dumps({m: page_imports(m) for m in MODULES})
+    done = subprocess.run([sys.executable, "-c", SIGNATURES], input=pages, capture_output=True, text=True)
     assert done.returncode == 0 and not done.stdout, done.stdout + done.stderr
 
 def test_public_names():

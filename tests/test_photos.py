@@ -1,6 +1,4 @@
-"""Photos as cameras make them, through v1.4's plan with random weights at a tenth of its width: sizes, notes, colour profile, files, time."""
-import time
-
+"""Photos as cameras make them, through v1.4's plan with random weights at a tenth of its width: sizes, notes, colour profile, files."""
 import pytest
 from PIL import Image, ImageCms, ImageDraw
 
@@ -56,7 +54,6 @@ def test_a_large_photo(method, tmp_path):
     import numpy as np
     image, info = photo(3000, 2000)
     image.save(tmp_path / "photo.jpg", quality=95, **info)
-    start = time.perf_counter()
     drawn = Image.new("L", image.size)
     ImageDraw.Draw(drawn).ellipse([1200, 800, 1800, 1400], fill=255)  # SAM has random weights here, and may find everything
     drawn.save(tmp_path / "mask.png")
@@ -73,7 +70,6 @@ def test_a_large_photo(method, tmp_path):
     assert (~near).mean() > .05 and not changed[~near].any()
     result.save(tmp_path / "edit", photo=tmp_path / "photo.jpg")
     assert Image.open(tmp_path / "edit/full-0.jpg").size == (3000, 2000) and notes(tmp_path / "edit/full-0.jpg") == ("A camera", 1, info["icc_profile"])
-    assert time.perf_counter() - start < 120
 
 
 @pytest.mark.parametrize("width, height", [(300, 100), (100, 260), (129, 127)])

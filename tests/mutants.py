@@ -1,0 +1,408 @@
+"""Does a test notice? One line of the method is made wrong at a time, and the tests that should see it are run.
+
+`python tests/mutants.py` tries all of them, some minutes on one core, prints a table and ends with 1 if one survives or
+is no longer found in the code. `python tests/mutants.py masks` tries those whose name or module holds a word. It is run
+by hand and by a nightly workflow, not by pytest.
+"""
+
+import multiprocessing
+import os
+import shutil
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+os.environ |= dict(OMP_NUM_THREADS="1", PYTHONDONTWRITEBYTECODE="1", HF_HUB_OFFLINE="1")
+sys.dont_write_bytecode = True
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "layerdiffusion"
+EQUATIONS, DIRECTION = "test_equations.py", "test_direction.py"
+
+
+# Each run of tests is a process of its own, forked from one that has imported the libraries, but not ours.
+CHILDREN = multiprocessing.get_context("forkserver" if os.name == "posix" else "spawn")
+if os.name == "posix":
+    LIBRARIES = "torch", "diffusers", "diffusers.schedulers", "transformers", "segment_anything", "pytest", "PIL.Image"
+    PARTS = "diffusers.models.autoencoders.autoencoder_kl", "diffusers.models.unets.unet_2d_condition"
+    WORDS = "transformers.models.clip.modeling_clip", "transformers.models.clip.tokenization_clip", "torch._dynamo"
+    CHILDREN.set_forkserver_preload([*LIBRARIES, *PARTS, *WORDS])
+
+
+class Mutant(NamedTuple):
+    "One line made wrong."
+
+    name: str  # what is wrong with it
+    module: str
+    old: str  # found once in the module
+    new: str
+    test: str  # a file of tests, and a word of the names of those that should fail
+
+
+def loop(name, module, old, new, case=""):
+    "A mutant that the independent loop should kill."
+    return Mutant(name, module, old, new, f"{EQUATIONS}::{case}")
+
+
+def way(name, module, old, new, test):
+    "A mutant that a test of direction should kill."
+    return Mutant(name, module, old, new, f"{DIRECTION}::{test}")
+
+
+MUTANTS = [
+    # Eq. 1: the noise loss
+    loop("the velocity's sign", "sd", "share * noise - sigma * latents", "share * noise + sigma * latents", "default"),
+    loop(
+        "noise and picture swapped",
+        "sd",
+        "share * latents + sigma * noise",
+        "sigma * latents + share * noise",
+        "default",
+    ),
+    loop("the rest of the mask", "sd", "(mask * error).square()", "((1 - mask) * error).square()", "default"),
+    loop("times the mask's share", "sd", "else each / mask.flatten(1)", "else each * mask.flatten(1)", "over"),
+    loop("no step of its own", "sd", 'stream(f"{stage}-{seed}", step)', 'stream(f"{stage}-{seed}", 0)', "default"),
+    loop("no seed of its own", "sd", 'stream(f"{stage}-{seed}", step)', 'stream(f"{stage}-0", step)', "loop[seed]"),
+    way("a rate that grows", "sd", "(1 + math.cos(", "(1 - math.cos(", "half_a_cosine"),
+    way("a gradient scaled twice", "sd", "_foreach_div_(found", "_foreach_mul_(found", "scaled_for"),
+    way(
+        "the predicted picture",
+        "sd",
+        "share * latents - sigma * noise_pred",
+        "share * latents + sigma * noise_pred",
+        "finished",
+    ),
+    loop(
+        "pictures from 0 to 1",
+        "sd",
+        "vae.encode(_as_batch(models, image) * 2 - 1)",
+        "vae.encode(_as_batch(models, image))",
+        "default",
+    ),
+    # Eq. 2 and 3: the words
+    loop("Eq. 2 on the subject", "embeddings", "background=(1 - mask, 1 - mask)", "background=(mask, mask)", "default"),
+    loop("the branches swapped", "embeddings", "branch=(mask, 1 - mask)", "branch=(1 - mask, mask)", "passes"),
+    loop("the place begins", "embeddings", "[both[step % 2]]", "[both[1 - step % 2]]", "alternation"),
+    loop(
+        "Eq. 2 on the reference",
+        "pipeline",
+        'image if config.eq2_picture == "input"',
+        'image if config.eq2_picture != "input"',
+        "default",
+    ),
+    loop(
+        "alpha the other way",
+        "embeddings",
+        "return alpha * e_a + (1 - alpha) * e_b",
+        "return (1 - alpha) * e_a + alpha * e_b",
+        "default",
+    ),
+    way(
+        "the new words' rate",
+        "pipeline",
+        "[vectors], lr=config.word_lr",
+        "[vectors], lr=config.embedding_lr",
+        "first_step",
+    ),
+    way("the new words' mask", "identity", "vectors), mask.to(latents", "vectors), 1 - mask.to(latents", "new_words"),
+    way(
+        "T_a for T",
+        "pipeline",
+        'scene.text if config.object_words == "whole"',
+        'scene.text if config.object_words != "whole"',
+        "whole_words",
+    ),
+    way(
+        "what was learnt taken off", "pipeline", "return scene.e_a + learnt", "return scene.e_a - learnt", "reuse_keeps"
+    ),
+    # Eq. 4 to 6: the tuning
+    loop(
+        "an empty M_r",
+        "pipeline",
+        "scene.reference)), m_t, None, m_t",
+        "scene.reference)), m_t, None, 0 * m_t",
+        "default",
+    ),
+    loop(
+        "the layers swapped",
+        "masks",
+        "return mask * subject + (1 - mask) * background",
+        "return mask * background + (1 - mask) * subject",
+        "default",
+    ),
+    loop(
+        "the reference's subject only",
+        "pipeline",
+        'union(m_r, m_t) if config.eq5_region == "union"',
+        'm_r if config.eq5_region == "union"',
+        "two",
+    ),
+    way(
+        "where both masks are",
+        "fine_tuning",
+        "broadcast_tensors(*masks)).amax(0)",
+        "broadcast_tensors(*masks)).amin(0)",
+        "in_the_reference",
+    ),
+    loop(
+        "Eq. 5 under M_r",
+        "fine_tuning",
+        "squared_weight(1 - reference_mask",
+        "squared_weight(reference_mask",
+        "default",
+    ),
+    loop(
+        "λ2 for λ1",
+        "fine_tuning",
+        "squared_weight(subject_mask, lambda_obj",
+        "squared_weight(subject_mask, lambda_bg",
+        "default",
+    ),
+    way("Eq. 5 alone, under M_r", "fine_tuning", "mask=1 - reference_mask", "mask=reference_mask", "two_terms"),
+    loop("a sum over the draws", "fine_tuning", "noise, timesteps, e) / batch", "noise, timesteps, e)", "several"),
+    loop("the decay kept back", "fine_tuning", "models.gradient_scale, decay)", "models.gradient_scale)", "decay"),
+    loop("the decay forgotten", "pipeline", 'tuning_decay="decay", ', "", "decay"),
+    loop(
+        "Eq. 4's words",
+        "pipeline",
+        'if config.eq4_words == "source" else embeds',
+        'if config.eq4_words != "source" else embeds',
+        "own",
+    ),
+    way("λ_prior left out", "fine_tuning", "(weight / count) ** .5", "(1 / count) ** .5", "models_own"),
+    way("λ_prior forgotten", "pipeline", ', lambda_prior="lambda_prior"', "", "models_own"),
+    way(
+        "words of other pictures", "fine_tuning", "prior[1][k].to(embeds)", "prior[1][:count].to(embeds)", "models_own"
+    ),
+    way(
+        "LoRA without a seed",
+        "fine_tuning",
+        "torch.randn(rank, columns, generator=generator)",
+        "torch.randn(rank, columns)",
+        "setting_seed",
+    ),
+    way("half of the attention", "fine_tuning", 'if ".attn" in name', 'if ".attn1" in name', "weights_move"),
+    way("the change taken off", "fine_tuning", ".float() + change", ".float() - change", "begin_with"),
+    loop("the change's sign", "fine_tuning", "weight - base[name]", "base[name] - weight", "default"),
+    way(
+        "no start",
+        "fine_tuning",
+        ") if start else twin(",
+        ") if False else twin(",
+        "begin_with",
+    ),
+    way("what is not kept", "pipeline", "(keep * ", "((1 - keep) * ", "reuse_keeps"),
+    # Eq. 7 and 8: the drawing
+    loop(
+        "guided away",
+        "sd",
+        "return free + guidance_scale * (said - free)",
+        "return said + guidance_scale * (free - said)",
+        "default",
+    ),
+    loop(
+        "the mix begins",
+        "guidance",
+        "even, odd = (e_a, e_opt) if first",
+        "even, odd = (e_opt, e_a) if first",
+        "default",
+    ),
+    loop("odd for even", "guidance", "% 2 == 0 else odd", "% 2 == 1 else odd", "default"),
+    loop("whose parity", "guidance", 'i if index == "loop"', 'i if index != "loop"', "timestep"),
+    loop(
+        "never the mix first", "pipeline", "config.eq8_index, config.eq8_first)", 'config.eq8_index, "object")', "mix"
+    ),
+    loop(
+        "turns where none are asked for",
+        "pipeline",
+        "if config.iterative_guidance else None",
+        "if True else None",
+        "turns",
+    ),
+    way(
+        "one noise for all",
+        "sd",
+        "torch.Generator().manual_seed(int(seed))",
+        "torch.Generator().manual_seed(0)",
+        "a_seed_is",
+    ),
+    loop(
+        "the drawn pictures' seed",
+        "pipeline",
+        "initial_latents(models, [config.seed], *size)",
+        "initial_latents(models, [0], *size)",
+        "draws_both",
+    ),
+    # Masks
+    way(
+        "far from the middle",
+        "masks",
+        "quality * (1 - _off_centre(masks))",
+        "quality * _off_centre(masks)",
+        "sure_central",
+    ),
+    way("at the border", "masks", "* (1 - border)", "* (1 + border)", "border"),
+    way(
+        "any size",
+        "masks",
+        "(area >= smallest) & (area <= largest)",
+        "(area >= smallest) | (area <= largest)",
+        "sure_central",
+    ),
+    way("the worst mask", "masks", "masks[quality.argmax()]", "masks[quality.argmin()]", "surest"),
+    way("to the left", "masks", "gx - 2 * dx - anchor[0]", "gx + 2 * dx - anchor[0]", "moving"),
+    way("hard the other way", "masks", "(mask >= .5).float() if hard", "(mask < .5).float() if hard", "latent_size"),
+    # The subject attention
+    way(
+        "the place for the subject",
+        "identity",
+        "image * hard + .5 * (1 - hard)",
+        "image * (1 - hard) + .5 * hard",
+        "without_its_place",
+    ),
+    way(
+        "everything but the subject",
+        "identity",
+        "F.adaptive_max_pool2d) <= .1",
+        "F.adaptive_max_pool2d) > .1",
+        "attention",
+    ),
+    way("taken off", "identity", "+ self.scale * self.added", "- self.scale * self.added", "by_hand"),
+    way(
+        "less for more", "identity", "self.bias + math.log(self.scale)", "self.bias - math.log(self.scale)", "attention"
+    ),
+    way("a noisy look", "identity", "models.unet(subject.latents, 0,", "models.unet(subject.latents, 500,", "reads"),
+    # The search for O_t
+    way("the worst is bred", "identity", "best.sort(key=lambda b: b[0])", "best.sort(key=lambda b: -b[0])", "breeds"),
+    way("the stop rule", "identity", "best[0][0] > CHANGED", "best[0][0] < CHANGED", "stops"),
+    way("no seed", "identity", 'stream("target search", seed)', 'stream("target search", 0)', "prior_coat_and_search"),
+    way("the seed kept back", "pipeline", "seed=config.seed, subject_scale", "seed=0, subject_scale", "gives_its_seed"),
+    way("children like strangers", "identity", "(1 - spread ** 2) ** .5 * parents", "spread * parents", "children"),
+    way("typical where one is near", "identity", "near.min() < CHANGED", "near.min() > CHANGED", "the_choice"),
+    way("unclear is better", "identity", "- clearness).argmin()", "+ clearness).argmin()", "the_choice"),
+    way("quality ignored", "identity", "target_quality * torch.tensor", "0 * torch.tensor", "quality"),
+    way("quality kept back", "pipeline", "target_quality=config.target_quality", "target_quality=0.", "is_told"),
+    way("the mask shrinks", "pipeline", "dilate(mask, grow)", "dilate(mask, -grow)", "is_told"),
+    way("drawn where it is there", "pipeline", "asked == subject_action(", "asked != subject_action(", "already"),
+    # Another coat
+    way("the old colour", "identity", "share * (new * shade)", "share * (old * shade)", "coat"),
+    way("a worn coat is changed", "identity", "norm() <= max(least", "norm() >= max(least", "coat"),
+    way("lighter for darker", "identity", "(old.mean() / worn[0].mean())", "(worn[0].mean() / old.mean())", "coat"),
+    way(
+        "tone where none is asked for",
+        "pipeline",
+        "if source and config.recolour_tone",
+        "if source and not config.recolour_tone",
+        "coat",
+    ),
+    way(
+        "the coat's seed",
+        "identity",
+        'stream("typical coat", seed)',
+        'stream("typical coat", 0)',
+        "prior_coat_and_search",
+    ),
+    # What trains mini
+    way("an average that jumps", "mini", "1 - min(decay, (1 + int(n))", "min(decay, (1 + int(n))", "moving_average"),
+    way("an average that stands", "mini", "ema.update_parameters(objective)", "None", "after_each_step"),
+    way("nine of ten captions left out", "mini", "generator=g) < .1", "generator=g) > .1", "captions"),
+    way("the place counts more", "mini", "(1 + 2 * mask)", "(3 - 2 * mask)", "three_times"),
+    way("cool before warm", "mini", "share < 1 - cool", "share > 1 - cool", "rate_of"),
+    way(
+        "a click means the rest",
+        "mini",
+        "torch.where(hit, whole, 1 - whole)",
+        "torch.where(hit, 1 - whole, whole)",
+        "clicks",
+    ),
+]
+
+
+def apply(mutant: Mutant, folder: Path) -> bool:
+    "Write the module with its line made wrong into a copy of the package; False where the line is not found once."
+    text = (PACKAGE / f"{mutant.module}.py").read_text(encoding="utf-8")
+    if text.count(mutant.old) != 1:
+        return False
+    (folder / "layerdiffusion" / f"{mutant.module}.py").write_text(
+        text.replace(mutant.old, mutant.new), encoding="utf-8"
+    )
+    return True
+
+
+def copy_package(folder: Path):
+    "The modules copied, the weights and pictures linked."
+    (folder / "layerdiffusion").mkdir()
+    for path in PACKAGE.iterdir():
+        if path.suffix == ".py":
+            shutil.copy(path, folder / "layerdiffusion")
+        elif path.is_dir() and path.name != "__pycache__":
+            (folder / "layerdiffusion" / path.name).symlink_to(path, target_is_directory=True)
+
+
+def in_child(folder: Path, test: str, said: Path):
+    "Run the tests of a file whose names hold a word, with the package in `folder`; ends this process."
+    file, _, word = test.partition("::")
+    out = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    for fd in (1, 2):
+        os.dup2(out, fd)
+    os.chdir(folder)
+    os.environ["PYTHONPATH"] = sys.path[0] = str(folder)
+    words = word.replace("[", " and ").replace("]", "") or "test"
+    sys.exit(pytest.main(["-x", "-q", "-n", "0", "-p", "no:cacheprovider", str(ROOT / "tests" / file), "-k", words]))
+
+
+def run_tests(folder: Path, test: str) -> tuple:
+    "How pytest ended, and what it said."
+    child = CHILDREN.Process(target=in_child, args=(folder, test, folder / "said"))
+    child.start()
+    child.join()
+    return child.exitcode, (folder / "said").read_text(encoding="utf-8", errors="replace")
+
+
+def verdict(mutant: Mutant, folder: Path) -> str:
+    "killed, SURVIVED, not found in the code, or why the tests could not be run."
+    if not apply(mutant, folder):
+        return "NOT FOUND: the line is not in the module once; write the mutant anew"
+    try:
+        code, said = run_tests(folder, mutant.test)
+    finally:
+        shutil.copy(PACKAGE / f"{mutant.module}.py", folder / "layerdiffusion")
+    if code in (0, 1):
+        return ("SURVIVED", "killed")[code]
+    return f"NOT TRIED: pytest ended with {code}: {(said.strip().splitlines() or [''])[-1]}"
+
+
+def sound(folder: Path) -> bool:
+    "Whether the copy is what the tests import, and passes them as it is."
+    where = f"import layerdiffusion\ndef test_where(): assert layerdiffusion.__file__.startswith({str(folder)!r})\n"
+    (folder / "test_where.py").write_text(where, encoding="utf-8")
+    tests = str(folder / "test_where.py"), EQUATIONS, DIRECTION
+    return all(run_tests(folder, file)[0] == 0 for file in tests)
+
+
+def main(words: list) -> int:
+    "Try the mutants whose name or module holds one of `words`; all of them without."
+    chosen = [m for m in MUTANTS if not words or any(w in f"{m.module}: {m.name}" for w in words)]
+    with tempfile.TemporaryDirectory() as folder:
+        copy_package(folder := Path(folder))
+        if not sound(folder):
+            print("The tests fail without any mutant; mend that first.")
+            return 1
+        results = []
+        for mutant in chosen:
+            begin = time.monotonic()
+            results.append(verdict(mutant, folder))
+            seconds = time.monotonic() - begin
+            line = f"{mutant.module:<12} {mutant.name:<32} {mutant.test:<46} {seconds:4.0f} s  {results[-1]}"
+            print(line, flush=True)
+    killed = results.count("killed")
+    print(f"\n{killed} of {len(results)} killed")
+    return 0 if results and killed == len(results) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,971 @@
+"""Each setting moves what it names, and in the right direction: a swapped sign, mask, picture or order fails here.
+
+What an equation has is compared with a loop of its own in test_equations.py. Here is the rest: rates, steps and seeds,
+the words, the choice of O_t and the search for it, another coat, the subject attention, and what trains mini.
+Nothing depends on how well they draw.
+"""
+
+import math
+from types import SimpleNamespace
+
+import pytest, torch
+import torch.nn.functional as F
+from test_equations import Plain, draws
+
+from layerdiffusion import EditConfig, LayerDiffusion, identity, pipeline, preset
+from layerdiffusion.masks import dilate, iou
+from layerdiffusion.scores import edit_set
+from layerdiffusion.sd import load_models
+
+PHOTO_WORDS = "a pink dog lying in a city at night"
+
+
+@pytest.fixture(scope="module")
+def models():
+    return load_models("mini")
+
+
+@pytest.fixture(scope="module")
+def plain(models):
+    return Plain((models.vae, models.unet, models.text_encoder, models.tokenizer, models.scheduler))
+
+
+@pytest.fixture
+def method(models):
+    return LayerDiffusion(models, "mini")
+
+
+@pytest.fixture(scope="module")
+def task():
+    return edit_set("development")[0].edit  # a pink dog lying in a city at night shall stand in the snow
+
+
+@pytest.fixture(scope="module")
+def scene(models, task):
+    "What an edit starts from, with the photo's subject as O_t."
+    return LayerDiffusion(models, "mini").prepare(
+        task.image,
+        task.text,
+        mask=(task.mask > 0.5).float(),
+        reference=task.reference,
+        source=task.source,
+        config=short(),
+    )
+
+
+def short(**changes):
+    return EditConfig(**dict(object_picture="input", embedding_steps=1, tuning_steps=1, sampling_steps=2) | changes)
+
+
+def size(difference):
+    return max(x.abs().max().item() for x in difference.values())
+
+
+def mean(a, b):
+    return (a - b).abs().mean().item()
+
+
+# Rates, steps, decay
+
+
+@pytest.mark.parametrize("rate", [1e-4, 4e-3])
+def test_the_first_step_is_as_long_as_the_rate(method, scene, rate):
+    "Adam's first step is its rate, in every stage."
+    words = method.embed(scene, short(embedding_lr=rate))
+    moved = max((a - b).abs().max().item() for a, b in zip(words[:2], (scene.e_a, scene.e_b)))
+    assert moved == pytest.approx(rate, rel=0.02)
+    assert size(method.tune(scene, words, short(tuning_lr=rate))[0]) == pytest.approx(rate, rel=0.02)
+    vectors = method.learn(scene, short(learnt_words=2, word_lr=rate, embedding_lr=1.0).resolve(method.models.card))[0]
+    start = identity.first_vectors(method.models, identity.with_words(PHOTO_WORDS, 2), 2)
+    assert (vectors - start).abs().max().item() == pytest.approx(rate, rel=0.02)
+
+
+def test_as_many_steps_as_asked(method, scene):
+    seen = []
+    config = short(embedding_steps=3, tuning_steps=4, sampling_steps=5)
+    words = method.embed(scene, config, seen.append)
+    difference, _ = method.tune(scene, words, config, seen.append)
+    method.sample(words, difference, scene.size, [0], config, seen.append)
+    assert [sum(e.stage == stage for e in seen) for stage in ("embeddings", "tuning", "drawing")] == [3, 4, 5]
+
+
+def test_the_rate_falls_to_nothing_along_half_a_cosine():
+    "With a gradient that never changes, each step of Adam is as long as the rate."
+    from layerdiffusion.sd import optimise
+
+    at = {decay: [] for decay in (False, True)}
+    for decay, path in at.items():
+        w = torch.zeros(1, requires_grad=True)
+        optimise(lambda step, g: w.sum(), [w], 10, 0.1, "down", lambda e: path.append(w.item()), decay=decay)
+    steps = {decay: -torch.tensor([0.0, *path]).diff() for decay, path in at.items()}
+    assert torch.allclose(steps[False], torch.full((10,), 0.1), atol=1e-5)
+    assert torch.allclose(
+        steps[True], torch.tensor([0.05 * (1 + math.cos(math.pi * k / 10)) for k in range(10)]), atol=1e-5
+    )
+
+
+def test_the_loss_may_be_scaled_for_the_backward_pass():
+    "Half precision needs larger gradients on the way; what is taken off is the same."
+    from layerdiffusion.sd import optimise
+
+    ends = []
+    for scale in (1.0, 8.0):
+        w = torch.ones(1, requires_grad=True)
+        optimise(lambda step, g: w.square().sum(), [w], 3, 0.1, "x", optimizer=torch.optim.SGD([w], 0.1), scale=scale)
+        ends.append(w.item())
+    assert ends == pytest.approx([0.8**3] * 2)
+
+
+def test_the_finished_picture_as_predicted_on_the_way(method, plain, scene):
+    "The last prediction is the picture, and the first is what one step would give."
+    seen = []
+    images = method.sample((scene.e_a, scene.e_b), {}, scene.size, [0], short(sampling_steps=4), seen.append)
+    assert mean(plain.decode(seen[-1].x0)[None], images) < 1e-4 < mean(plain.decode(seen[0].x0)[None], images)
+    one = method.sample((scene.e_a, scene.e_b), {}, scene.size, [0], short(sampling_steps=1))
+    assert mean(plain.decode(seen[0].x0)[None], one) < 1e-4
+
+
+def test_descent_goes_down(method, scene):
+    "More steps, a smaller loss on the same draws, in both trainings."
+    from layerdiffusion.embeddings import evaluate_embedding
+    from layerdiffusion.fine_tuning import apply_difference
+    from dataclasses import replace
+
+    config = short(embedding_steps=12, embedding_lr=3e-3, tuning_steps=6, tuning_lr=2e-4)
+    words = method.embed(scene, config)
+    both, x = lambda a, b: torch.cat([a, b], 1), method.latents(scene.image)
+    place = 1 - method.small(scene.mask, config)
+    assert evaluate_embedding(method.models, both(*words[:2]), x, place) < evaluate_embedding(
+        method.models, both(scene.e_a, scene.e_b), x, place
+    )
+    tuned = replace(method.models, unet=apply_difference(method.models.unet, method.tune(scene, words, config)[0]))
+    opt, picture = 0.7 * words[0] + 0.3 * words[1], method.layers(scene, config)[0]
+    assert evaluate_embedding(tuned, opt, picture) < evaluate_embedding(method.models, opt, picture)
+
+
+# Seeds
+
+
+def test_the_setting_seed_decides_every_draw_but_the_first_noise(method, scene):
+    """Drawn reference, noise and timesteps of both trainings, LoRA's start, the model's own pictures; another seed,
+    other numbers, the same seed, the same."""
+
+    def all_of(seed):
+        anew = LayerDiffusion(method.models, method.sam)
+        config = short(seed=seed, tuned_parameters="lora", tuning_lr=1e-3, prior_batch=1).resolve(method.models.card)
+        place = anew.draw("in the snow", (64, 64), config, "reference")
+        words, texts = anew.embed(scene, config), identity.prior_texts(method.models, "a dog", 4, seed)
+        lora = [p.clone() for p in trained("lora", method.models, seed)]
+        return dict(
+            place=place,
+            fitted=torch.tensor(words[2]),
+            noise=torch.tensor(anew.tune(scene, words, short(seed=seed))[1]),
+            texts=texts,
+            lora=lora[0],
+        )
+
+    first, again, other = all_of(3), all_of(3), all_of(4)
+    for name in first:
+        same = (lambda a, b: a == b) if name == "texts" else torch.equal
+        assert same(first[name], again[name]) and not same(first[name], other[name]), name
+
+
+def trained(kind, models, seed=0, rank=8):
+    from layerdiffusion.fine_tuning import trainable
+    from layerdiffusion.sd import twin
+
+    return trainable(twin(models.unet), kind, rank, seed)
+
+
+def test_a_seed_is_a_picture(method, scene):
+    "Each seed has its own, whatever the setting's seed, which only the trainings read."
+    config, other = short(seed=0), short(seed=9)
+    words = scene.e_a, scene.e_b
+    draw = lambda seeds, config: method.sample(words, {}, scene.size, seeds, config)
+    three, again = draw([4, 7, 2], config), draw([7], other)
+    assert mean(three[1], again[0]) < 1e-5 and min(mean(three[i], three[k]) for i, k in ((0, 1), (0, 2), (1, 2))) > 0.01
+
+
+def test_seeds_of_prior_coat_and_search(models, monkeypatch):
+    "The noise each of them begins with."
+    from layerdiffusion.world import stream
+
+    began = []
+    monkeypatch.setattr(identity, "ddim_sample", lambda m, e, n, latents, *a, **k: began.append(latents) or latents)
+    monkeypatch.setattr(identity, "decode_latents", lambda m, latents: torch.zeros(len(latents), 3, 8, 8))
+    monkeypatch.setattr(
+        identity, "propose_subject", lambda sam, x: SimpleNamespace(mask=torch.ones(1, 8, 8), quality=1.0)
+    )
+    image, mask = torch.zeros(3, 64, 64), torch.ones(1, 64, 64)
+    starts = dict(
+        prior=lambda seed: identity.prior_pictures(models, ["a dog"], seed),
+        coat=lambda seed: identity.typical_coat(models, None, "a dog", seed),
+        search=lambda seed: identity.search_target(models, None, "a dog", image, mask, 4, seed, spreads=()),
+    )
+    for name, start in starts.items():
+        began.clear()
+        for seed in (1, 1, 2):
+            start(seed)
+        assert torch.equal(began[0], began[1]) and mean(began[0], began[2]) > 0.1, name
+    assert torch.allclose(began[0], torch.randn(4, 16, 8, 8, generator=stream("target search", 1)))
+
+
+def test_the_pipeline_gives_its_seed_on(method, scene, monkeypatch):
+    given = []
+    monkeypatch.setattr(pipeline, "typical_coat", lambda models, sam, words, seed: given.append(("coat", seed)))
+    monkeypatch.setattr(
+        pipeline, "search_target", lambda *a, seed, **k: given.append(("search", seed)) or (scene.image, scene.mask, [])
+    )
+    config = preset("best", seed=5)
+    method.target(scene.text, scene.split, scene.image, scene.mask, config, source=PHOTO_WORDS)
+    assert dict(given) == dict(coat=5, search=5)
+
+
+# Words
+
+
+def test_whole_words(method, plain, scene):
+    "e_a of T_a, or of the whole text; e_b of the place either way."
+    for whole, text in (("object", scene.split.object), ("whole", scene.text)):
+        e_a, e_b, losses = method.embed(scene, short(object_words=whole, embedding_steps=0))
+        assert torch.allclose(e_a, plain.words(text), atol=1e-5) and torch.allclose(
+            e_b, plain.words(scene.split.background), atol=1e-5
+        )
+    assert mean(plain.words(scene.split.object), plain.words(scene.text)) > 0.01
+
+
+def test_new_words_are_fitted_to_the_photos_subject(method, plain, scene):
+    "The loss of Eq. 2 for new words: of the photo's own latents, under the subject's mask, with the photo's words."
+    m, x, g = F.avg_pool2d(scene.mask[None], 8), plain.encode(scene.image), draws("words", 0, 0)
+    text = identity.with_words(PHOTO_WORDS, 2)
+    vectors = identity.first_vectors(method.models, text, 2)
+    noise, t = torch.randn(x.shape, generator=g), torch.randint(1000, (1,), generator=g)
+    with torch.no_grad():
+        expected = (
+            (m * plain.error(plain.unet, x, noise, t, identity.encode_with(method.models, text, vectors)))
+            .square()
+            .mean()
+            .item()
+        )
+    assert text == "a pink dog with * * lying in a city at night"
+    losses = method.learn(scene, short(learnt_words=2).resolve(method.models.card))[1]
+    assert losses == pytest.approx([expected], abs=1e-5)
+
+
+def test_the_models_own_pictures(method, plain, scene):
+    "Their noise loss under their own words, unmasked, times λ_prior, is added; they are the untouched model's."
+    config = lambda weight: short(prior_batch=2, lambda_prior=weight, guidance_scale=1.0)
+    pictures, words = method.prior(scene, config(1.0).resolve(method.models.card), count=3)
+    texts = identity.prior_texts(method.models, "a pink dog", 3, 0)
+    assert all(text.startswith("a pink dog ") for text in texts) and torch.allclose(
+        words[1:2], plain.words(texts[1]), atol=1e-5
+    )
+    method.prior = lambda *a: (pictures, words)
+    g = draws("tuning", 0, 0)
+    k = torch.randint(3, (2,), generator=g)
+    noise, t = torch.randn(3, 16, 8, 8, generator=g), torch.randint(1000, (3,), generator=g)
+    with torch.no_grad():
+        own = (
+            sum(
+                plain.error(plain.unet, pictures[i : i + 1], noise[1 + n : 2 + n], t[1 + n : 2 + n], words[i : i + 1])
+                .square()
+                .mean()
+                .item()
+                for n, i in enumerate(k.tolist())
+            )
+            / 2
+        )
+    losses = {w: method.tune(scene, (scene.e_a, scene.e_b), config(w))[1][0] for w in (0.0, 1.0, 3.0)}
+    assert losses[1.0] - losses[0.0] == pytest.approx(own, abs=1e-5) and losses[3.0] - losses[0.0] == pytest.approx(
+        3 * own, abs=3e-5
+    )
+
+
+def test_alpha_leans_to_the_subjects_words(method, scene):
+    from layerdiffusion.embeddings import interpolate
+
+    near = [mean(interpolate(scene.e_a, scene.e_b, alpha), scene.e_a) for alpha in (0.0, 0.3, 0.7, 1.0)]
+    assert (
+        near == sorted(near, reverse=True)
+        and near[-1] == 0
+        and torch.equal(interpolate(scene.e_a, scene.e_b, 0.0), scene.e_b)
+    )
+
+
+# Masks
+
+
+def first_loss(method, plain, scene, config, *terms):
+    "The first loss of the tuning, ours and by hand: `terms` are (weight, latents, mask)."
+    opt, g = config.alpha * scene.e_a + (1 - config.alpha) * scene.e_b, draws("tuning", config.seed, 0)
+    pictures = list({id(x): x for _, x, _ in terms}.values())
+    noise, t = torch.randn(len(pictures), 16, 8, 8, generator=g), torch.randint(1000, (len(pictures),), generator=g)
+    with torch.no_grad():
+        at = [[x is y for y in pictures].index(True) for _, x, _ in terms]
+        hand = sum(
+            w * (m * plain.error(plain.unet, x, noise[i : i + 1], t[i : i + 1], opt)).square().mean().item()
+            for (w, x, m), i in zip(terms, at)
+        )
+    return method.tune(scene, (scene.e_a, scene.e_b), config)[1][0], hand
+
+
+def test_who_is_in_the_reference_is_left_out(method, plain, scene, task):
+    """M_r is what SAM finds there; Eq. 5 leaves it out, and with `union` the subject's place too. With `empty`
+    nobody is there."""
+    config = lambda **changes: short(eq45_pictures="each", **changes)
+    somebody = method.prepare(
+        task.image, task.text, mask=scene.mask, reference=task.answer, config=config(reference_mask="sam")
+    )
+    assert iou(somebody.reference_mask, task.answer_mask) > 0.7
+    assert (
+        method.prepare(
+            task.image, task.text, mask=scene.mask, reference=task.answer, config=config()
+        ).reference_mask.sum()
+        == 0
+    )
+    m_t, m_r = (F.avg_pool2d(m[None], 8) for m in (somebody.object_mask, somebody.reference_mask))
+    photo, place = plain.encode(somebody.object_image), plain.encode(somebody.reference)
+    for region, outside in (("reference", 1 - m_r), ("union", 1 - torch.maximum(m_r, m_t))):
+        ours, hand = first_loss(
+            method, plain, somebody, config(eq5_region=region, lambda_obj=3.0), (3.0, photo, m_t), (1.0, place, outside)
+        )
+        assert ours == pytest.approx(hand, abs=1e-5), region
+
+
+def test_masks_at_latent_size(method, scene):
+    "Shares of each cell, or cut at one half; nearest takes a pixel of the middle."
+    share = F.avg_pool2d(scene.mask[None], 8)
+    assert torch.allclose(method.small(scene.mask, short()), share, atol=1e-6)
+    assert torch.equal(method.small(scene.mask, short(mask_hard=True)), (share >= 0.5).float())
+    assert torch.equal(method.small(scene.mask, short(mask_resample="nearest")), scene.mask[None, :, 4::8, 4::8])
+
+
+def test_subjects_are_sure_central_and_whole():
+    "Of two masks that differ in one thing."
+    from layerdiffusion.masks import subject_scores
+
+    def score(x, y, side=24, quality=0.9):
+        mask = torch.zeros(1, 64, 64, dtype=torch.bool)
+        mask[:, y : y + side, x : x + side] = True
+        return subject_scores(mask, torch.tensor([quality])).item()
+
+    assert score(20, 20) > score(20, 20, quality=0.5) > 0 and score(20, 20) > score(4, 4) > score(0, 4)
+    assert score(20, 20, 6) == 0 == score(2, 2, 60) and score(10, 10, 44) > 0
+
+
+def test_moving_goes_right_and_down_and_shrinks_about_the_feet():
+    from layerdiffusion.masks import bounding_box, centre, move_mask, move_subject
+
+    mask = F.pad(torch.ones(1, 20, 12), (20, 32, 24, 20))
+    x, y = centre(mask)
+    assert centre(move_mask(mask, 0.1, 0))[0] == pytest.approx(x + 0.1, abs=0.01) and centre(move_mask(mask, 0, 0.1))[
+        1
+    ] == pytest.approx(y + 0.1, abs=0.01)
+    assert bounding_box(move_mask(mask, scale=0.5)) == (23, 34, 29, 44)
+    red = torch.zeros(3, 64, 64)
+    red[0] = 1
+    moved, where = move_subject(red, mask, 0.1, 0, background=torch.zeros(3, 64, 64))
+    assert torch.allclose(moved[0], where[0], atol=1e-5) and moved[1:].max() == 0
+
+
+def test_a_layer_lies_over_the_other():
+    from layerdiffusion.masks import composite, fill_hole
+
+    one, zero, mask = torch.ones(3, 4, 4), torch.zeros(3, 4, 4), torch.eye(4)[None]
+    assert torch.equal(composite(one, mask, zero), mask.expand(3, -1, -1)) and torch.equal(
+        fill_hole(mask.expand(3, -1, -1), mask), zero
+    )
+
+
+def test_a_subject_does_not_reach_the_border():
+    "Of two that are in the middle."
+    from layerdiffusion.masks import subject_scores
+
+    masks = torch.zeros(2, 64, 64, dtype=torch.bool)
+    masks[0, 20:44, 20:44] = masks[1, :, 20:44] = True
+    whole, cut = subject_scores(masks, torch.ones(2))
+    assert whole > cut > 0
+
+
+def test_of_several_masks_the_surest():
+    "SAM gives three for a click."
+    import numpy as np
+    from layerdiffusion.masks import find_mask
+
+    masks = np.zeros((3, 8, 8), bool)
+    for k in range(3):
+        masks[k, : k + 2, 1:5] = True
+    answers = lambda *a, **k: (masks, np.array([0.3, 0.9, 0.5]), None)
+    predictor = SimpleNamespace(set_image=None, predict=answers, model=SimpleNamespace(knows_boxes=False))
+    found = find_mask(predictor, torch.zeros(3, 8, 8), (3, 1))
+    assert torch.equal(found[0], torch.from_numpy(masks[1]).float())
+
+
+def test_the_two_terms_are_the_layers(models, scene):
+    "Eq. 4 and Eq. 5, weighted, are Eq. 6's one pass."
+    from layerdiffusion.fine_tuning import background_loss, layered_loss, object_loss, stack_layers
+
+    g = torch.Generator().manual_seed(0)
+    x, noise, t = (torch.randn(2, 16, 8, 8, generator=g) for _ in range(2)), None, torch.tensor([400, 400])
+    x, noise = x
+    m = F.avg_pool2d(scene.mask[None], 8)
+    both = stack_layers(x[:1], m, x[1:], m, 3.0, 0.5)
+    e = scene.e_a
+    with torch.no_grad():
+        given = models.unet, models.scheduler
+        one = object_loss(*given, x[:1], m, noise[:1], t[:1], e)
+        two = background_loss(*given, x[1:], m, noise[1:], t[1:], e)
+        whole = layered_loss(*given, *both, noise, t, e.expand(2, -1, -1))
+    assert whole.item() == pytest.approx(3 * one.item() + 0.5 * two.item(), abs=1e-5) and not torch.isclose(one, two)
+
+
+# Which O_t
+
+
+def test_the_photo_where_its_subject_does_it_already(method, scene, monkeypatch):
+    "auto: by the words for the photo; input: always; target: never. A text without an action asks for none."
+    from layerdiffusion.embeddings import split_text
+
+    drawn = torch.full((3, 64, 64), 0.5)
+    monkeypatch.setattr(method, "draw", lambda *a: drawn, raising=False)
+    monkeypatch.setattr(method, "find_subject", lambda *a: scene.mask, raising=False)
+
+    def is_photo(which, text, source):
+        picture = method.target(
+            text, split_text(text), scene.image, scene.mask, short(object_picture=which), source=source
+        )[0]
+        return picture is scene.image
+
+    lying, standing, nothing = (
+        "a pink dog lying in the snow",
+        "a pink dog standing in the snow",
+        "a pink dog in the snow",
+    )
+    assert [is_photo("auto", text, PHOTO_WORDS) for text in (lying, standing, nothing)] == [True, False, True]
+    assert [is_photo(which, text, PHOTO_WORDS) for which in ("input", "target") for text in (lying, standing)] == [
+        True,
+        True,
+        False,
+        False,
+    ]
+
+
+def test_what_the_search_is_told(method, scene, monkeypatch):
+    """Its settings, the photo and the subject; and the mask of what it finds grows by a share of the picture's
+    longer side."""
+    told, found = [], F.pad(torch.ones(1, 10, 10), (27, 27, 27, 27))
+
+    def search(models, sam, text, image, mask, **settings):
+        told.append((text, image, mask, settings))
+        return scene.reference, found, []
+
+    monkeypatch.setattr(pipeline, "search_target", search)
+    config = short(
+        object_picture="target", target_draws=7, subject_scale=0.5, target_quality=0.3, seed=2, target_widen=0.05
+    )
+    picture, mask = method.target(scene.text, scene.split, scene.image, scene.mask, config, callback=print)
+    ((text, image, subject, settings),) = told
+    assert picture is scene.reference and (text, image is scene.image, subject is scene.mask) == (
+        scene.text,
+        True,
+        True,
+    )
+    assert {k: v for k, v in settings.items() if k != "callback"} == dict(
+        draws=7, subject_scale=0.5, target_quality=0.3, seed=2
+    )
+    assert torch.equal(mask, dilate(found, 3)) and mask.sum() == 256
+
+
+class Drawn:
+    "A model whose pictures are grey, the lighter the larger their noise, so that a search among them can be followed."
+
+    def __init__(self, monkeypatch, quality=lambda grey: 0.0):
+        self.noise, self.bred, self.saw, breed = [], [], [], identity.breed
+        self.scheduler, self.folder = SimpleNamespace(init_noise_sigma=1.0), None
+
+        def sample(models, embeds, none, latents, steps, guidance):
+            self.noise.append(latents)
+            return latents
+
+        def look(sam, x):
+            return SimpleNamespace(mask=torch.ones(1, 8, 8), quality=quality(x.mean().item()))
+
+        def bring(noise, *args):
+            self.bred.append(noise)
+            return breed(noise, *args)
+
+        stubs = dict(
+            encode_text=lambda *a: None,
+            initial_latents=lambda *a: torch.zeros(1, 1, 2, 2),
+            ddim_sample=sample,
+            decode_latents=lambda m, z: self.grey(z),
+            propose_subject=look,
+            breed=bring,
+            see_subject=lambda m, subject, scale, weights: self.saw.append(scale) or m,
+            cut_out=lambda *a: None,
+            subject_weights=lambda m: None,
+        )
+        for name, stub in stubs.items():
+            monkeypatch.setattr(identity, name, stub)
+
+    def grey(self, z):
+        return (0.5 + 0.1 * z.mean((1, 2, 3))).clamp(0, 1).view(-1, 1, 1, 1).expand(-1, 3, 8, 8)
+
+    def search(self, wanted, draws=40, **settings):
+        "What is found for a photo of one grey; with how far each draw was."
+        image = torch.full((3, 8, 8), wanted)
+        picture, mask, history = identity.search_target(
+            self,
+            None,
+            "a dog",
+            image,
+            torch.ones(1, 8, 8),
+            draws,
+            **dict(spreads=(0.5, 0.3), parents=3, batch=8) | settings,
+        )
+        return picture.mean().item(), torch.tensor(history)
+
+
+def test_the_search_breeds_the_nearest(monkeypatch):
+    "Each generation's parents are the nearest of all draws so far, and what it gives is the nearest of all."
+    drawn = Drawn(monkeypatch)
+    found, far = drawn.search(0.75)
+    noise = torch.cat(drawn.noise)
+    grey = drawn.grey(noise).mean((1, 2, 3))
+    assert len(noise) == 40 and found == pytest.approx(grey[(grey - 0.75).abs().argmin()].item(), abs=1e-6)
+    for before, parents in zip((14, 27), drawn.bred, strict=True):  # 2/3 of 40 draws are bred, 13 a generation
+        nearest = noise[:before][(grey[:before] - 0.75).abs().argsort()[:3]]
+        assert torch.equal(parents, nearest)
+    assert torch.allclose(far, (grey - 0.75).abs() * far[0] / (grey[0] - 0.75).abs(), atol=1e-4)
+
+
+def test_the_search_stops_where_another_coat_is_wanted(monkeypatch):
+    "With subject attention: after the first draws if even the nearest is far. Without, or if one is near, it goes on."
+    counts = {}
+    for name, settings in dict(
+        far=dict(wanted=1.0, subject_scale=1.0), near=dict(wanted=0.5, subject_scale=1.0), alone=dict(wanted=1.0)
+    ).items():
+        drawn = Drawn(monkeypatch)
+        counts[name] = len(drawn.search(**settings)[1])
+        assert drawn.saw == ([1.0] if "subject_scale" in settings else [])
+    assert counts == dict(far=14, near=40, alone=40)
+
+
+def test_quality_counts_as_much_as_it_is_told(monkeypatch):
+    "With subject attention SAM's estimate, times target_quality, is taken off the distance."
+    dark_is_clear = lambda grey: 1.0 if grey < 0.5 else 0.0
+    found = {
+        weight: Drawn(monkeypatch, dark_is_clear).search(0.53, spreads=(), subject_scale=1.0, target_quality=weight)[0]
+        for weight in (0.0, 0.001, 5.0)
+    }
+    assert found[0.0] > 0.5 > found[5.0] and found[0.001] > 0.5
+
+
+def test_children_are_like_their_parents():
+    "The less, the larger the spread; and as wide as noise is."
+    parents = torch.randn(2, 1, 50, 50, generator=torch.Generator().manual_seed(0))
+    like = {}
+    for spread in (0.0, 0.3, 1.0):
+        children = identity.breed(parents, 4, spread, torch.Generator().manual_seed(1))
+        assert children.std().item() == pytest.approx(1, abs=0.05)
+        like[spread] = F.cosine_similarity(children[2].flatten(), parents[0].flatten(), dim=0).item()
+    assert like[0.0] == pytest.approx(1) and like[0.3] == pytest.approx(0.91**0.5, abs=0.05) and abs(like[1.0]) < 0.1
+
+
+def test_the_choice():
+    "The nearest; the most typical where none is near; clearness is taken off the distance."
+    palettes = torch.tensor([0.1, 0.2, 0.4, 0.42]).view(4, 1, 1).expand(-1, 24, 5)
+    wanted = lambda v: torch.full((24, 5), v)
+    assert [identity.choose(palettes, wanted(v)) for v in (0.09, 0.21, 0.41)] == [0, 1, 2] and identity.choose(
+        palettes, wanted(0.9)
+    ) == 1
+    assert identity.choose(palettes, wanted(0.09), torch.tensor([0.0, 0.0, 0.5, 0.0])) == 2
+
+
+# Another coat
+
+COAT, ASKED = torch.tensor([0.6, 0.4, 0.2]), torch.tensor([0.2, 0.3, 0.7])
+
+
+def coats(monkeypatch, method, worn):
+    "The coats that words are said to name."
+    said = []
+
+    def typical(models, sam, words, seed):
+        said.append(words)
+        return (ASKED, 0.01) if "blue" in words else (worn, 0.01)
+
+    monkeypatch.setattr(pipeline, "typical_coat", typical)
+    image = torch.full((3, 64, 64), 0.5)
+    mask = F.pad(torch.ones(1, 30, 30), (17, 17, 17, 17))
+    return mask * COAT[:, None, None] + (1 - mask) * image, mask, said
+
+
+def test_the_coat_becomes_the_one_that_is_asked_for(method, monkeypatch):
+    """Only the subject's; not where it is worn already; and with `recolour_tone` as much lighter or darker than its
+    words as the old one."""
+    from layerdiffusion.embeddings import split_text
+
+    split = split_text("a blue dog lying in the snow")
+
+    def coat(worn, **changes):
+        image, mask, said = coats(monkeypatch, LayerDiffusion(method.models), worn)
+        new = LayerDiffusion(method.models, "mini").in_coat(
+            split, image, mask, short(**changes), "a brown dog lying in a city"
+        )
+        assert torch.equal(new * (1 - mask), image * (1 - mask))
+        return new[:, 32, 32], said
+
+    assert torch.equal(coat(COAT)[0], COAT)
+    same, said = coat(COAT * 0.8, recolour=True)
+    assert torch.allclose(same, ASKED, atol=1e-4) and said == ["a blue dog lying"]
+    lighter, said = coat(COAT * 0.8, recolour=True, recolour_tone=True)
+    darker, _ = coat(COAT * 1.2, recolour=True, recolour_tone=True)
+    assert (
+        torch.allclose(lighter, ASKED / 0.8, atol=1e-3)
+        and torch.allclose(darker, ASKED / 1.2, atol=1e-3)
+        and said == ["a blue dog lying", "a brown dog lying"]
+    )
+
+
+def test_a_coat_that_is_worn_stays(method):
+    "Nearer than `least`, or than three times the spread of the draws."
+    mask = torch.ones(1, 8, 8)
+    image = COAT[:, None, None].expand(3, 8, 8)
+    kept = lambda asked, **more: torch.equal(identity.change_coat(image, mask, asked, **more), image)
+    assert kept((COAT + 0.1, 0.0)) and kept((ASKED, 0.5)) and not kept((ASKED, 0.01)) and kept(None)
+
+
+# Subject attention
+
+
+@pytest.fixture(scope="module")
+def subject(models, task):
+    return identity.cut_out(models, task.image, (task.mask > 0.5).float())
+
+
+def test_the_subject_without_its_place(models, plain, task, subject):
+    "Its latents are those of the subject on grey; another place changes nothing, another subject does."
+    mask = (task.mask > 0.5).float()
+    assert torch.allclose(
+        subject.latents, plain.encode(task.image * mask + 0.5 * (1 - mask)), atol=1e-5
+    ) and torch.allclose(subject.mask, F.avg_pool2d(mask[None], 8), atol=1e-6)
+    elsewhere, other = (
+        identity.cut_out(models, x, mask) for x in (task.image * mask + task.reference * (1 - mask), 1 - task.image)
+    )
+    assert mean(elsewhere.latents, subject.latents) < 1e-5 < 0.01 < mean(other.latents, subject.latents)
+
+
+def test_what_each_layer_reads_of_the_subject(models, plain, subject):
+    """What goes into its self-attention when the U-Net looks at the clean subject without words; the model's own
+    layers are as before."""
+    seen, hooks = {}, []
+    for name, layer in models.unet.named_modules():
+        if name.endswith("attn1"):
+            hooks.append(
+                layer.register_forward_hook(
+                    lambda m, args, kwargs, out, name=name: seen.update(
+                        {name: (args or (kwargs["hidden_states"],))[0]}
+                    ),
+                    with_kwargs=True,
+                )
+            )
+    with torch.no_grad():
+        models.unet(subject.latents, 0, plain.words(""))
+    for hook in hooks:
+        hook.remove()
+    before = dict(models.unet.attn_processors)
+    read = identity.read_subject(models, subject)
+    assert (
+        read.keys() == seen.keys()
+        and len(seen) >= 4
+        and all(torch.allclose(read[name], x, atol=1e-5) for name, x in seen.items())
+    )
+    assert dict(models.unet.attn_processors) == before
+
+
+def inside(subject, count):
+    "Which of a layer's places hold a tenth of the subject or more."
+    side = round(count**0.5)
+    return F.max_pool2d(subject.mask, 8 // side).flatten() > 0.1
+
+
+@pytest.mark.parametrize("kind", ["trained", "shared"])
+def test_attention_sees_the_subject_and_not_the_rest(models, plain, subject, kind):
+    "What lies beside the subject moves nothing, what lies on it moves the answer; and more with a larger scale."
+    weights = identity.subject_weights(models) if kind == "trained" else None
+    x, e = torch.randn(1, 16, 8, 8, generator=torch.Generator().manual_seed(0)), plain.words("a dog")
+
+    def answer(touch=None, scale=1.0):
+        seeing = identity.see_subject(models, subject, scale, weights).unet
+        for layer in identity.self_attention(seeing).values():
+            p = layer.processor
+            where = inside(subject, p.seen.shape[1])
+            if touch is not None:
+                p.seen[:, where if touch == "subject" else ~where] += 3
+        with torch.no_grad():
+            return seeing(x, 500, e).sample
+
+    assert 0 < inside(subject, 64).sum() < 64
+    base = answer()
+    assert mean(base, answer("rest")) < 1e-6 and mean(base, answer("subject")) > 1e-3
+    nothing = answer(scale=1e-9)
+    off = [mean(answer(scale=scale), nothing) for scale in (0.1, 1.0, 3.0)]
+    assert off == sorted(off) and off[0] > 1e-6
+
+
+@pytest.mark.parametrize("kind", ["trained", "shared"])
+def test_attention_by_hand(models, subject, kind):
+    """One layer, written out over the subject's places alone: a second attention that is added, or one in which the
+    subject's weights are multiplied by the scale."""
+    weights, scale = identity.subject_weights(models) if kind == "trained" else None, 1.7
+    seeing = identity.see_subject(models, subject, scale, weights)
+    attn = next(iter(identity.self_attention(seeing.unet).values()))
+    p = attn.processor
+    x = torch.randn(2, p.seen.shape[1], attn.to_q.in_features, generator=torch.Generator().manual_seed(1))
+    seen, heads = (
+        p.seen[:, inside(subject, p.seen.shape[1])].expand(2, -1, -1),
+        lambda v: v.unflatten(-1, (attn.heads, -1)).transpose(1, 2),
+    )
+
+    def attend(q, k, v, times):
+        q, k, v = map(heads, (q, k, v))
+        share = times * (q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5).exp()
+        return ((share / share.sum(-1, keepdim=True)) @ v).transpose(1, 2).flatten(2)
+
+    with torch.no_grad():
+        if kind == "shared":
+            both = torch.cat([x, seen], 1)
+            expected = attn.to_out[0](
+                attend(
+                    attn.to_q(x),
+                    attn.to_k(both),
+                    attn.to_v(both),
+                    torch.tensor([1.0] * x.shape[1] + [scale] * seen.shape[1]),
+                )
+            )
+        else:
+            w = p.weights
+            own = attn.to_out[0](attend(attn.to_q(x), attn.to_k(x), attn.to_v(x), 1.0))
+            expected = own + scale * (
+                attend(x @ w["q"].T, seen @ w["k"].T, seen @ w["v"].T, 1.0) @ w["out"].T + w["out_bias"]
+            )
+        assert torch.allclose(p(attn, x), expected, atol=1e-4)
+
+
+# Which weights move
+
+
+def test_which_weights_move(method, scene):
+    "All of them, those of attention, or these by a change of low rank."
+    words = scene.e_a, scene.e_b
+    moved = {
+        kind: method.tune(scene, words, short(tuned_parameters=kind, lora_rank=3, tuning_steps=2, tuning_lr=1e-3))[0]
+        for kind in ("all", "attention", "lora")
+    }
+    assert any(".attn" not in name for name in moved["all"]) and len(moved["all"]) > len(moved["attention"]) > 0
+    for kind in ("attention", "lora"):
+        assert all(".attn" in name for name in moved[kind]), kind
+        assert all(any(part in name for name in moved[kind]) for part in (".attn1.", ".attn2."))
+    ranks = {
+        kind: max(torch.linalg.matrix_rank(x.float(), rtol=1e-2).item() for x in moved[kind].values() if x.ndim == 2)
+        for kind in ("attention", "lora")
+    }
+    assert ranks["lora"] <= 3 < ranks["attention"] and not any(name.endswith(".bias") for name in moved["lora"])
+
+
+def test_a_tuning_can_begin_with_a_difference(models, scene):
+    "It is added, not taken off, and the loaded model stays."
+    from layerdiffusion.fine_tuning import apply_difference, fine_tune, weight_difference
+
+    name, base = "conv_in.weight", models.unet.state_dict()
+    start = {name: torch.full_like(base[name], 0.25).half()}
+    tuned, _ = fine_tune(
+        models,
+        scene.e_a,
+        torch.zeros(1, 16, 8, 8),
+        torch.ones(1, 1, 8, 8),
+        None,
+        torch.ones(1, 1, 8, 8),
+        steps=0,
+        start=start,
+    )
+    assert torch.allclose(tuned.state_dict()[name], base[name] + 0.25, atol=1e-3) and weight_difference(
+        models.unet, tuned
+    ).keys() == {name}
+    assert torch.allclose(apply_difference(models.unet, start).state_dict()[name], base[name] + 0.25, atol=1e-3)
+
+
+def test_reuse_keeps_what_it_is_told(method, scene):
+    "Of the U-Net's change; and the words keep what Eq. 2 learnt."
+    first = method.edit(
+        scene.image,
+        scene.text,
+        mask=scene.mask,
+        reference=scene.reference,
+        seeds=[0],
+        config=short(tuning_lr=1e-3, embedding_lr=1e-2, embedding_steps=3),
+    )
+    again = lambda keep: method.reuse(first, "a pink dog jumping in the snow", seeds=[0], steps=0, keep=keep)
+    for keep in (0.0, 0.5, 1.0):
+        kept = again(keep).difference
+        assert all(
+            torch.allclose(kept.get(name, torch.zeros(1)).float(), keep * x.float(), atol=1e-5)
+            for name, x in first.difference.items()
+        )
+    from layerdiffusion.sd import encode_text
+
+    old, new = (encode_text(method.models, text) for text in (first.split.object, "a pink dog jumping"))
+    assert (
+        torch.allclose(again(0.0).embeddings[0] - new, first.embeddings[0] - old, atol=1e-5)
+        and mean(first.embeddings[0], old) > 1e-3
+    )
+
+
+# The two presets
+
+
+def test_the_presets():
+    "`paper` has the paper's numbers and nothing beyond it; `best` has what the two searches need."
+    paper, best = preset("paper").resolve({}), preset("best").resolve({})
+    assert (
+        paper.alpha,
+        paper.embedding_steps,
+        paper.tuning_steps,
+        paper.lambda_obj,
+        paper.lambda_bg,
+        paper.embedding_lr,
+        paper.tuning_lr,
+    ) == (0.7, 500, 250, 2.0, 1.0, 1e-3, 2e-6)
+    assert (
+        paper.iterative_guidance
+        and paper.eq8_first == "object"
+        and (paper.eq2_picture, paper.eq2_region) == ("input", "background")
+        and paper.sampling_steps == 50
+    )
+    off = dict(
+        learnt_words=0,
+        object_words="object",
+        tuning_batch=1,
+        tuning_decay=False,
+        recolour=False,
+        recolour_tone=False,
+        target_draws=1,
+        target_quality=0.0,
+        target_widen=0.0,
+        subject_scale=0.0,
+        eq4_words="opt",
+        eq5_words="opt",
+        prior_batch=0,
+    )
+    assert {name: getattr(paper, name) for name in off} == off
+    assert (
+        best.object_picture == "auto"
+        and best.subject_scale > 0
+        and best.target_draws > 1
+        and best.recolour
+        and best.tuning_decay
+        and best.embedding_steps == 0
+    )
+
+
+# What trains the mini models
+
+
+def test_a_moving_average_follows_slowly():
+    "It goes towards the weights, the slower the larger its decay, and quickly at first."
+    from layerdiffusion.mini import moving_average
+
+    def after(decay, n):
+        average, current = [torch.zeros(2)], [torch.ones(2)]
+        moving_average(decay)(average, current, n)
+        assert current[0].tolist() == [1, 1]
+        return average[0][0].item()
+
+    assert (
+        after(0.9, 1000) == pytest.approx(0.1)
+        and after(0.99, 1000) == pytest.approx(0.01)
+        and after(0.99, 0) == pytest.approx(0.9)
+    )
+
+
+def test_the_average_is_of_the_weights_after_each_step(tmp_path):
+    from layerdiffusion.mini import load_checkpoint, train_loop
+    from torch.optim.swa_utils import AveragedModel
+
+    class Line(torch.nn.Module):
+        lr, batch, ema, level = 0.1, 1, 0.5, 0.0
+
+        def __init__(self):
+            super().__init__()
+            self.w = torch.nn.Parameter(torch.zeros(1))
+
+        def forward(self, scenes, g):
+            return (self.w - 10).square().sum(), {}
+
+    train_loop(Line(), tmp_path, 6)
+    model, ema = Line(), AveragedModel(Line())
+    load_checkpoint(tmp_path / "checkpoint.safetensors", model, ema, torch.optim.AdamW(model.parameters(), fused=True))
+    assert 0 < ema.module.w.item() < model.w.item() < 10
+
+
+@pytest.fixture(scope="module")
+def diffusion(models):
+    from layerdiffusion.mini import DiffusionObjective
+
+    return DiffusionObjective(vae=models.folder / "vae")
+
+
+def test_a_tenth_of_the_captions_are_left_out(diffusion, monkeypatch):
+    "So that the model learns what it draws without words, which guidance needs."
+    from layerdiffusion.world import sample_scenes, stream
+
+    class Seen(Exception):
+        pass
+
+    def embed(texts):
+        raise Seen(texts)
+
+    scenes = sample_scenes(600, stream("captions"))
+    monkeypatch.setattr(diffusion, "draw", lambda scenes, g: (torch.zeros(1), torch.zeros(1), scenes), raising=False)
+    monkeypatch.setattr(diffusion, "embed", embed, raising=False)
+    with pytest.raises(Seen) as seen:
+        diffusion(scenes, stream("dropout"))
+    (texts,) = seen.value.args
+    assert len(texts) == 600 and 0.06 < sum(t == "" for t in texts) / 600 < 0.14
+
+
+def test_the_subject_counts_three_times(diffusion, monkeypatch):
+    from layerdiffusion.world import sample_scenes, stream
+
+    scenes = sample_scenes(2, stream("weights"))
+    monkeypatch.setattr(diffusion, "embed", lambda texts: None, raising=False)
+    losses = []
+    for mask in (torch.zeros(2, 1, 8, 8), torch.ones(2, 1, 8, 8)):
+        monkeypatch.setattr(diffusion, "draw", lambda s, g: (torch.zeros(2, 16, 8, 8), mask, s), raising=False)
+        monkeypatch.setattr(diffusion.unet, "forward", lambda x, t, e: SimpleNamespace(sample=torch.zeros_like(x)))
+        losses.append(diffusion(scenes, stream("noise"))[0].item())
+    assert losses[1] == pytest.approx(3 * losses[0], rel=1e-4) and losses[0] > 0
+
+
+def test_the_rate_of_a_training():
+    "Up, level, and down to two hundredths."
+    from layerdiffusion.mini import learning_rate
+
+    rate = [learning_rate(share / 100, 1.0) for share in (0, 0.5, 1, 50, 69, 80, 90, 100)]
+    assert rate[:5] == pytest.approx([0, 0.5, 1, 1, 1]) and rate[4] > rate[5] > rate[6] > rate[7] == pytest.approx(0.02)
+
+
+def test_clicks_and_masks():
+    "All clicks but the last are on the subject; one beside it means the rest. A better mask has a smaller loss."
+    from layerdiffusion.mini import mask_loss, random_clicks
+
+    mask = F.pad(torch.ones(30, 1, 10, 10), (27, 27, 27, 27))
+    at, truth = random_clicks(mask, torch.Generator().manual_seed(0))
+    hit = torch.stack([mask[i, 0][at[i].long()[:, 1], at[i].long()[:, 0]] for i in range(30)]) > 0.5
+    assert hit[:, 0].all() and not hit[:, 1].all()
+    assert all(
+        torch.equal(truth[i, k], mask[i, 0] if hit[i, k] else 1 - mask[i, 0]) for i in range(30) for k in range(2)
+    )
+    good, bad = (mask_loss(sign * (mask * 8 - 4), mask).mean() for sign in (1, -1))
+    assert good < bad
