@@ -442,9 +442,9 @@ def edit(ctx: typer.Context,
     EditConfig(**settings)  # refuses what is wrong before anything is loaded
     with workplace(request, text) as at_end:
         method = LayerDiffusion.from_pretrained(options["model"], options["device"], options["sam"], options["precision"], options["offline"])
-        at_end.append(method.keep_learnt)
         config = preset(options["preset"], method.models.card, **settings)
         result, looks = run_edit(method, text, request, config, choose_level(method, options["memory"], request, config))
+        at_end.append(method.keep_learnt)
         save(result, request["out"], request["image"] if options["paste_back"] else None)
         at_end.clear()
         save_looks(looks, request["out"] / "looks.png")

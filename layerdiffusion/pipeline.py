@@ -37,7 +37,7 @@ class LayerDiffusion:
                 ):
         self.models = models
         self._sam = sam or self.own("sam", "config.json", "vit_h")
-        self.offline, self.cache, self.unfinished, self.learnt, self.say = False, OrderedDict(), {}, None, print  # `say` is told what SAM took for the subject
+        self.offline, self.cache, self.unfinished, self.learnt, self.say = False, OrderedDict(), {}, {}, print  # `say` is told what SAM took for the subject
 
     @classmethod
     def from_pretrained(cls,
@@ -155,7 +155,7 @@ def write(self: Checkpoint, tensors: Optional[dict] = None, **note):  # None: th
     "Write the live stage, or a result, to its file."
     from safetensors.torch import save_file
     begin = self.now()
-    tensors = snapshot(*self.live, copy=False) if tensors is None else tensors
+    tensors = snapshot(*self.live, copy=False) if tensors is None else {name: x.contiguous() for name, x in tensors.items()}
     write_atomic(self.path, lambda p: save_file(tensors, p, {"key": self.key, "text": self.text} | note))
     self.paid(begin)
 
@@ -194,7 +194,7 @@ def checkpoint(self: LayerDiffusion, stage: str, key: str, folder=None, text: st
     try:
         yield point
         self.unfinished.pop(key, None)
-        if stage != "tuning" and point.path and point.due(): point.keep()  # small, and others follow
+        if point.path and stage != "tuning": self.follow(point)
     except BadInput: raise  # what the stage refuses now it would refuse again
     except KeyboardInterrupt:
         where = self.leave(point)
@@ -216,13 +216,16 @@ def leave(self: LayerDiffusion, point: Checkpoint, remember: bool = False) -> st
     return ""
 
 @patch
+def follow(self: LayerDiffusion, point: Checkpoint):
+    "A stage is done that others follow: its small result goes into the file where the stage was long, else only if those are stopped."
+    self.learnt[point.stage] = point.key, point.text, snapshot(*point.live), {}
+    if point.now() - point.begun >= point.every: point.keep()
+
+@patch
 def keep_learnt(self: LayerDiffusion, folder):
-    "Write what the last tuning learnt, where a run ends before its results are saved."
-    if self.learnt is None: return
-    key, text, change, losses = self.learnt
-    tensors = {name: x.contiguous() for name, x in change.items()} | {"losses": torch.tensor(losses, dtype=torch.float64)}
-    Checkpoint("tuning", key, {}, folder, text).keep(tensors, done="yes")
-    self.learnt = None  # is in the file
+    "Write what the stages learnt that are done, where a run ends before its results are saved."
+    for stage, (key, text, tensors, note) in self.learnt.items(): Checkpoint(stage, key, {}, folder, text).keep(tensors, **note)
+    self.learnt = {}
 
 # %% ../nbs/10_pipeline.ipynb #8b2fa30f
 @dataclass
@@ -503,9 +506,8 @@ def tune(self: LayerDiffusion, scene: Scene, words: tuple, config: Optional[Edit
                 return point.begin(params, *state)
             tuned, losses = fine_tune(self.models, embeds, *layers, **settings, prior=prior, start=start, callback=join_callbacks(point, looks, callback), begin=begin)
         change = {name: x.cpu() for name, x in weight_difference(self.models.unet, tuned).items()}
-        self.learnt = key, scene.text, change, losses
+        if folder: self.learnt["tuning"] = key, scene.text, change | {"losses": torch.tensor(losses, dtype=torch.float64)}, dict(done="yes")
         return change, losses
-    self.learnt = None
     if not config.tuning_steps: return start or {}, []
     return self.once("tune", [embeds, layers, prior, settings, start], compute)
 
@@ -569,8 +571,9 @@ def in_its_folder(edit: Callable) -> Callable:
     def alone(self: LayerDiffusion, *args, folder=None, **kwargs):
         if folder is None: return edit(self, *args, **kwargs)
         with one_writer(folder) as folder:
-            self.learnt = None
+            self.learnt = {}
             try: return edit(self, *args, folder=folder, **kwargs)
+            except BadInput: raise
             except BaseException:
                 self.keep_learnt(folder)
                 raise
