@@ -293,7 +293,8 @@ def common(version: Annotated[bool, typer.Option("--version", help="Say the vers
 def read_settings(file: Optional[Path]) -> tuple:
     "The settings in an edit.json and the place of its subject, {} and {} without one."
     if file is None: return {}, {}
-    try: data = json.loads(as_path(file, "--config").read_text(encoding="utf-8-sig"))
+    file = as_path(file, "--config")
+    try: data = json.loads(file.read_text(encoding="utf-8-sig"))
     except OSError as e: raise BadInput(f"--config {str(file)!r} cannot be read: {e.strerror or e}.") from None
     except (ValueError, RecursionError): raise BadInput(f"--config {str(file)!r} is not JSON; give the edit.json of an earlier edit.") from None
     if isinstance(data, dict) and isinstance(data.get("config"), dict): return data["config"], {k: data[k] for k in ("move", "scale") if k in data}
