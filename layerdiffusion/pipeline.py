@@ -92,7 +92,7 @@ class Checkpoint:
     "Keeps a training stage that may be interrupted: in memory, and in a file where a folder is given."
     share = .05  # of the stage's time that goes into writing the file, at most
     every = 5.  # seconds between two writes, at least
-    speed = 2e8  # bytes a second that a disk takes, before it is known
+    speed = 5e8  # bytes a second that a disk takes, before it is known
     now = staticmethod(time.monotonic)
 
     def __init__(self, stage: str, key: str, kept: dict, folder=None, text: str = "", say: Optional[Callable] = None):
@@ -119,7 +119,8 @@ class Checkpoint:
     def due(self) -> bool:
         "Whether the file may be written now."
         now = self.now()
-        return now - self.last >= self.every and self.spent + self.cost <= self.share * (now - self.begun + self.cost)
+        rested = now - self.last >= max(self.every, self.cost * (1 / self.share - 1))
+        return rested and self.spent + self.cost <= self.share * (now - self.begun + self.cost)
 
     def paid(self, begin: float):
         "Note what a write has taken."
