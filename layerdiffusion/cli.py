@@ -6,13 +6,14 @@
 __all__ = ['SUBJECT', 'PLACE', 'WORDS', 'TUNING', 'DRAWING', 'MASKS', 'BEYOND', 'WATCH', 'RUN', 'app', 'PANELS', 'METHOD',
            'EXAMPLES', 'STAGES', 'REPORT', 'Opt', 'in_range', 'as_parameter', 'with_options', 'parse_seeds',
            'parse_numbers', 'default_folder', 'stopped_text', 'claim', 'check_writable', 'check_file', 'check_preview',
-           'read_settings', 'typed', 'read_request', 'placement', 'announce', 'describe_mask', 'prepare',
-           'choose_level', 'Stopped', 'run_edit', 'save_looks', 'after_stop', 'save', 'close_bars', 'forget', 'edit',
-           'examples', 'train_mini', 'check_mini', 'bench', 'experiment', 'docs', 'editor', 'usage', 'explain',
-           'run_app', 'main']
+           'show_version', 'common', 'read_settings', 'typed', 'read_request', 'placement', 'announce', 'describe_mask',
+           'prepare', 'choose_level', 'run_edit', 'close_bars', 'Stopped', 'kept_in', 'workplace', 'save', 'save_looks',
+           'edit', 'export', 'examples', 'train_mini', 'check_mini', 'bench', 'experiment', 'docs', 'editor', 'usage',
+           'explain', 'Speech', 'heard', 'stoppable', 'run_app', 'main']
 
 # %% ../nbs/30_cli.ipynb #9c2efb69
-import inspect, json, re, shutil, sys
+import inspect, json, os, re, shlex, shutil, signal, sys, threading
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
@@ -20,7 +21,7 @@ from typing import Annotated, Any, Callable, List, Literal, Optional
 
 import typer
 
-from .core import BadInput, example_path, list_examples, load_image, write_atomic, write_json
+from .core import BadInput, as_path, example_path, list_examples, load_image, missing_folders, one_writer, write_atomic, write_json
 
 # %% ../nbs/30_cli.ipynb #f87f519d
 @dataclass
@@ -203,12 +204,12 @@ def default_folder(image: str,  # what the user gave as the picture
 # %% ../nbs/30_cli.ipynb #12736591
 def stopped_text(folder: Path) -> Optional[str]:
     "The words of the edit that was stopped in a folder, empty where they are not known; None where none was."
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
     found = None
     for file in sorted(folder.glob("checkpoint-*.safetensors")):
         try:
             with safe_open(str(file), "pt") as f: found = found or (f.metadata() or {}).get("text", "")
-        except Exception: found = found or ""  # damaged: the run begins that stage anew
+        except (OSError, SafetensorError): found = found or ""  # damaged: the run begins that stage anew
     return found
 
 def claim(folder: Path) -> Path:
@@ -220,27 +221,29 @@ def claim(folder: Path) -> Path:
 # %% ../nbs/30_cli.ipynb #46468f7d
 def check_writable(folder: Path, flag: str = "--out"):
     "Refuse a folder that cannot be made or written; leaves nothing behind."
-    made = [p for p in (folder, *folder.parents) if not p.exists()]
-    trial = folder / ".layerdiffusion-trial"
+    folder = as_path(folder, flag)
+    made, trial = missing_folders(folder), folder / f".layerdiffusion-trial-{os.getpid()}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         trial.write_bytes(b"")
     except OSError as e: raise BadInput(f"{flag} {str(folder)!r} cannot be written: {e.strerror or e}.") from None
     finally:
-        for path, remove in [(trial, Path.unlink), *((p, Path.rmdir) for p in made)]:
-            if path.exists(): remove(path)
+        with suppress(OSError): trial.unlink()
+        for path in made:
+            with suppress(OSError): path.rmdir()
 
 # %% ../nbs/30_cli.ipynb #249df1fa
 def check_file(file: Optional[Path]):
     "Refuse a folder, or a folder that cannot be written, where --out shall be a file."
     if file is None: return
+    file = as_path(file, "--out")
     if file.is_dir(): raise BadInput(f"--out {str(file)!r} is a folder; give the name of a file.")
     check_writable(file.parent, "--out: the folder")
 
 def check_preview(file: Optional[Path]) -> Optional[Path]:
     "The file of the preview, refused when no picture can be written to it."
     if file is None: return None
-    file = Path(file).expanduser()
+    file = as_path(file, "--preview")
     if file.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"): raise BadInput(f"--preview {str(file)!r} must end in .png, .jpg or .webp.")
     if file.is_dir(): raise BadInput(f"--preview {str(file)!r} is a folder; give the name of a picture in it.")
     check_writable(file.parent, "--preview: the folder")
@@ -274,11 +277,24 @@ With the paper's model, on your own picture:
 
 Step counts, alpha and lambda are the paper's; learning rates and guidance are the model's own. Exit code: 0 done, 2 something in the input must be changed, 130 stopped by Ctrl-C."""
 
+# %% ../nbs/30_cli.ipynb #b9783f20
+def show_version(wanted: bool):
+    "Say the version and end."
+    if not wanted: return
+    from layerdiffusion import __version__
+    announce(f"layerdiffusion {__version__}")
+    raise typer.Exit()
+
+@app.callback()
+def common(version: Annotated[bool, typer.Option("--version", help="Say the version and end.", callback=show_version, is_eager=True)] = False):
+    "Options of the command itself."
+
 # %% ../nbs/30_cli.ipynb #419f0d06
 def read_settings(file: Optional[Path]) -> tuple:
     "The settings in an edit.json and the place of its subject, {} and {} without one."
     if file is None: return {}, {}
-    try: data = json.loads(Path(file).expanduser().read_text(encoding="utf-8-sig"))
+    file = as_path(file, "--config")
+    try: data = json.loads(file.read_text(encoding="utf-8-sig"))
     except OSError as e: raise BadInput(f"--config {str(file)!r} cannot be read: {e.strerror or e}.") from None
     except (ValueError, RecursionError): raise BadInput(f"--config {str(file)!r} is not JSON; give the edit.json of an earlier edit.") from None
     if isinstance(data, dict) and isinstance(data.get("config"), dict): return data["config"], {k: data[k] for k in ("move", "scale") if k in data}
@@ -297,7 +313,7 @@ def read_request(image: str, options: dict, text: str = "") -> dict:
                    point=[parse_numbers(p, "--point", "X,Y") for p in options["point"]] or None)
     if options["config"] and options["preset"] != "paper": raise BadInput("--config holds all settings already; give --preset or --config, not both.")
     if options["mask"] and (request["point"] or request["box"]): raise BadInput("Give --mask, or --point and --box for SAM to make one, not both.")
-    request |= dict(image=load_image(image), out=Path(options["out"] or default_folder(image, options["resume"], text)).expanduser())
+    request |= dict(image=load_image(image), out=as_path(options["out"] or default_folder(image, options["resume"], text), "--out"))
     said = stopped_text(request["out"]) if options["resume"] else None
     if options["resume"] and said is None: announce(f"Nothing was stopped in {request['out']}: the edit begins anew.")
     if said and said != text: raise BadInput(f"--resume: the edit that was stopped in {request['out']} has the words {said!r}; give those, or another --out.")
@@ -348,59 +364,67 @@ def choose_level(method, wanted: str, request: dict, config) -> str:
     return chosen.level
 
 # %% ../nbs/30_cli.ipynb #48f1e776
-class Stopped(Exception):
-    "Ctrl-C, with a sentence about what is left."
-
 def run_edit(method, text: str, request: dict, config, level: str = "full"):
     "The four stages with progress; checkpoints lie in the folder of the results until those are written. Gives the result and the early looks."
     from layerdiffusion.core import join_callbacks, progress_bars
     from layerdiffusion.memory import run_in
+    from layerdiffusion.saving import clear_checkpoints
     from layerdiffusion.sd import whole_step
-    if request.get("claim"): request["out"] = claim(request["out"])
     show, out, looks = method.preview(request["preview"]) if request["preview"] else progress_bars(), request["out"], []
     show = join_callbacks(show, lambda event: event.image is not None and looks.append((f"step {event.step}", event.image[0])))
     def watch(event):
         with whole_step(): show(event)  # Ctrl-C leaves no half line
     def work(config):
         scene, given = prepare(method, text, request, config, watch)
+        if not request["resume"]: clear_checkpoints(out)  # of an earlier edit; what a higher level of memory leaves is gone on with
+        request["resume"] = True
         return scene, method.edit(request["image"], text, seeds=request["seeds"], config=config, callback=watch, look_every=request["look_every"], folder=out, resume=request["resume"], **given)
-    before = set(out.glob("checkpoint-*.safetensors"))
     try: scene, result = run_in(level, method, config, work, announce)
-    except KeyboardInterrupt: raise Stopped(after_stop(out)) from None
-    except Exception: forget(out, before); raise
     finally: close_bars()
     result.times.update(scene.times)
     return result, looks
-
-def save_looks(looks: list, file: Path):
-    "The early looks in one picture, in their order."
-    from layerdiffusion.core import make_sheet
-    if looks: write_atomic(file, make_sheet([image for _, image in looks], [step for step, _ in looks], 6).save)
-
-# %% ../nbs/30_cli.ipynb #7adbca05
-def after_stop(out: Path) -> str:
-    "What a person should know after Ctrl-C."
-    if not any(out.glob("checkpoint-*")):
-        forget(out)
-        return "Stopped by Ctrl-C; nothing was written."
-    return f"Stopped by Ctrl-C; what was fitted is kept in {out}, and the same command with --out {out} --resume goes on there."
-
-def save(result, out: Path, photo=None):
-    "Write the results; until they are there, the checkpoints stay."
-    try: result.save(out, photo=photo)
-    except KeyboardInterrupt: raise Stopped(after_stop(out)) from None
-    except BadInput: forget(out, set(out.glob("checkpoint-*.safetensors"))); raise
 
 def close_bars():
     "Close the progress bars that are still open."
     from tqdm import tqdm
     for bar in list(getattr(tqdm, "_instances", ())): bar.close()
 
-def forget(out: Path, keep: set = frozenset()):  # keep: what an earlier run had fitted
-    "Remove checkpoints, and the folder (and `edits` about it) if nothing else is in it."
-    for path in set(out.glob("checkpoint-*.safetensors")) - keep: path.unlink()
-    for folder in (out, Path("edits")):
-        if folder.is_dir() and not any(folder.iterdir()): folder.rmdir()
+# %% ../nbs/30_cli.ipynb #7adbca05
+class Stopped(Exception):
+    "Ctrl-C, with a sentence about what is left."
+
+def kept_in(out: Path, text: str = "") -> str:
+    "What an edit of these words has left in a folder, and how to go on; empty where it has left nothing."
+    if stopped_text(out) not in (text, ""): return ""
+    return f"what was fitted is kept in {out}, and the same command with --out {shlex.quote(str(out))} --resume goes on there"
+
+@contextmanager
+def workplace(request: dict, text: str):
+    "The folder of the results, for this run alone; what is done with the results lies in `at_end`, for a run that does not reach it."
+    out, made, at_end = request["out"], missing_folders(request["out"]), []
+    if request["claim"]:
+        request["out"] = out = claim(out)
+        made = [out, *made[1:]]
+    with one_writer(out, made):
+        try: yield at_end
+        except BaseException as error:
+            for keep in at_end: keep(out)
+            left = kept_in(out, text)
+            if isinstance(error, KeyboardInterrupt): raise Stopped(f"Stopped by Ctrl-C; {left or 'nothing was written'}.") from None
+            error.left = left and f" {left[0].upper()}{left[1:]}."
+            raise
+
+# %% ../nbs/30_cli.ipynb #7adbca07
+def save(result, out: Path, photo=None):
+    "Write the results; until they are there, the checkpoints stay."
+    result.save(out, photo=photo)
+
+def save_looks(looks: list, file: Path):
+    "The early looks in one picture, in their order."
+    from layerdiffusion.core import make_sheet
+    if not looks: return
+    try: write_atomic(file, make_sheet([image for _, image in looks], [step for step, _ in looks], 6).save)
+    except BadInput as error: print(f"Warning: {error}", file=sys.stderr)
 
 # %% ../nbs/30_cli.ipynb #dfeb6d5d
 @app.command(epilog=EXAMPLES, no_args_is_help=True)
@@ -417,13 +441,39 @@ def edit(ctx: typer.Context,
     from layerdiffusion.settings import preset
     check_folder(request["out"])
     EditConfig(**settings)  # refuses what is wrong before anything is loaded
-    method = LayerDiffusion.from_pretrained(options["model"], options["device"], options["sam"], options["precision"], options["offline"])
-    config = preset(options["preset"], method.models.card, **settings)
-    result, looks = run_edit(method, text, request, config, choose_level(method, options["memory"], request, config))
-    save(result, request["out"], request["image"] if options["paste_back"] else None)
-    save_looks(looks, request["out"] / "looks.png")
+    with workplace(request, text) as at_end:
+        method = LayerDiffusion.from_pretrained(options["model"], options["device"], options["sam"], options["precision"], options["offline"])
+        config = preset(options["preset"], method.models.card, **settings)
+        result, looks = run_edit(method, text, request, config, choose_level(method, options["memory"], request, config))
+        at_end.append(method.keep_learnt)
+        save(result, request["out"], request["image"] if options["paste_back"] else None)
+        at_end.clear()
+        save_looks(looks, request["out"] / "looks.png")
     seconds = ", ".join(f"{stage} {spent:.1f} s" for stage, spent in result.times.items() if spent > .05)
     announce(f"Time     {seconds}\nWrote    {', '.join(sorted(p.name for p in request['out'].iterdir() if re.fullmatch(OURS + '|looks.png', p.name)))}\nLook at  {request['out'] / 'sheet.png'}")
+
+# %% ../nbs/30_cli.ipynb #dfeb6d5f
+@app.command(no_args_is_help=True, epilog="A LoRA of the first edit:  layerdiffusion export edits/dog-1 --kind lora\n\nThen, in Python:  pipe.load_lora_weights('edits/dog-1-lora')")
+def export(folder: Annotated[Path, typer.Argument(help="Folder of an edit, such as edits/dog-1.")],
+           out: Annotated[Optional[Path], typer.Option(help="Folder for the export. Unset: FOLDER-unet or FOLDER-lora.", metavar="DIR")] = None,
+           kind: Annotated[Literal["unet", "lora"], typer.Option(help="unet: the whole tuned U-Net. lora: pytorch_lora_weights.safetensors, small, and near to it.")] = "unet",
+           rank: Annotated[int, typer.Option(help="Rank of the LoRA.", min=1, max=1280)] = 16,
+           model: Annotated[Optional[str], typer.Option(help="Where the model of the edit is now. Unset: where it was.", metavar="NAME")] = None,
+           offline: Annotated[bool, typer.Option("--offline", help="Never ask the Hugging Face hub; what was fetched before is still used.")] = False,
+           debug: Annotated[bool, typer.Option("--debug", help=RUN[-1].help)] = False):
+    "Write a saved edit for diffusers alone: its U-Net or a LoRA, its words, and a script that draws it."
+    file = as_path(folder, "FOLDER")
+    file = file.parent if file.name == "edit.safetensors" else file
+    out = as_path(out or f"{file if file.name else file.resolve()}-{kind}", "--out")
+    check_writable(out)
+    from layerdiffusion.pipeline import LayerDiffusion, load_edit
+    from layerdiffusion.saving import check_export, export, read_edit
+    check_export(out)
+    settings = read_edit(file / "edit.safetensors")[1]
+    method = LayerDiffusion.from_pretrained(model or settings["model"], "cpu", precision="fp32", offline=offline)
+    export(load_edit(file, method, draw=False), method, out, kind, rank)
+    call = f"UNet2DConditionModel.from_pretrained({str(out / 'unet')!r})" if kind == "unet" else f"pipe.load_lora_weights({str(out)!r})"
+    announce(f"Wrote    {out}\nUse      {call}, or draw with  python {out / 'draw.py'}")
 
 # %% ../nbs/30_cli.ipynb #12721721
 @app.command(epilog='Next:  layerdiffusion edit example:dog "a dog jumping in a forest"')
@@ -554,23 +604,91 @@ def usage(message: str) -> str:
 
 def explain(error: BaseException) -> tuple:  # (sentence, exit code)
     "What a person should read instead of a traceback."
-    if isinstance(error, BadInput): return str(error), 2
+    left = getattr(error, "left", "")  # see `workplace`
+    if isinstance(error, BadInput): return str(error) + left, 2
     if isinstance(error, (KeyboardInterrupt, typer.Abort, Stopped)): return str(error) or "Stopped by Ctrl-C.", 130
     if hasattr(error, "format_message"): return usage(error.format_message()), 2  # typer's own
-    if "out of memory" in str(error).lower(): return "The device ran out of memory; try --memory low, fewer --seeds, or --device cpu.", 1
+    if "out of memory" in str(error).lower(): return "The device ran out of memory; try --memory low, fewer --seeds, or --device cpu." + left, 1
     what = " ".join(str(error).split())[:200]
-    return f"This should not have happened ({type(error).__name__}: {what}); run it again with --debug and report what it shows at {REPORT}.", 1
+    return f"This should not have happened ({type(error).__name__}: {what}); run it again with --debug and report what it shows at {REPORT}.{left}", 1
+
+# %% ../nbs/30_cli.ipynb #56c2e66a
+class Speech:
+    "A stream that never fails, around one that may."
+    def __init__(self, stream): self.stream, self.lost = stream, None
+
+    def __getattr__(self, name): return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        self._try(lambda: self.stream.write(text), text)
+        return len(text)
+
+    def flush(self): self._try(self.stream.flush)
+
+    def _try(self, speak: Callable, text: str = ""):
+        if self.lost: return
+        try: speak()
+        except UnicodeError:
+            code = getattr(self.stream, "encoding", None) or "ascii"
+            self._try(lambda: self.stream.write(text.encode(code, "backslashreplace").decode(code)))
+        except BlockingIOError: pass  # a reader that is slow misses a line
+        except (OSError, ValueError) as error: self._give_up(error)
+
+    def _give_up(self, error: Exception):
+        "Say nothing more; what is left in the stream goes nowhere, so that Python does not stumble over it at its end."
+        self.lost = error
+        if self.stream not in (sys.__stdout__, sys.__stderr__): return
+        with suppress(OSError, ValueError):
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self.stream.fileno())
+            os.close(nowhere)
+
+# %% ../nbs/30_cli.ipynb #56c2e66f
+@contextmanager
+def heard():
+    "Inside the `with`, stdout and stderr cannot fail; what could not be said, and why, is told at its end."
+    for fd in range(3):
+        try: os.fstat(fd)
+        except OSError: os.open(os.devnull, os.O_RDWR)  # gets the lowest free number, which is this one
+    before = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = out, err = [Speech(stream or open(os.devnull, "w")) for stream in before]
+    try: yield
+    finally:
+        out.flush(); err.flush()
+        for name, this, other in (("output", out, err), ("messages", err, out)):
+            if this.lost and not isinstance(this.lost, BrokenPipeError): print(f"layerdiffusion: The rest of the {name} could not be written: {getattr(this.lost, 'strerror', None) or this.lost}.", file=other)
+        sys.stdout, sys.stderr = before
+
+# %% ../nbs/30_cli.ipynb #56c2e671
+@contextmanager
+def stoppable():
+    "Inside the `with`, SIGTERM and SIGHUP act like Ctrl-C; gives a list of those that came."
+    came, before = [], {}
+    def stop(number, frame):
+        came.append(number)
+        press = signal.getsignal(signal.SIGINT)
+        if not callable(press): raise KeyboardInterrupt
+        press(signal.SIGINT, frame)
+    if threading.current_thread() is threading.main_thread():  # Python lets no other set a handler
+        numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+        before = {n: signal.signal(n, stop) for n in numbers if signal.getsignal(n) is signal.SIG_DFL}
+    try: yield came
+    finally:
+        for number, handler in before.items(): signal.signal(number, handler)
 
 # %% ../nbs/30_cli.ipynb #c90362f3
 def run_app(args: List[str]) -> int:  # exit code
     "Run the command and turn whatever happens into an exit code and at most one sentence."
-    try:
-        code = app(args, prog_name="layerdiffusion", standalone_mode=False) or 0
-        if code == 130: print("layerdiffusion: Stopped by Ctrl-C.", file=sys.stderr)  # typer took it
-    except BaseException as error:
-        if isinstance(error, SystemExit) or "--debug" in args and explain(error)[1] == 1: raise
-        sentence, code = explain(error)
-        if sentence: print(f"layerdiffusion: {sentence}", file=sys.stderr)
+    sentence = ""
+    with stoppable() as came:
+        try:
+            code = app(args, prog_name="layerdiffusion", standalone_mode=False) or 0
+            if code == 130: sentence = "Stopped by Ctrl-C."  # typer took it
+        except BaseException as error:
+            if isinstance(error, SystemExit) or "--debug" in args and explain(error)[1] == 1: raise
+            sentence, code = explain(error)
+    if code == 130 and came: sentence, code = sentence.replace("Ctrl-C", signal.Signals(came[0]).name), 128 + came[0]
+    if sentence: print(f"layerdiffusion: {sentence}", file=sys.stderr)
     return code
 
 # %% ../nbs/30_cli.ipynb #b241df49
@@ -579,9 +697,12 @@ def main(args: Optional[List[str]] = None  # None: what was typed
     "The `layerdiffusion` command."
     import warnings
     args = list(sys.argv[1:] if args is None else args)
-    with warnings.catch_warnings():
+    with heard(), warnings.catch_warnings():
         if "--debug" not in args:
             warnings.simplefilter("ignore")
-            warnings.filterwarnings("always", message=".*goes on without checkpoints")
+            warnings.filterwarnings("always", message=".*goes on without")
             warnings.showwarning = lambda message, *_, **__: print(f"Warning: {message}", file=sys.stderr)
         return run_app(args)
+
+# %% ../nbs/30_cli.ipynb #b241df4b
+if __name__ == "__main__" and __spec__: sys.exit(main())

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 # %% ../nbs/18_experiments.ipynb #ea511c6f
 from .baselines import imagic, plug_and_play, sdedit
-from .core import BadInput, content_hash, environment, fit_image, make_sheet, pick_device, to_pil, write_atomic, write_json
+from .core import BadInput, content_hash, environment, fit_image, make_sheet, one_writer, pick_device, to_pil, write_atomic, write_json
 from .identity import subject_name
 from .judge import wilson
 from .metrics import Clip, clip_score
@@ -189,17 +189,18 @@ def run_experiments(names: Sequence[str],  # of `EXPERIMENTS`
     if workers < 1: raise BadInput(f"workers is {workers}; it must be at least 1.")
     resolve_model(model)  # refuses what is not there before processes are started
     devices, cells = [pick_device(d) for d in device.split(",")], Path(folder) / "cells"
-    cells.mkdir(parents=True, exist_ok=True)
     rows, records, made = {}, {}, dict(model=model, environment=environment(str(devices[0])), workers=workers)
     def keep(edit):
         for key, row in edit: rows.setdefault(key, []).append(row)
         for name, of in {key for key, _ in edit}:
             records[name, of] = summary(name, size, of, plan(name, size, of), rows[name, of]) | made
             write_json(Path(folder) / f"{name}-{of}-{size}.json", records[name, of])
-    pool, ticks = start_processes(workers, devices, model)
-    with pool:
-        jobs = [pool.submit(_run_edit, wanted, k, cells) for k in range(max(w.edits for w in wanted))]
-        watch(jobs, ticks, sum(w.edits for w in wanted), pool, keep)
+    with one_writer(folder):
+        cells.mkdir(parents=True, exist_ok=True)
+        pool, ticks = start_processes(workers, devices, model)
+        with pool:
+            jobs = [pool.submit(_run_edit, wanted, k, cells) for k in range(max(w.edits for w in wanted))]
+            watch(jobs, ticks, sum(w.edits for w in wanted), pool, keep)
     return records
 
 def run_experiment(name: str, size: str = "quick", of: str = "best", folder: Path = Path("experiments"), workers: int = 2, device: str = "cpu", model: str = "mini") -> dict:

@@ -22,7 +22,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from . import world
-from .core import BadInput, environment, write_json
+from .core import BadInput, environment, one_writer, write_json
 from .folders import resolve_model
 from .judge import Judge, ask, judge_errors, load_judge, valid, wilson
 from .sd import ddim_sample, decode_latents, encode_image, encode_text, initial_latents, load_models
@@ -546,8 +546,9 @@ def train_stage(stage: str,  # vae, sam, clip, judge or diffusion
         before = _last_record(folder)
         for name, value in dict(seed=seed, level=level).items():
             if before.get(name, value) != value: raise BadInput(f"The run in {folder} has {name} {before[name]}, not {value}; give that, another folder, or --no-resume to begin anew.")
-    train(functools.partial(STAGES[stage], level=level, **kw), folder, length, device, workers, minutes=minutes, resume=resume, seed=seed)
-    write_json(folder / "record.json", dict(stage=stage, length=length, **environment(device)) | _last_record(folder))
+    with one_writer(folder):
+        train(functools.partial(STAGES[stage], level=level, **kw), folder, length, device, workers, minutes=minutes, resume=resume, seed=seed)
+        write_json(folder / "record.json", dict(stage=stage, length=length, **environment(device)) | _last_record(folder))
 
 def _last_record(folder):
     from safetensors import safe_open

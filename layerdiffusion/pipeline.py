@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['KEEP', 'DRAWN', 'LayerDiffusion', 'Checkpoint', 'snapshot', 'restore', 'Scene', 'cover', 'read_mask', 'check_world',
-           'read_object', 'check_placement', 'clock', 'check_seeds', 'Looks', 'load_edit', 'shorter', 'check_reusable']
+           'read_object', 'check_placement', 'clock', 'check_seeds', 'Looks', 'in_its_folder', 'load_edit', 'shorter',
+           'check_reusable']
 
 # %% ../nbs/10_pipeline.ipynb #373dfb2c
-import time, warnings
+import functools, time, warnings
 from collections import OrderedDict
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from numbers import Integral
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import Any, Callable, Optional, Sequence, Union
 
 import torch
 
-from .core import BadInput, Event, content_hash, environment, fit_image, fit_points, join_callbacks, live_preview, load_image, pick_device, to_pil, write_atomic
+from .core import BadInput, Event, content_hash, environment, fit_image, fit_points, join_callbacks, live_preview, load_image, one_writer, pick_device, to_pil, write_atomic
 from .embeddings import Split, embedding_objective, interpolate, split_text, subject_action, subject_phrase
 from .fine_tuning import apply_difference, fine_tune, full_rank, trainable, union, weight_difference
 from .guidance import turns
@@ -36,7 +37,7 @@ class LayerDiffusion:
                 ):
         self.models = models
         self._sam = sam or self.own("sam", "config.json", "vit_h")
-        self.offline, self.cache, self.unfinished, self.say = False, OrderedDict(), {}, print  # `say` is told what SAM took for the subject
+        self.offline, self.cache, self.unfinished, self.learnt, self.say = False, OrderedDict(), {}, {}, print  # `say` is told what SAM took for the subject
 
     @classmethod
     def from_pretrained(cls,
@@ -89,29 +90,53 @@ def once(self: LayerDiffusion,
 # %% ../nbs/10_pipeline.ipynb #01c2a988
 class Checkpoint:
     "Keeps a training stage that may be interrupted: in memory, and in a file where a folder is given."
-    every = 15.  # seconds between two writes of the file
+    share = .05  # of the stage's time that goes into writing the file, at most
+    every = 5.  # seconds between two writes, at least
+    speed = 5e8  # bytes a second that a disk takes, before it is known
+    now = staticmethod(time.monotonic)
 
-    def __init__(self, stage: str, key: str, kept: dict, folder=None, text: str = ""):
-        self.stage, self.key, self.kept, self.text = stage, key, kept, text
+    def __init__(self, stage: str, key: str, kept: dict, folder=None, text: str = "", say: Optional[Callable] = None):
+        self.stage, self.key, self.kept, self.text, self.say = stage, key, kept, text, say
         self.path = Path(folder) / f"checkpoint-{stage}.safetensors" if folder else None
-        self.live, self.last = None, time.monotonic()
+        self.live, self.spent, self.cost = None, 0., 0.
+        self.begun = self.last = self.now()
 
     def begin(self, params, optimizer, losses) -> int:
         "Restore what was kept of this very stage, if anything; gives the step to go on from."
         saved = self.kept.get(self.key) or self.read()
         if saved: restore(saved, params, optimizer, losses)
         self.live = params, optimizer, losses
+        self.cost = self.size / self.speed
+        if self.path and self.say: self.say(f"Keeps    {self.path} while it runs, for --resume: about {self.size / 1e6:,.0f} MB, twice that while it is replaced")
         return len(losses)
 
+    @property
+    def size(self) -> int:
+        "Bytes of the file, about: each parameter, and the two numbers that Adam keeps of it."
+        params, optimizer, _ = self.live
+        return round((3 if isinstance(optimizer, torch.optim.Adam) else 1.5) * sum(p.numel() * p.element_size() for p in params))
+
+    def due(self) -> bool:
+        "Whether the file may be written now."
+        now = self.now()
+        rested = now - self.last >= max(self.every, self.cost * (1 / self.share - 1))
+        return rested and self.spent + self.cost <= self.share * (now - self.begun + self.cost)
+
+    def paid(self, begin: float):
+        "Note what a write has taken."
+        self.last = self.now()
+        self.cost = self.last - begin
+        self.spent += self.cost
+
     def __call__(self, event: Event):
-        if self.path and (time.monotonic() - self.last > self.every or event.step == event.total): self.keep()
+        if self.path and self.due(): self.keep()
 
 # %% ../nbs/10_pipeline.ipynb #faa65454
-def snapshot(params, optimizer, losses) -> dict:
+def snapshot(params, optimizer, losses, copy: bool = True) -> dict:
     "Everything a stage needs to go on, as one flat dict of tensors."
     out = {f"param.{i}": p.detach() for i, p in enumerate(params)} | {"losses": torch.tensor([float(x) for x in losses], dtype=torch.float64)}
     for i, p in enumerate(params): out |= {f"adam.{i}.{k}": torch.as_tensor(v) for k, v in optimizer.state.get(p, {}).items()}
-    return {k: v.detach().cpu().clone().contiguous() for k, v in out.items()}
+    return {k: (v.detach().cpu().clone() if copy else v.detach().cpu()).contiguous() for k, v in out.items()}
 
 def restore(saved: dict, params, optimizer, losses):
     "Put a `snapshot` back."
@@ -127,48 +152,81 @@ def restore(saved: dict, params, optimizer, losses):
 
 # %% ../nbs/10_pipeline.ipynb #28a87458
 @patch
-def write(self: Checkpoint):
-    "Write the live stage to its file."
+def write(self: Checkpoint, tensors: Optional[dict] = None, **note):  # None: the live stage
+    "Write the live stage, or a result, to its file."
     from safetensors.torch import save_file
-    write_atomic(self.path, lambda p: save_file(snapshot(*self.live), p, {"key": self.key, "text": self.text}))
-    self.last = time.monotonic()
+    begin = self.now()
+    tensors = snapshot(*self.live, copy=False) if tensors is None else {name: x.contiguous() for name, x in tensors.items()}
+    write_atomic(self.path, lambda p: save_file(tensors, p, {"key": self.key, "text": self.text} | note))
+    self.paid(begin)
 
 @patch
-def keep(self: Checkpoint):
+def keep(self: Checkpoint, tensors: Optional[dict] = None, **note):
     "Write the file; where that fails, say so once: a full disk stops the checkpoints, not the run."
-    try: self.write()
+    try: self.write(tensors, **note)
     except BadInput as error:
         self.path = None
         warnings.warn(f"{error} The run goes on without checkpoints.")
 
 @patch
-def read(self: Checkpoint) -> Optional[dict]:
-    "What the file holds of this very stage."
+def read(self: Checkpoint, done: bool = False) -> Optional[dict]:  # done: the result, not a stage that is half done
+    "What the file holds of this very stage; nothing where it is damaged."
+    from safetensors import SafetensorError, safe_open
     if not self.path or not self.path.exists(): return None
-    from safetensors import safe_open
     try:
-        with safe_open(str(self.path), "pt") as f: return {k: f.get_tensor(k) for k in f.keys()} if f.metadata()["key"] == self.key else None
-    except Exception: return None
+        with safe_open(str(self.path), "pt") as f:
+            note = f.metadata() or {}
+            if note.get("key") == self.key and ("done" in note) == done: return {k: f.get_tensor(k) for k in f.keys()}
+    except (OSError, SafetensorError): pass
+
+@patch
+def whole(self: Checkpoint) -> bool:
+    "Whether the live stage is between two steps: Adam counts a step before it is made, the losses after."
+    if self.live is None or not self.live[2]: return False
+    _, optimizer, losses = self.live
+    return all(int(state["step"]) <= len(losses) for state in optimizer.state.values() if "step" in state)
 
 # %% ../nbs/10_pipeline.ipynb #03dd5318
 @patch
 @contextmanager
 def checkpoint(self: LayerDiffusion, stage: str, key: str, folder=None, text: str = ""):  # text: what the edit shall show, for people
     "Around a training stage: keeps what was done when it is interrupted, and says how to go on."
-    point = Checkpoint(stage, key, self.unfinished, folder, text)
+    point = Checkpoint(stage, key, self.unfinished, folder, text, self.say if stage == "tuning" else None)
     try:
         yield point
         self.unfinished.pop(key, None)
-        point.live = None
-    except torch.OutOfMemoryError:
-        if point.live is not None and point.live[2]: self.unfinished[key] = snapshot(*point.live)  # the optimiser's first step may be half made
-        raise
+        if point.path and stage != "tuning": self.follow(point)
+    except BadInput: raise  # what the stage refuses now it would refuse again
     except KeyboardInterrupt:
-        if point.live is None: raise
-        self.unfinished[key] = snapshot(*point.live)
-        if point.path: point.keep()
-        where = f"the same command with --resume goes on from {point.path}" if point.path else "the same call on this object goes on"
+        where = self.leave(point)
+        if not where: raise
         raise KeyboardInterrupt(f"Stopped after step {len(point.live[2])} of the stage {stage!r}; {where} there.") from None
+    except BaseException as error:
+        self.leave(point, isinstance(error, torch.OutOfMemoryError))
+        raise
+    finally: point.live = None
+
+@patch
+def leave(self: LayerDiffusion, point: Checkpoint, remember: bool = False) -> str:  # remember: in memory too
+    "Keep a stage that ends before its last step, in its file or else in memory; says where, empty where there is nothing to keep."
+    if not point.whole(): return ""
+    with suppress(RuntimeError):  # of a device that does not answer any more
+        if point.path: point.keep()
+        if not point.path or remember: self.unfinished[point.key] = snapshot(*point.live)
+        return f"the same command with --resume goes on from {point.path}" if point.path else "the same call on this object goes on"
+    return ""
+
+@patch
+def follow(self: LayerDiffusion, point: Checkpoint):
+    "A stage is done that others follow: its small result goes into the file where the stage was long, else only if those are stopped."
+    self.learnt[point.stage] = point.key, point.text, snapshot(*point.live), {}
+    if point.now() - point.begun >= point.every: point.keep()
+
+@patch
+def keep_learnt(self: LayerDiffusion, folder):
+    "Write what the stages learnt that are done, where a run ends before its results are saved."
+    for stage, (key, text, tensors, note) in self.learnt.items(): Checkpoint(stage, key, {}, folder, text).keep(tensors, **note)
+    self.learnt = {}
 
 # %% ../nbs/10_pipeline.ipynb #8b2fa30f
 @dataclass
@@ -443,12 +501,14 @@ def tune(self: LayerDiffusion, scene: Scene, words: tuple, config: Optional[Edit
     def compute(key):
         looks = Looks(self, words, scene.size, config, look_every, look_seed) if look_every else None
         with self.checkpoint("tuning", key, folder, scene.text) as point:
+            if done := point.read(done=True): return done, done.pop("losses").tolist()
             def begin(params, *state):
                 if looks: looks.watch(params, start)
                 return point.begin(params, *state)
             tuned, losses = fine_tune(self.models, embeds, *layers, **settings, prior=prior, start=start, callback=join_callbacks(point, looks, callback), begin=begin)
-        change = weight_difference(self.models.unet, tuned)
-        return {name: x.cpu() for name, x in change.items()}, losses
+        change = {name: x.cpu() for name, x in weight_difference(self.models.unet, tuned).items()}
+        if folder: self.learnt["tuning"] = key, scene.text, change | {"losses": torch.tensor(losses, dtype=torch.float64)}, dict(done="yes")
+        return change, losses
     if not config.tuning_steps: return start or {}, []
     return self.once("tune", [embeds, layers, prior, settings, start], compute)
 
@@ -506,7 +566,22 @@ class Looks:
         with half(self.method.models): event.image = self.method.paint(self.unet, **self.draw)
 
 # %% ../nbs/10_pipeline.ipynb #38a55785
+def in_its_folder(edit: Callable) -> Callable:
+    "An edit that has its folder to itself, and leaves there what it learnt when it ends before its pictures are drawn."
+    @functools.wraps(edit)
+    def alone(self: LayerDiffusion, *args, folder=None, **kwargs):
+        if folder is None: return edit(self, *args, **kwargs)
+        with one_writer(folder) as folder:
+            self.learnt = {}
+            try: return edit(self, *args, folder=folder, **kwargs)
+            except BadInput: raise
+            except BaseException:
+                self.keep_learnt(folder)
+                raise
+    return alone
+
 @patch
+@in_its_folder
 def edit(self: LayerDiffusion,
          image,  # a file, `example:dog`, a Pillow picture or a tensor (3, H, W) in 0-1
          text: str,  # T, what the picture shall show
@@ -567,6 +642,7 @@ def load_edit(path: Union[str, Path],  # edit.safetensors or its folder
               method: Optional[LayerDiffusion] = None,  # a loaded model, `Models` or a name; None: the one named in the file
               seeds: Optional[Sequence[int]] = None,  # None: those it was saved with
               callback: Optional[Callable] = None,
+              draw: bool = True,  # False: no pictures, only what they are drawn with
               **changes  # settings of the drawing to change, see `DRAWN`
              ) -> EditResult:
     "Draw a saved edit again: with nothing changed, the same pictures, on the same device in the same precision."
@@ -582,7 +658,7 @@ def load_edit(path: Union[str, Path],  # edit.safetensors or its folder
     same_model(settings, method.models, repr(str(path)))
     words = tuple(tensors[k].to(method.models.device) for k in ("e_a", "e_b"))
     change, seeds = {k[5:]: v for k, v in tensors.items() if k.startswith("unet.")}, check_seeds(settings["seeds"] if seeds is None else seeds)
-    images = method.sample(words, change, tuple(settings["size"]), seeds, config, callback)
+    images = method.sample(words, change, tuple(settings["size"]), seeds, config, callback) if draw else torch.zeros(0, 3, *settings["size"])
     record = dict(precision=str(method.models.dtype).removeprefix("torch.")) | {k: settings[k] for k in ("model", "model_hash", "source", "move", "scale", "object_given", "reused") if k in settings} | environment(str(method.models.device))
     return EditResult(images, seeds, settings["text"], split, config, words, change, vectors=tensors.get("vectors"), record=record, **beside(path))
 

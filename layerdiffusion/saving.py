@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FORMAT', 'OURS', 'DRAW', 'EditResult', 'photo_info', 'whole_folder', 'clear_checkpoints', 'saved_before',
            'check_folder', 'read_edit', 'beside', 'pixels', 'lora', 'draw_script', 'drawing', 'three_embeddings',
-           'same_model', 'portable', 'export']
+           'same_model', 'portable', 'check_export', 'export']
 
 # %% ../nbs/09_saving.ipynb #4055775e
 import copy, json, os, re, shutil, time, uuid
@@ -17,7 +17,7 @@ from typing import Callable, Literal, Optional, Union
 import torch
 import torch.nn as nn
 
-from .core import BadInput, load_image, make_sheet, to_pil, write_json
+from .core import BadInput, as_path, load_image, make_sheet, one_writer, to_pil, write_json
 from .embeddings import Split, interpolate
 from .fine_tuning import apply_difference, factors, full_rank, low_rank
 from .guidance import turns
@@ -114,6 +114,11 @@ def save(self: EditResult,
          photo=None  # the photo in full size: paste the edit back into it, see `full_resolution`
         ) -> Path:
     "Write pictures, sheet, edit.safetensors and edit.json."
+    with one_writer(check_folder(folder)) as folder: return self.replace_files(folder, rank, photo)
+
+@patch
+def replace_files(self: EditResult, folder: Path, rank: Optional[int] = None, photo=None) -> Path:
+    "What `save` does once the folder is its own."
     from safetensors.torch import save_file
     folder, settings = check_folder(folder), self.settings(rank)
     before = saved_before(folder)
@@ -137,24 +142,23 @@ def save(self: EditResult,
 @contextmanager
 def whole_folder(folder: Path):
     "A hidden folder inside `folder` to write to; what is in it goes to `folder` when the `with` ends well, and nowhere when it does not."
-    new, hidden = not folder.exists(), folder / f".{os.getpid()}-{uuid.uuid4().hex[:8]}.unfinished"
-    try:
-        hidden.mkdir(parents=True)
-        yield hidden
-        for path in sorted(hidden.iterdir()):
-            if path.is_dir(): shutil.rmtree(folder / path.name, ignore_errors=True)  # a folder only replaces an empty one
-            os.replace(path, folder / path.name)  # edit.json comes first, so that a folder of which half was moved is known as ours
-    except Exception as e:
-        if isinstance(e, OSError) or "os error" in str(e): raise BadInput(f"{str(folder)!r} cannot be written: {getattr(e, 'strerror', None) or re.sub(r'.*I/O error: | .os error.*', '', str(e))}.") from None
-        raise  # safetensors has an error of its own for a full disk, hence the text
-    finally:
-        shutil.rmtree(hidden, ignore_errors=True)
-        if new and folder.is_dir() and not any(folder.iterdir()): folder.rmdir()
+    hidden = folder / f".{os.getpid()}-{uuid.uuid4().hex[:8]}.unfinished"
+    with one_writer(folder):
+        try:
+            hidden.mkdir(parents=True)
+            yield hidden
+            for path in sorted(hidden.iterdir()):
+                if path.is_dir(): shutil.rmtree(folder / path.name, ignore_errors=True)  # a folder only replaces an empty one
+                os.replace(path, folder / path.name)  # edit.json comes first, so that a folder of which half was moved is known as ours
+        except Exception as e:
+            if isinstance(e, OSError) or "os error" in str(e): raise BadInput(f"{str(folder)!r} cannot be written: {getattr(e, 'strerror', None) or re.sub(r'.*I/O error: | .os error.*', '', str(e))}.") from None
+            raise  # safetensors has an error of its own for a full disk, hence the text
+        finally: shutil.rmtree(hidden, ignore_errors=True)
 
 # %% ../nbs/09_saving.ipynb #3a793107
 def clear_checkpoints(folder: Union[str, Path]):
     "Remove the checkpoints of an edit, and what a killed process left half-written."
-    for path in Path(folder).expanduser().glob("*"):
+    for path in as_path(folder).glob("*"):
         if path.is_file() and re.fullmatch(r"\.?checkpoint-(embeddings|words|tuning)(-[0-9a-f]{8})?\.safetensors", path.name): path.unlink(missing_ok=True)
         if path.is_dir() and re.fullmatch(r"\.\d+-[0-9a-f]{8}\.unfinished", path.name) and not _at_work(path): shutil.rmtree(path, ignore_errors=True)
 
@@ -176,7 +180,7 @@ def saved_before(folder: Path) -> Optional[dict]:
 
 def check_folder(folder: Union[str, Path]) -> Path:
     "The folder for an edit, refused where `save` would replace files of somebody else."
-    folder = Path(folder).expanduser()
+    folder = as_path(folder)
     taken = [] if saved_before(folder) else sorted(p.name for p in folder.glob("*") if re.fullmatch(OURS, p.name))
     if taken: raise BadInput(f"The folder {str(folder)!r} holds {taken[0]!r}, which an edit would replace, and no edit of this library; give another folder.")
     return folder
@@ -185,7 +189,7 @@ def check_folder(folder: Union[str, Path]) -> Path:
 def read_edit(path: Path) -> tuple:
     "Tensors and settings of a saved edit."
     from safetensors import safe_open
-    if not path.is_file(): raise BadInput(f"There is no saved edit {str(path)!r}.")
+    if not as_path(path).is_file(): raise BadInput(f"There is no saved edit {str(path)!r}.")
     try:
         with safe_open(str(path), "pt") as f: tensors, settings = {k: f.get_tensor(k) for k in f.keys()}, json.loads(f.metadata()["edit"])
         whole = {"e_a", "e_b"} <= tensors.keys() and {"format", "text", "object", "background", "seeds", "size", "config", "model", "model_hash"} <= settings.keys()
@@ -256,7 +260,7 @@ def draw_script(kind: str,  # "unet" or "lora"
                ) -> str:
     "The text of draw.py."
     unet = 'unet=UNet2DConditionModel.from_pretrained(here / "unet"),' if kind == "unet" else ""
-    lora = 'pipe.load_lora_weights(here, weight_name="lora.safetensors")\n' if kind == "lora" else ""
+    lora = 'pipe.load_lora_weights(here, weight_name="pytorch_lora_weights.safetensors")\n' if kind == "lora" else ""
     return DRAW.format(scheduler=type(scheduler).__name__, unet=unet, lora=lora)
 
 # %% ../nbs/09_saving.ipynb #9932c44c
@@ -293,10 +297,20 @@ def portable(scheduler):
     return make(scheduler.config, trained_betas=(1 - kept / torch.cat([torch.ones(1), kept[:-1]])).tolist())
 
 # %% ../nbs/09_saving.ipynb #8c8aa2c6
+def check_export(folder: Union[str, Path]) -> Path:
+    "The folder for an export, refused where files of somebody else would be replaced."
+    folder = as_path(folder)
+    try: ours = "turns" in json.loads((folder / "settings.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, TypeError): ours = False
+    names = ("unet", "scheduler", "pytorch_lora_weights.safetensors", "embeddings.safetensors", "settings.json", "draw.py")
+    taken = [] if ours else [name for name in names if (folder / name).exists()]
+    if taken: raise BadInput(f"The folder {str(folder)!r} holds {taken[0]!r}, which an export would replace; give another folder.")
+    return folder
+
 def export(result: EditResult,
            models,  # `Models` it was made with, or a `LayerDiffusion`
            folder: Union[str, Path],  # made if it is not there
-           kind: Literal["unet", "lora"] = "unet",  # the whole tuned U-Net, or a file for `load_lora_weights`
+           kind: Literal["unet", "lora"] = "unet",  # the whole tuned U-Net in the folder `unet`, or a file that `load_lora_weights(folder)` finds
            rank: int = 16  # of "lora"
           ) -> Path:
     "Write an edit so that diffusers alone can draw it."
@@ -304,10 +318,10 @@ def export(result: EditResult,
     if kind not in ("unet", "lora"): raise BadInput(f"The kind of export is {kind!r}; it must be unet or lora.")
     models = getattr(models, "models", models)
     same_model(result.record, models, "The edit")
-    models, folder = with_scheduler(models, result.config.scheduler), Path(folder).expanduser()
+    models, folder = with_scheduler(models, result.config.scheduler), check_export(folder)
     with whole_folder(folder) as inside, quiet():
         if kind == "unet": apply_difference(models.unet, result.difference).save_pretrained(inside / "unet")
-        else: save_file(lora(models.unet, result.difference, rank), inside / "lora.safetensors")
+        else: save_file(lora(models.unet, result.difference, rank), inside / "pytorch_lora_weights.safetensors")
         save_file(three_embeddings(result, models), inside / "embeddings.safetensors")
         portable(models.scheduler).save_pretrained(inside / "scheduler")
         write_json(inside / "settings.json", drawing(result, models))

@@ -74,3 +74,13 @@ def test_imports_have_their_own_cells(page):
         imports = any(isinstance(n, (ast.Import, ast.ImportFrom)) for n in ast.walk(parsed))
         if imports and not all(isinstance(n, (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef)) for n in parsed.body): mixed.append(cell.source)
     assert not mixed, "\n---\n".join(mixed)
+
+def test_a_mistake_in_a_cell_is_one_sentence():
+    "A BadInput shows itself in a notebook as it does in a terminal; another error keeps its traceback."
+    from nbclient import NotebookClient
+    cells = ["from layerdiffusion.core import load_image", "load_image('nowhere.png')", "1 / 0"]
+    nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(c) for c in cells])
+    NotebookClient(nb, kernel_name="python3", allow_errors=True, resources=dict(metadata=dict(path=str(ROOT)))).execute()
+    bad, other = (c.outputs[0] for c in nb.cells[1:])
+    assert bad.traceback == ["BadInput: There is no file 'nowhere.png'; give the path of a PNG, JPEG or WebP picture."]
+    assert bad.ename == "BadInput" and len("\n".join(other.traceback).splitlines()) > 3
