@@ -300,28 +300,47 @@ def _by_profile(image, name):
 # %% ../nbs/00_core.ipynb #258f98b8
 _TURNS = {2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE", 6: "ROTATE_270", 7: "TRANSVERSE", 8: "ROTATE_90"}
 
+def _raw_exif(image):
+    "The EXIF bytes that a picture came with, without the word Exif before them."
+    note, text = image.info.get("exif") or b"", image.info.get("Raw profile type exif")
+    try: note = bytes.fromhex("".join(text.split("\n")[3:])) if text and not note else bytes(note)
+    except UNREADABLE: note = b""
+    while note.startswith(b"Exif\0\0"): note = note[6:]
+    return note
+
+def _table(note):
+    "The first table of EXIF bytes: their order, where it starts, and its entries of 12 bytes; None where there is no table."
+    order = {b"II*\0": "little", b"MM\0*": "big"}.get(note[:4])
+    if order is None: return None
+    start = int.from_bytes(note[4:8], order)
+    end = start + 2 + 12 * int.from_bytes(note[start:start + 2], order)
+    if start < 8 or end > len(note): return None
+    return order, start, [note[at:at + 12] for at in range(start + 2, end, 12)]
+
 def _turn(image):
     "How a picture must be turned to be upright, as the EXIF note about it says in whatever form; None: not at all."
     from PIL import Image
-    try: value = image.getexif().get(0x0112)
-    except UNREADABLE: return None
-    if isinstance(value, (tuple, list)) and value: value = value[0]
-    if isinstance(value, bytes): value = value[0] if value[:1] and value[0] < 9 else value.decode("latin1")
-    try: return getattr(Image.Transpose, _TURNS.get(int(value), ""), None)
-    except (TypeError, ValueError, ZeroDivisionError): return None
+    order, _, entries = _table(_raw_exif(image)) or (None, None, [])
+    value = next((_small_number(e, order) for e in entries if int.from_bytes(e[:2], order) == 0x0112), None)
+    try:
+        if value is None: value = image.getexif().get(0x0112)  # a TIFF file's own, or one in XMP
+        if isinstance(value, (tuple, list)): value = value[0]
+        return getattr(Image.Transpose, _TURNS.get(int(value), ""), None) if value is not None else None
+    except (*UNREADABLE, ZeroDivisionError): return None
+
+def _small_number(entry, order):
+    "The value of an EXIF entry that is a digit, a byte or a whole number; None: of another kind."
+    kind, value = int.from_bytes(entry[2:4], order), entry[8:]
+    if kind == 2: return int(value[:1]) if value[:1].isdigit() else 0
+    size = {1: 1, 6: 1, 7: 1, 3: 2, 8: 2, 4: 4, 9: 4, 13: 4}.get(kind)
+    return int.from_bytes(value[:size], order) if size else None
 
 def _without_turn(note):
-    "EXIF bytes without the note about the turn and without previews; b'' where they cannot be read."
-    data, order = note, {b"II*\0": "little", b"MM\0*": "big"}.get(note[:4])
-    if order is None: return b""
-    number = lambda at, size: int.from_bytes(data[at:at + size], order)
-    start = number(4, 4)
-    table, end = start + 2, start + 2 + 12 * number(start, 2)
-    if start < 8 or end > len(data): return b""
-    entries = [data[at:at + 12] for at in range(table, end, 12)]
+    "EXIF bytes without the note about the turn and without previews; all other bytes stay where they are."
+    order, start, entries = _table(note)
     kept = [e for e in entries if int.from_bytes(e[:2], order) != 0x0112]
-    room = bytes(end + 4 - table - 12 * len(kept))  # where the table ended, and "no other table"
-    return data[:start] + len(kept).to_bytes(2, order) + b"".join(kept) + room + data[end + 4:]
+    room = bytes(12 * (len(entries) - len(kept)) + 4)  # where the table ended, and "no other table"
+    return note[:start] + len(kept).to_bytes(2, order) + b"".join(kept) + room + note[start + 6 + 12 * len(entries):]
 
 # %% ../nbs/00_core.ipynb #258f98ba
 def pack_exif(exif: "Image.Exif",  # as Pillow's `getexif` gives it
@@ -363,16 +382,14 @@ def _notes(image, name, turned):
 
 def _exif_bytes(image, name, turned):
     "The EXIF notes; without the one about the turn, if the picture was turned."
-    note, text = image.info.get("exif") or b"", image.info.get("Raw profile type exif")
     if hasattr(image, "tag_v2"):
         try: return pack_exif(image.getexif(), only=_DESCRIBING)[0]
         except UNREADABLE: return b""
-    try: note = bytes.fromhex("".join(text.split("\n")[3:])) if text and not note else bytes(note)
-    except UNREADABLE: note = b""
-    while note.startswith(b"Exif\0\0"): note = note[6:]
-    rest = _without_turn(note)
-    if note and not rest: warnings.warn(Notice(f"The EXIF notes of {name} cannot be read and are left out."), stacklevel=6)
-    return b"Exif\0\0" + (rest if turned else note) if rest else b""
+    note = _raw_exif(image)
+    if not note: return b""
+    if _table(note): return b"Exif\0\0" + (_without_turn(note) if turned else note)
+    warnings.warn(Notice(f"The EXIF notes of {name} cannot be read and are left out."), stacklevel=6)
+    return b""
 
 # %% ../nbs/00_core.ipynb #a99f7ebb
 def _from_numbers(x):

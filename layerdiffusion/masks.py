@@ -367,7 +367,7 @@ def _strength(x, name):
     if len(values) <= 2 and values[0] == 0 and (whole or high >= 1) or len(values) == 1 and whole: return (x > 0).astype("float32")
     if high <= white / 2 and white > 1:
         raise BadInput(f"{name} holds {_some(values)}, and nothing is white ({white:g}): give one of 0 and 1, the 1 for your subject alone.")
-    return (x / white).astype("float32")
+    return x.astype("float32") / np.float32(white)
 
 def _some(values):
     "A few numbers, in words."
