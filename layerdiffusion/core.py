@@ -191,14 +191,13 @@ def _open(path):
         with _pillow(): return Image.open(path, formats=[f for f in FORMATS if f in Image.OPEN])
     except Image.DecompressionBombError: raise _too_large(repr(str(path))) from None
     except PermissionError: raise BadInput(f"{str(path)!r} may not be read; check its permissions.") from None
-    except ValueError as e:
-        if "MAX_TEXT" in str(e) or "text" in str(e): raise BadInput(f"{str(path)!r} holds notes of more than 64 MB; save it again without them.") from None
-        raise _no_picture(path) from None
-    except UNREADABLE: raise _no_picture(path) from None
+    except UNREADABLE as e: raise (_long_notes(repr(str(path))) if "MAX_TEXT" in str(e) else _no_picture(path)) from None
 
 def _too_large(name, size=None):
     what = f"{size[0]} x {size[1]} pixels" if size else "far too many pixels"
     return BadInput(f"{name} has {what}; the limit is {MAX_PIXELS // 10**6} million, so make it smaller first.")
+
+def _long_notes(name): return BadInput(f"{name} holds notes of more than 64 MB; save it again without them.")
 
 def _camera_raw(name): return BadInput(f"{name} holds a camera's raw data, of which only a small preview could be read; develop it and save it as JPEG, PNG or TIFF.")
 
@@ -218,7 +217,7 @@ def _decode(image, name):
     except UNREADABLE as e:
         if "closed" in str(e) or getattr(image, "fp", e) is None:
             raise BadInput(f"{name} was closed before its pixels were read; open it again, or give its path.") from None
-        raise BadInput(f"{name} is damaged or cut short; copy or save it again.") from None
+        raise (_long_notes(name) if "MAX_TEXT" in str(e) else BadInput(f"{name} is damaged or cut short; copy or save it again.")) from None
     if 0 in image.size: raise BadInput(f"{name} has no pixels: it is {image.width} x {image.height}.")
     if frames > 1 and not image.tell(): warnings.warn(Notice(f"{name} has {frames} frames or pages; the first is taken."), stacklevel=4)
     return image, deep

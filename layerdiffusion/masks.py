@@ -109,6 +109,28 @@ def _sam_config(weights):
     decoder = dict(transformer_dim=dim, num_multimask_outputs=3, iou_head_hidden_dim=shape("mask_decoder.iou_prediction_head.layers.0.weight")[0])
     return dict(image_encoder=encoder, prompt_encoder=prompts, transformer=transformer, mask_decoder=decoder, pixel_mean=[123.675, 116.28, 103.53], pixel_std=[58.395, 57.12, 57.375])
 
+# %% ../nbs/03_masks.ipynb #f9ff4c5d
+def _read_weights(path):
+    "A state dict from .safetensors or .pth; never runs code that a file may contain."
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+            return load_file(path)
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception: raise BadInput(f"{str(path)!r} is damaged or is not a file of weights; download it again.") from None
+
+def _filled(path, config=None):
+    "The `Sam` whose weights are in a file."
+    return _with_weights(_plain(_read_weights(path)), config, f"The weights in {str(path)!r}")
+
+def _with_weights(weights, config, name):
+    "A `Sam` with these weights."
+    try:
+        sam = _build_sam(config or _sam_config(weights))
+        sam.load_state_dict({k: v.float() for k, v in weights.items()})
+    except (RuntimeError, AttributeError, KeyError, ValueError, IndexError, TypeError): raise BadInput(f"{name} are of another kind of SAM; the published ones are at {', '.join(SAM_FILES.values())}.") from None
+    return sam
+
 # %% ../nbs/03_masks.ipynb #db729deb
 _RENAMED = [(r"^vision_encoder\.", "image_encoder."),
             (r"^(shared_image_embedding|prompt_encoder\.shared_embedding)\.", "prompt_encoder.pe_layer."),
@@ -134,28 +156,6 @@ def _plain(weights):
         if isinstance(weights, dict) and isinstance(weights.get(level), dict): weights = weights[level]
     if not isinstance(weights, dict) or not any(str(name).startswith("vision_encoder.") for name in weights): return weights
     return {_own_name(name): w for name, w in weights.items()}
-
-# %% ../nbs/03_masks.ipynb #f9ff4c5d
-def _read_weights(path):
-    "A state dict from .safetensors or .pth; never runs code that a file may contain."
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-            return load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception: raise BadInput(f"{str(path)!r} is damaged or is not a file of weights; download it again.") from None
-
-def _filled(path, config=None):
-    "The `Sam` whose weights are in a file."
-    return _with_weights(_plain(_read_weights(path)), config, f"The weights in {str(path)!r}")
-
-def _with_weights(weights, config, name):
-    "A `Sam` with these weights."
-    try:
-        sam = _build_sam(config or _sam_config(weights))
-        sam.load_state_dict({k: v.float() for k, v in weights.items()})
-    except (RuntimeError, AttributeError, KeyError, ValueError, IndexError, TypeError): raise BadInput(f"{name} are of another kind of SAM; the published ones are at {', '.join(SAM_FILES.values())}.") from None
-    return sam
 
 # %% ../nbs/03_masks.ipynb #9768d925
 def _sam_parts(name, checkpoint):

@@ -35,7 +35,7 @@ class LayerDiffusion:
                  sam: Any = None  # a loaded `Sam`, `SamPredictor` or `SamModel`, "mini", a folder, or a file such as sam_vit_h_4b8939.pth; None: the model folder's own, mini beside mini, else vit_h
                 ):
         self.models = models
-        self._sam = self.own("sam", "config.json", "vit_h") if sam is None else sam if isinstance(sam, (str, Path)) else load_sam(sam)
+        self._sam = self.own("sam", "config.json", "vit_h") if sam is None else sam if isinstance(sam, (str, Path)) else load_sam(sam, device=str(models.device))
         self.offline, self.cache, self.unfinished, self.say = False, OrderedDict(), {}, print  # `say` is told what SAM took for the subject
 
     @classmethod
