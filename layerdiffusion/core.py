@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['FORMATS', 'MAX_PIXELS', 'UNREADABLE', 'BadInput', 'refusal', 'Notice', 'show_images', 'to_pil', 'package_folder',
-           'list_examples', 'example_path', 'pack_exif', 'open_image', 'load_image', 'fit_image', 'fit_points',
-           'make_sheet', 'write_atomic', 'write_json', 'environment', 'content_hash', 'pick_device', 'Event',
-           'join_callbacks', 'sparkline', 'progress_bars', 'Preview', 'live_preview']
+           'list_examples', 'example_path', 'grey_numbers', 'pack_exif', 'open_image', 'load_image', 'fit_image',
+           'fit_points', 'make_sheet', 'write_atomic', 'write_json', 'environment', 'content_hash', 'pick_device',
+           'Event', 'join_callbacks', 'sparkline', 'progress_bars', 'Preview', 'live_preview']
 
 # %% ../nbs/00_core.ipynb #3eeca0f9
 import contextlib, hashlib, importlib.metadata, importlib.util, json, math, os, struct, subprocess, threading, time, uuid, warnings, zlib
@@ -264,7 +264,7 @@ def _eight_bits(image, name, deep):
     from PIL import Image
     key, colours = image.info.get("transparency"), 1 if image.mode == "LA" else 3
     if image.mode == "F" or image.mode.startswith("I"):
-        numbers, white = _grey(image)
+        numbers, white = grey_numbers(image)
         grey = Image.fromarray(_to_bytes(numbers, name, white))
         return Image.merge("LA", (grey, Image.fromarray(_to_bytes(numbers != key, name)))) if isinstance(key, int) else grey
     if not deep: return image
@@ -273,7 +273,8 @@ def _eight_bits(image, name, deep):
     if isinstance(key, tuple): image.info["transparency"] = tuple(v >> 8 for v in key)
     return image
 
-def _grey(image):
+def grey_numbers(image: "Image.Image"  # decoded, of a mode "I;16", "I" or "F"
+                ) -> tuple:  # (H, W) and the number that is white in 16 bits
     "The numbers of a grey picture and their white, as its file says."
     import numpy as np
     x, tags, white = np.asarray(image), getattr(image, "tag_v2", None) or {}, 65535

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Callable, Optional, Sequence, Union
 import torch
 import torch.nn.functional as F
 
-from .core import BadInput, Notice, load_image, open_image, package_folder
+from .core import BadInput, Notice, grey_numbers, load_image, open_image, package_folder
 
 if TYPE_CHECKING:
     from segment_anything import SamPredictor
@@ -378,7 +378,8 @@ def _some(values):
 def _painted(image, name):
     "The mask (H, W) in 0-1 of a decoded picture."
     import numpy as np
-    if image.mode in ("1", "F") or image.mode.startswith("I") or image.mode == "L" and "transparency" not in image.info: return _strength(np.asarray(image), name)
+    if image.mode == "F" or image.mode.startswith("I"): return _strength(grey_numbers(image)[0], name)
+    if image.mode in ("1", "L") and "transparency" not in image.info: return _strength(np.asarray(image), name)
     if image.mode in ("LA", "PA", "RGBA", "La", "RGBa") or "transparency" in image.info:
         if image.mode in ("La", "RGBa"): image = image.convert(image.mode.upper())
         cut = _cut_out(np.asarray(image.convert("RGBA")), name)
