@@ -6,10 +6,10 @@
 __all__ = ['SUBJECT', 'PLACE', 'WORDS', 'TUNING', 'DRAWING', 'MASKS', 'BEYOND', 'WATCH', 'RUN', 'app', 'PANELS', 'METHOD',
            'EXAMPLES', 'STAGES', 'REPORT', 'Opt', 'in_range', 'as_parameter', 'with_options', 'parse_seeds',
            'parse_numbers', 'default_folder', 'stopped_text', 'claim', 'check_writable', 'check_file', 'check_preview',
-           'show_version', 'common', 'read_settings', 'typed', 'read_request', 'placement', 'announce', 'describe_mask',
-           'prepare', 'choose_level', 'run_edit', 'close_bars', 'Stopped', 'kept_in', 'workplace', 'save', 'save_looks',
-           'edit', 'export', 'examples', 'train_mini', 'check_mini', 'bench', 'experiment', 'docs', 'editor', 'usage',
-           'explain', 'Speech', 'heard', 'stoppable', 'run_app', 'main']
+           'show_version', 'common', 'read_settings', 'typed', 'read_points', 'read_request', 'placement', 'announce',
+           'describe_mask', 'prepare', 'choose_level', 'run_edit', 'close_bars', 'Stopped', 'kept_in', 'workplace',
+           'save', 'save_looks', 'edit', 'export', 'examples', 'train_mini', 'check_mini', 'bench', 'experiment',
+           'docs', 'editor', 'usage', 'explain', 'Speech', 'heard', 'stoppable', 'run_app', 'main']
 
 # %% ../nbs/30_cli.ipynb #9c2efb69
 import inspect, json, os, re, shlex, shutil, signal, sys, threading
@@ -21,7 +21,9 @@ from typing import Annotated, Any, Callable, List, Literal, Optional
 
 import typer
 
-from .core import BadInput, as_path, example_path, list_examples, load_image, missing_folders, one_writer, write_atomic, write_json
+from .core import BadInput, Notice, as_path, example_path, list_examples, load_image, missing_folders
+from .core import one_writer, open_image, write_atomic, write_json
+
 
 # %% ../nbs/30_cli.ipynb #f87f519d
 @dataclass
@@ -42,6 +44,7 @@ class Opt:
 # %% ../nbs/30_cli.ipynb #947335ba
 SUBJECT = [
     Opt("point", List[str], [], "A pixel on the subject, counted from the top left of IMAGE; SAM makes it a mask. May be given several times.", metavar="X,Y"),
+    Opt("not_point", List[str], [], "A pixel that does not belong to the subject, beside --point. May be given several times; mini's SAM does not know such clicks.", metavar="X,Y"),
     Opt("box", Optional[str], None, "A box around the subject; SAM makes it a mask.", metavar="X0,Y0,X1,Y1"),
     Opt("mask", Optional[Path], None, "A picture that is white where the subject is. Without --point, --box and --mask SAM proposes a subject, and the sheet shows which.", metavar="FILE"),
     Opt("reference", Optional[Path], None, "A picture of the new background, O_r. Without it one is drawn from the background words.", metavar="FILE"),
@@ -307,10 +310,16 @@ def typed(ctx: typer.Context, options: dict, rows: List[Opt]) -> dict:
     return {o.name: options[o.name] for o in rows if getattr(ctx.get_parameter_source(o.name), "name", "") == "COMMANDLINE"}
 
 # %% ../nbs/30_cli.ipynb #3590b1c5
+def read_points(options: dict) -> dict:
+    "The clicks as `edit` takes them: those on the subject, then those beside it."
+    on, beside = ([parse_numbers(p, f"--{flag}", "X,Y") for p in options[flag.replace("-", "_")]] for flag in ("point", "not-point"))
+    if beside and not on: raise BadInput("--not-point says what is not the subject; give --point X,Y on the subject too.")
+    return dict(point=on + beside or None, point_labels=[1] * len(on) + [0] * len(beside) if beside else None)
+
 def read_request(image: str, options: dict, text: str = "") -> dict:
     "Everything about an edit that can be known without a model."
     request = dict(seeds=parse_seeds(options["seeds"]), box=parse_numbers(options["box"], "--box", "X0,Y0,X1,Y1"),
-                   point=[parse_numbers(p, "--point", "X,Y") for p in options["point"]] or None)
+                   **read_points(options))
     if options["config"] and options["preset"] != "paper": raise BadInput("--config holds all settings already; give --preset or --config, not both.")
     if options["mask"] and (request["point"] or request["box"]): raise BadInput("Give --mask, or --point and --box for SAM to make one, not both.")
     request |= dict(image=load_image(image), out=as_path(options["out"] or default_folder(image, options["resume"], text), "--out"))
@@ -319,7 +328,8 @@ def read_request(image: str, options: dict, text: str = "") -> dict:
     if said and said != text: raise BadInput(f"--resume: the edit that was stopped in {request['out']} has the words {said!r}; give those, or another --out.")
     request |= dict(claim=not options["out"] and said is None)
     if options["object_mask"] and not options["object_reference"]: raise BadInput("--object-mask belongs to --object-reference; the subject's mask in IMAGE is --mask.")
-    for name in ("mask", "reference", "object_reference", "object_mask"): load_image(options[name] or request["image"])
+    for name in ("reference", "object_reference"): load_image(options[name] or request["image"])
+    for name in ("mask", "object_mask"): open_image(options[name] or request["image"])
     check_writable(request["out"])
     request |= dict(preview=check_preview(options["preview"]))
     return request | {name: options[name] for name in ("mask", "reference", "object", "background", "source", "object_reference", "object_mask", "look_every", "resume")}
@@ -344,7 +354,7 @@ def describe_mask(mask  # (1, H, W) in 0-1
 def prepare(method, text: str, request: dict, config, show: Callable):
     "Mask, words and reference; tells what was found."
     import warnings
-    given = {k: request[k] for k in ("mask", "point", "box", "reference", "object", "background", "source", "object_reference", "object_mask", "move", "scale")}
+    given = {k: request[k] for k in ("mask", "point", "point_labels", "box", "reference", "object", "background", "source", "object_reference", "object_mask", "move", "scale")}
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         scene = method.prepare(request["image"], text, config=config, callback=show, **given)
@@ -352,6 +362,7 @@ def prepare(method, text: str, request: dict, config, show: Callable):
     if scene.object_image is not scene.image: announce(f"Eq. 4    {describe_mask(scene.object_mask)}, as the sheet shows")
     for w in said:
         if "mini knows" in str(w.message): print(f"Warning: {w.message}", file=sys.stderr)
+        if issubclass(w.category, Notice): warnings.warn(w.message)
     return scene, given
 
 # %% ../nbs/30_cli.ipynb #cfa7ddaa
@@ -701,7 +712,12 @@ def main(args: Optional[List[str]] = None  # None: what was typed
         if "--debug" not in args:
             warnings.simplefilter("ignore")
             warnings.filterwarnings("always", message=".*goes on without")
-            warnings.showwarning = lambda message, *_, **__: print(f"Warning: {message}", file=sys.stderr)
+            warnings.filterwarnings("always", category=Notice)
+            told = set()
+            def tell(message, *_, **__):
+                if str(message) not in told: print(f"Warning: {message}", file=sys.stderr)
+                told.add(str(message))
+            warnings.showwarning = tell
         return run_app(args)
 
 # %% ../nbs/30_cli.ipynb #b241df4b

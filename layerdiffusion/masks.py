@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['SAM_FILES', 'WRAPPERS', 'SAM_MARK', 'RELATIVES', 'RESAMPLE', 'overlay', 'dilate', 'iou', 'bounding_box',
-           'inside_point', 'centre', 'check_mask', 'load_sam', 'look', 'find_mask', 'Proposal', 'subject_scores',
-           'propose_subject', 'mask_from_file', 'to_latent', 'composite', 'fill_hole', 'move_mask', 'move_subject']
+           'inside_point', 'centre', 'check_mask', 'load_sam', 'check_labels', 'look', 'find_mask', 'Proposal',
+           'subject_scores', 'propose_subject', 'mask_from_file', 'to_latent', 'composite', 'fill_hole', 'move_mask',
+           'move_subject']
 
 # %% ../nbs/03_masks.ipynb #8fd6f55d
-import math
+import math, os, re, warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Callable, Optional, Sequence, Union
@@ -16,11 +17,10 @@ from typing import TYPE_CHECKING, Callable, Optional, Sequence, Union
 import torch
 import torch.nn.functional as F
 
-from .core import BadInput, load_image, package_folder
+from .core import BadInput, Notice, grey_numbers, load_image, open_image, package_folder
 from .folders import check_weights, read_json
 
 if TYPE_CHECKING:
-    from PIL import Image
     from segment_anything import SamPredictor
     from segment_anything.modeling import Sam
 
@@ -114,7 +114,7 @@ def _sam_config(weights):
 # %% ../nbs/03_masks.ipynb #f9ff4c5d
 WRAPPERS = ("model", "state_dict", "model_state_dict", "sam", "sam_model", "module")  # what trainings put round weights
 SAM_MARK = "image_encoder.patch_embed.proj.weight"  # a name that every SAM has
-RELATIVES = {"vision_encoder.": "transformers' SamModel", "image_encoder.trunk.": "SAM 2", "memory_attention.": "SAM 2",
+RELATIVES = {"image_encoder.trunk.": "SAM 2", "memory_attention.": "SAM 2",
              "mask_decoder.hf_": "HQ-SAM", "image_encoder.patch_embed.seq.": "MobileSAM", "model.0.conv.": "FastSAM"}
 
 def _read_weights(path):
@@ -130,30 +130,34 @@ def _read_weights(path):
         raise BadInput(f"{str(path)!r} is damaged, or holds more than weights, which is not run; "
                        "download it again.") from None
 
-def _unwrapped(data, path):
+def _unwrapped(data, name):
     "The tensors of a checkpoint by their names in SAM, out of what a training put round them."
     while isinstance(data, dict) and not any(str(name).endswith(SAM_MARK) for name in data):
         inner = next((data[name] for name in WRAPPERS if isinstance(data.get(name), dict)), None)
         if inner is None: break
         data = inner
+    data = _plain(data)
     names = [str(name) for name in data] if isinstance(data, dict) else []
     relative = next((r for mark, r in RELATIVES.items() if any(mark in name for name in names)), None)
     prefix = next((name.removesuffix(SAM_MARK) for name in names if name.endswith(SAM_MARK)), None)
     if relative or prefix is None:
         first = ", ".join(names[:3]) or "nothing"
         what = f"of {relative or f'another kind of SAM, or of something else (they begin with {first})'}"
-        raise BadInput(f"The weights in {str(path)!r} are {what}; the published ones are at "
+        raise BadInput(f"{name} are {what}; the published ones are at "
                        f"{', '.join(SAM_FILES.values())}.")
     own = {name: x for name, x in data.items() if name.startswith(prefix) and isinstance(x, torch.Tensor)}
     return {name.removeprefix(prefix): x for name, x in own.items()}
 
 def _filled(path, config=None):
     "The `Sam` whose weights are in a file."
-    weights = _unwrapped(_read_weights(path), path)
+    return _with_weights(_read_weights(path), config, f"The weights in {str(path)!r}", path.with_name("config.json"))
+
+def _with_weights(weights, config, name, config_file=None):
+    "A `Sam` with these weights."
+    weights = _unwrapped(weights, name)
     try: sam = _build_sam(config or _sam_config(weights))
     except (RuntimeError, AttributeError, KeyError, TypeError, ValueError, IndexError, ZeroDivisionError) as e:
-        where = f"The weights in {str(path)!r} are incomplete"
-        if config: where = f"{path.with_name('config.json')} does not describe a SAM"
+        where = f"{config_file} does not describe a SAM" if config else f"{name} are incomplete"
         raise BadInput(f"{where} ({type(e).__name__}: {e}); get it again, or the published ones at "
                        f"{', '.join(SAM_FILES.values())}.") from None
     own = {name: x.shape for name, x in sam.state_dict().items()}
@@ -161,11 +165,35 @@ def _filled(path, config=None):
     wrong += [f"{name} is not known" for name in weights if name not in own]
     wrong += [f"{name} has another shape" for name in own if name in weights and own[name] != weights[name].shape]
     if wrong:
-        raise BadInput(f"The weights in {str(path)!r} do not fit their SAM: "
+        raise BadInput(f"{name} do not fit their SAM: "
                        f"{', '.join(wrong[:3])}{', …' if len(wrong) > 3 else ''}; the published ones are at "
                        f"{', '.join(SAM_FILES.values())}.")
     sam.load_state_dict({k: v.float() for k, v in weights.items()})
     return sam
+
+# %% ../nbs/03_masks.ipynb #db729deb
+_RENAMED = [(r"^vision_encoder\.", "image_encoder."),
+            (r"^(shared_image_embedding|prompt_encoder\.shared_embedding)\.", "prompt_encoder.pe_layer."),
+            (r"\.positional_embedding$", ".positional_encoding_gaussian_matrix"),
+            (r"^prompt_encoder\.point_embed\.", "prompt_encoder.point_embeddings."),
+            (r"mask_embed\.conv1", "mask_downscaling.0"), (r"mask_embed\.layer_norm1", "mask_downscaling.1"),
+            (r"mask_embed\.conv2", "mask_downscaling.3"), (r"mask_embed\.layer_norm2", "mask_downscaling.4"),
+            (r"mask_embed\.conv3", "mask_downscaling.6"), (r"patch_embed\.projection", "patch_embed.proj"),
+            (r"neck\.conv1", "neck.0"), (r"neck\.layer_norm1", "neck.1"), (r"neck\.conv2", "neck.2"), (r"neck\.layer_norm2", "neck.3"),
+            (r"(image_encoder\.)layers\.", r"\1blocks."), (r"upscale_conv1", "output_upscaling.0"),
+            (r"upscale_layer_norm", "output_upscaling.1"), (r"upscale_conv2", "output_upscaling.3"),
+            (r"(iou_prediction_head|hypernetworks_mlps\.\d)\.layers\.0", r"\1.layers.1"), (r"\.proj_in\.", ".layers.0."),
+            (r"(iou_prediction_head|hypernetworks_mlps\.\d)\.proj_out\.", r"\1.layers.2."), (r"layer_norm", "norm")]
+
+def _own_name(name):
+    "The name in `segment_anything` of a weight of transformers' `SamModel`."
+    for pattern, own in _RENAMED: name = re.sub(pattern, own, name)
+    return name
+
+def _plain(weights):
+    "Weights by the names of `segment_anything`; transformers' own names are told by their beginning."
+    if not isinstance(weights, dict) or not any(str(name).startswith("vision_encoder.") for name in weights): return weights
+    return {_own_name(name): w for name, w in weights.items()}
 
 # %% ../nbs/03_masks.ipynb #9768d925
 def _sam_parts(name, checkpoint):
@@ -178,19 +206,35 @@ def _sam_parts(name, checkpoint):
     if folder.is_file() or folder.suffix in (".pth", ".safetensors"): return folder, None, True
     if not (folder / "config.json").is_file(): raise BadInput(f"There is no SAM {str(name)!r}; choose mini, {', '.join(SAM_FILES)}, a file of published weights, or a folder with config.json and model.safetensors.")
     config = read_json(folder / "config.json")
-    return folder / "model.safetensors", config, config.get("boxes", False)
+    if "model_type" not in config: return folder / "model.safetensors", config, config.get("boxes", False)
+    if config["model_type"] != "sam":
+        raise BadInput(f"{str(folder)!r} holds a model of the kind {config['model_type']!r}; give transformers' SamModel, "
+                       "whose kind is 'sam', such as facebook/sam-vit-base saved by save_pretrained.")
+    file = next((f for f in ("model.safetensors", "pytorch_model.bin") if (folder / f).is_file()), "model.safetensors")
+    return folder / file, None, True
+
 
 # %% ../nbs/03_masks.ipynb #03911500
-def load_sam(name: Union[str, Path] = "mini",  # "mini", a file of published weights, "vit_b", "vit_l", "vit_h", or a folder
+def load_sam(name: Union[str, Path, "Sam"] = "mini",  # "mini", a file of published weights, "vit_b", "vit_l", "vit_h", a folder (transformers' too), or a loaded `Sam`, `SamPredictor` or `SamModel`
              checkpoint: Union[str, Path, None] = None,  # file of weights for the published sizes; None: the one in the current folder
              device: str = "cpu"  # where it will run
             ) -> "Sam":
     "A segmenter, ready to be asked."
-    path, config, boxes = _sam_parts(name, checkpoint)
-    if not path.is_file(): raise BadInput(f"There is no file of weights {str(path)!r}; published ones are at {SAM_FILES['vit_b']} ({_SAM_SIZES['vit_b']}) and {SAM_FILES['vit_h']} ({_SAM_SIZES['vit_h']}).")
-    sam = _filled(path, config).to(device).eval().requires_grad_(False)
-    sam.knows_boxes = boxes
+    if not isinstance(name, (str, Path)): sam, boxes = _loaded(name), True
+    else:
+        path, config, boxes = _sam_parts(name, checkpoint)
+        if not path.is_file(): raise BadInput(f"There is no file of weights {str(path)!r}; published ones are at {SAM_FILES['vit_b']} ({_SAM_SIZES['vit_b']}) and {SAM_FILES['vit_h']} ({_SAM_SIZES['vit_h']}).")
+        sam = _filled(path, config)
+    sam = sam.to(device).eval().requires_grad_(False)
+    sam.knows_boxes = getattr(sam, "knows_boxes", boxes)
     return sam
+
+def _loaded(sam):
+    "The `Sam` in an object that somebody has loaded."
+    if hasattr(sam, "set_image"): sam = sam.model  # a SamPredictor
+    if hasattr(sam, "prompt_encoder") and hasattr(sam, "image_encoder") and hasattr(sam, "mask_decoder"): return sam
+    if hasattr(sam, "vision_encoder") and hasattr(sam, "mask_decoder"): return _with_weights(sam.state_dict(), None, "The weights of this SamModel")
+    raise BadInput(f"A segmenter is a Sam or SamPredictor of segment_anything, a SamModel of transformers, a file or a folder; this is a {type(sam).__name__}.")
 
 # %% ../nbs/03_masks.ipynb #a1872e15
 def _check_inside(points, image):
@@ -201,12 +245,22 @@ def _check_inside(points, image):
 
 def _as_points(point, labels):
     "One click or several as point_coords (n, 2) and point_labels (n,)."
-    import numpy as np
     if point is None: return None, None
+    import numpy as np
     coords = np.asarray(point, dtype="float32").reshape(-1, 2)
-    labels = np.ones(len(coords), int) if labels is None else np.asarray(labels, int)
-    if len(labels) != len(coords): raise BadInput(f"There are {len(coords)} points but {len(labels)} labels; give one label (1 subject, 0 background) for each point.")
-    return coords, labels
+    return coords, np.asarray(check_labels(len(coords), labels), int)
+
+def check_labels(count: int,  # number of clicks
+                 labels: Optional[Sequence] = None  # one for each; None: all on the subject
+                ) -> list:  # 1 or 0 for each
+    "What each click says, as SAM's `point_labels`: 1 is the subject, 0 is not."
+    if not count: raise BadInput("The list of points is empty; give at least one (x, y), or None for SAM's own proposal.")
+    try: labels = [1] * count if labels is None else [float(v) for v in (labels if hasattr(labels, "__len__") else [labels])]
+    except (TypeError, ValueError): raise BadInput(f"The labels of the points are {labels!r}; give 1 (the subject) or 0 (not the subject) for each.") from None
+    if len(labels) != count: raise BadInput(f"There are {count} points but {len(labels)} labels; give one label (1 subject, 0 background) for each point.")
+    wrong = [v for v in labels if v not in (0, 1)]
+    if wrong: raise BadInput(f"The label of a point is 1 (the subject) or 0 (not the subject), not {wrong[0]:g}.")
+    return [int(v) for v in labels]
 
 def _check_box(box, image):
     "Refuse boxes that are outside the picture or have no area."
@@ -221,9 +275,11 @@ def look(sam: "Sam",  # see `load_sam`; a predictor is given back as it is
          image: torch.Tensor  # (3, H, W) in 0-1
         ) -> "SamPredictor":
     "A predictor that has seen the picture: `find_mask` takes it in place of `sam`, and each click is quick."
-    if hasattr(sam, "set_image"): return sam
     from segment_anything import SamPredictor
-    predictor = SamPredictor(sam)
+    predictor = sam if hasattr(sam, "set_image") else SamPredictor(sam)
+    predictor.model.knows_boxes = getattr(predictor.model, "knows_boxes", True)  # SAM's own classes do not say it
+    if predictor.is_image_set and predictor.original_size == tuple(image.shape[-2:]): return predictor
+    if predictor.is_image_set: raise BadInput(f"The predictor has seen a picture of another size than {image.shape[-1]} x {image.shape[-2]}; call look(sam, image) for this one.")
     predictor.set_image((image.detach().cpu().permute(1, 2, 0).clamp(0, 1) * 255).round().byte().numpy())
     return predictor
 
@@ -276,6 +332,7 @@ def find_mask(sam: "Sam",  # see `load_sam`, or what `look` gave for this pictur
     if coords is None: return check_mask(_by_box(sam, image, box))
     _check_inside(coords, image)
     predictor = look(sam, image)
+    if not labels.any() and (box is None or not predictor.model.knows_boxes): raise BadInput("No point is on the subject (label 1); give one that is, beside those that are not.")
     masks, quality, _ = predictor.predict(coords, labels, box if predictor.model.knows_boxes else None, multimask_output=len(coords) == 1 and box is None)
     return check_mask(_cut(torch.from_numpy(masks[quality.argmax()])[None].float(), box))
 
@@ -328,19 +385,150 @@ def propose_subject(sam: "Sam",  # as for `find_mask`
     _, mask, quality, point = found
     return Proposal(mask, point, quality, mask.mean().item())
 
-# %% ../nbs/03_masks.ipynb #f8bede4c
-def mask_from_file(source: Union[str, Path, "Image.Image"],  # white or opaque: the subject; black or transparent: the background
-                   size: tuple  # (height, width) of the picture it belongs to
-                  ) -> torch.Tensor:  # (1, H, W), 0 or 1
-    "A mask that somebody painted, at the size of the picture."
+# %% ../nbs/03_masks.ipynb #f994978f
+def _strength(x, name):
+    "The numbers (H, W) of a mask as 0-1; refused where they leave open what is the subject."
+    import numpy as np
+    if x.dtype.kind not in "buif": raise BadInput(f"{name} holds {x.dtype}; give numbers from 0 to 1, bool or bytes.")
+    if x.dtype.kind == "b": return x.astype("float32")
+    if x.dtype.kind == "f" and not np.isfinite(x).all(): raise BadInput(f"{name} holds numbers that are not finite (NaN or infinite).")
+    if x.min() < 0: raise BadInput(f"{name} holds numbers from {x.min():g} to {x.max():g}; a mask has none below 0, and SAM's logits become one by `logits > 0`.")
+    values = np.flatnonzero(np.bincount(x.ravel())) if x.dtype in ("uint8", "uint16") else np.unique(x)
+    high, whole = values[-1], x.dtype.kind != "f"
+    white = 1. if not whole and high <= 1 else 65535. if x.dtype == "uint16" and high > 255 else 255.
+    if high > white: raise BadInput(f"{name} holds numbers up to {high:g}, which leave open what is white; give 0 and 1, or 0 to 255.")
+    if len(values) <= 2 and values[0] == 0 and (whole or high >= 1) or len(values) == 1 and whole: return (x > 0).astype("float32")
+    if high <= white / 2 and white > 1:
+        raise BadInput(f"{name} holds {_some(values)}, and nothing is white ({white:g}): give one of 0 and 1, the 1 for your subject alone.")
+    return x.astype("float32") / np.float32(white)
+
+def _some(values):
+    "A few numbers, in words."
+    shown = [f"{v:g}" for v in values[:4]]
+    return f"the numbers {', '.join(shown)}" + (f" ... {values[-1]:g}" if len(values) > 4 else "")
+
+# %% ../nbs/03_masks.ipynb #f9949791
+def _painted(image, name):
+    "The mask (H, W) in 0-1 of a decoded picture."
+    import numpy as np
+    if image.mode == "F" or image.mode.startswith("I"): return _strength(grey_numbers(image)[0], name)
+    if image.mode in ("1", "L") and "transparency" not in image.info: return _strength(np.asarray(image), name)
+    if image.mode in ("LA", "PA", "RGBA", "La", "RGBa") or "transparency" in image.info:
+        if image.mode in ("La", "RGBa"): image = image.convert(image.mode.upper())
+        cut = _cut_out(np.asarray(image.convert("RGBA")), name)
+        if cut is not None: return cut
+    rgb = np.asarray(image.convert("RGB")).astype("int32")
+    if (rgb.max(2) - rgb.min(2)).max() > 24: return _two_colours(rgb, name)
+    return _strength(rgb.mean(2).round().astype("uint8"), name)
+
+def _cut_out(rgba, name):
+    "Opaque is the subject; None where nothing is transparent."
+    there, grey = rgba[..., 3] > 127, rgba[..., :3].mean(2)
+    if there.all(): return None
+    black, white = (share.mean() if share.size else 0. for share in (grey[there] < 16, grey[there] > 239))
+    if black > .01 and white > .01 and black + white > .99: raise BadInput(f"{name} has transparent parts and black and white ones, so that the subject may be either; give it without transparency.")
+    return rgba[..., 3].astype("float32") / 255
+
+def _two_colours(rgb, name):
+    "The colour beside black is the subject."
+    import numpy as np
+    packed = rgb @ np.array([65536, 256, 1])
+    few = np.unique(packed[::1 + len(packed) // 256, ::1 + packed.shape[1] // 256])
+    if len(few) <= 2: few = np.unique(packed)
+    if len(few) <= 2 and few[0] == 0: return (packed > 0).astype("float32")
+    raise BadInput(f"{name} has colours and is no mask; a mask is white where the subject is and black elsewhere.")
+
+# %% ../nbs/03_masks.ipynb #f9949793
+def _run_lengths(text):
+    "COCO's packed run lengths as numbers."
+    counts, value, shift = [], 0, 0
+    for char in text.decode() if isinstance(text, bytes) else text:
+        code = ord(char) - 48
+        value, shift = value | (code & 31) << shift, shift + 5
+        if code & 32: continue
+        if code & 16: value -= 1 << shift
+        counts.append(value + (counts[-2] if len(counts) > 2 else 0))
+        value = shift = 0
+    return counts
+
+def _unrolled(rle):
+    "The mask (H, W) of run lengths: so many pixels beside the subject, so many on it, and so on, down the columns."
+    import numpy as np
+    try:
+        (h, w), counts = map(int, rle["size"]), rle["counts"]
+        counts = np.asarray(_run_lengths(counts) if isinstance(counts, (str, bytes)) else counts, int)
+    except (TypeError, ValueError, KeyError, IndexError): counts, h, w = np.zeros(1, int), 1, 1
+    if counts.sum() != h * w or (counts < 0).any(): raise BadInput("The run lengths of this mask do not fit its size; give SAM's mask as an array.")
+    return np.repeat(np.arange(len(counts)) % 2 == 1, counts).reshape(w, h).T
+
+def _one_answer(mask):
+    "One mask out of what SAM's classes give."
+    if isinstance(mask, (list, tuple)) and mask and all(isinstance(m, dict) or hasattr(m, "dtype") for m in mask):
+        if len(mask) != 1: raise BadInput(f"There are {len(mask)} masks in a list; give one, such as the largest: max(masks, key=lambda m: m['area']).")
+        mask, = mask
+    if isinstance(mask, dict) and "segmentation" in mask: mask = mask["segmentation"]
+    if hasattr(mask, "dtype") or hasattr(mask, "convert") or isinstance(mask, (str, os.PathLike)): return mask
+    if not isinstance(mask, dict): raise BadInput(f"A mask is a file, a Pillow picture, an array, a tensor or SAM's own dict; this is a {type(mask).__name__}.")
+    if "counts" in mask and "size" in mask: return _unrolled(mask)
+    raise BadInput(f"A mask from SAM has the key 'segmentation' or the keys 'size' and 'counts'; this has {', '.join(map(repr, list(mask)[:5])) or 'none'}.")
+
+# %% ../nbs/03_masks.ipynb #f9949795
+def _array(x):
+    "One mask (H, W) as numbers, or a Pillow picture where there are colours."
+    import numpy as np
+    name, given = f"The mask {tuple(x.shape)}", x
+    if hasattr(x, "detach"): x = x.detach().cpu()
+    if str(x.dtype) == "torch.bfloat16": x = x.float()
+    x = np.asarray(x)
+    if not x.size: raise BadInput(f"{name} has no pixels.")
+    while x.ndim > 2 and len(x) == 1: x = x[0]
+    if x.ndim == 3 and x.shape[-1] in (1, 3) and (x == x[..., :1]).all(): x = x[..., 0]
+    if x.ndim == 3 and x.shape[-1] in (3, 4): return load_image(given, keep_alpha=True), name
+    if x.ndim == 2: return x, name
+    raise BadInput(f"{name} " + (f"holds {x.shape[0]} masks; give one, such as masks[scores.argmax()]." if x.ndim == 3 else
+                               "is not one mask; give (H, W) or (1, H, W)."))
+
+def _picture(source):
+    "The mask (H, W) in 0-1 that a file or a Pillow picture shows, upright."
     import numpy as np
     from PIL import Image
-    image = load_image(source, keep_alpha=True)
-    cut_out = image.mode == "RGBA" and image.getchannel("A").getextrema()[0] < 255
-    image = image.getchannel("A") if cut_out else image.convert("L")
-    shape = image.width / image.height * size[0] / size[1]
-    if not 1 / 1.2 < shape < 1.2: raise BadInput(f"The mask is {image.width} x {image.height} pixels and the picture {size[1]} x {size[0]}; they must have the same shape.")
-    return check_mask(torch.from_numpy(np.array(image.resize(size[::-1], Image.Resampling.BOX)) > 127)[None].float())
+    image, name, _, turn = open_image(source)
+    name = name.replace("The picture", "The mask") if name.startswith("The picture") else f"The mask {name}"
+    mask = _painted(image, name)
+    if ((mask > .25) & (mask < .75)).mean() > .5: raise BadInput(f"{name} is grey in most places; a mask is white where the subject is and black elsewhere.")
+    shown = Image.fromarray((mask * 255).round().astype("uint8"))
+    return np.asarray(shown if turn is None else shown.transpose(turn)) / 255
+
+def _check_shape(have, size, whole):
+    "Refuse a mask of another shape than the picture; all are (width, height), `whole` is the picture as it was."
+    if have in (size, whole): return
+    (w, h), (pw, ph) = have, whole or size
+    slack = .02 * ph if whole else max(4.5, .02 * ph)  # sides at the model's size are rounded to multiples of 8
+    if abs(h * pw / w - ph) <= max(slack, ph / h, pw / w): return
+    raise BadInput(f"The mask is {w} x {h} pixels and the picture {pw} x {ph}; they must have the same shape.")
+
+# %% ../nbs/03_masks.ipynb #f8bede4c
+def mask_from_file(source,  # a file, a Pillow picture, an array, a tensor, or SAM's own dict; white, opaque, True or 1: the subject
+                   size: tuple,  # (height, width) of the picture it belongs to
+                   whole: Optional[tuple] = None  # (width, height) of that picture before it was fitted, which the mask may have too
+                  ) -> torch.Tensor:  # (1, H, W) in 0-1
+    "A mask that somebody made, at the size of the picture. Floats at that very size stay as soft as they are."
+    import numpy as np
+    from PIL import Image
+    source, size = _one_answer(source), tuple(size)
+    x, name = _array(source) if hasattr(source, "dtype") else (source, "")
+    soft = hasattr(x, "dtype") and x.dtype.kind == "f" and x.shape == size
+    x = _strength(x, name) if hasattr(x, "dtype") else _picture(x)
+    _check_shape(x.shape[::-1], size[::-1], whole)
+    if not soft: x = np.asarray(Image.fromarray((x * 255).round().astype("uint8")).resize(size[::-1], Image.Resampling.BOX)) > 127
+    return _warn_inverted(check_mask(torch.from_numpy(np.array(x, "float32"))[None]))
+
+def _warn_inverted(mask):
+    "The mask, with a word where it looks turned inside out."
+    inside = mask[0] > .5
+    if torch.cat([inside[0], inside[-1], inside[:, 0], inside[:, -1]]).all():
+        warnings.warn(Notice("The mask takes the whole edge of the picture for the subject; if its background is meant, turn black and white round."), stacklevel=4)
+    return mask
 
 # %% ../nbs/03_masks.ipynb #cd535981
 RESAMPLE = dict(area="area", nearest="nearest-exact", bilinear="bilinear")

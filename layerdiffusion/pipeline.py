@@ -18,12 +18,13 @@ from typing import Any, Callable, Optional, Sequence, Union
 
 import torch
 
-from .core import BadInput, Event, content_hash, environment, fit_image, fit_points, join_callbacks, live_preview, load_image, one_writer, pick_device, to_pil, write_atomic
+from .core import BadInput, Event, Notice, content_hash, environment, fit_image, fit_points, join_callbacks
+from .core import live_preview, load_image, one_writer, pick_device, to_pil, write_atomic
 from .embeddings import Split, embedding_objective, interpolate, split_text, subject_action, subject_phrase
 from .fine_tuning import apply_difference, fine_tune, full_rank, trainable, union, weight_difference
 from .guidance import turns
 from .identity import ACTIONS, PLACES, change_coat, encode_with, first_vectors, known, load_clip, prior_pictures, prior_texts, propose_source, search_target, typical_coat, with_words, word_objective
-from .masks import check_mask, composite, dilate, find_mask, load_sam, mask_from_file, move_subject, to_latent
+from .masks import check_labels, check_mask, composite, dilate, find_mask, load_sam, mask_from_file, move_subject, to_latent
 from .saving import EditResult, beside, clear_checkpoints, patch, photo_info, pixels, read_edit, same_model
 from .sd import PRECISIONS, Models, awake, ddim_sample, decode_latents, encode_image, encode_text, half, initial_latents, load_models, optimise, parked, pick_precision, vae_psnr, with_scheduler
 from .settings import EditConfig
@@ -33,11 +34,13 @@ class LayerDiffusion:
     "Edits pictures: one loaded model, and what was already computed with it."
     def __init__(self,
                  models: Models,  # from `load_models`
-                 sam: Any = None  # a loaded `Sam`, "mini", a folder, or a file such as sam_vit_h_4b8939.pth; None: the model folder's own, mini beside mini, else vit_h
+                 sam: Any = None  # a loaded `Sam`, `SamPredictor` or `SamModel`, "mini", a folder, or a file such as sam_vit_h_4b8939.pth; None: the model folder's own, mini beside mini, else vit_h
                 ):
         self.models = models
-        self._sam = sam or self.own("sam", "config.json", "vit_h")
-        self.offline, self.cache, self.unfinished, self.learnt, self.say = False, OrderedDict(), {}, {}, print  # `say` is told what SAM took for the subject
+        if sam is None: self._sam = self.own("sam", "config.json", "vit_h")
+        else: self._sam = sam if isinstance(sam, (str, Path)) else load_sam(sam, device=str(models.device))
+        self.offline, self.cache, self.unfinished, self.learnt = False, OrderedDict(), {}, {}
+        self.say = print  # is told what SAM took for the subject
 
     @classmethod
     def from_pretrained(cls,
@@ -272,21 +275,23 @@ def draw(self: LayerDiffusion, text: str, size: tuple, config: EditConfig, stage
 
 # %% ../nbs/10_pipeline.ipynb #f3281e20
 @patch
-def find_subject(self: LayerDiffusion, source, image: torch.Tensor, mask=None, point=None, box=None) -> torch.Tensor:
+def find_subject(self: LayerDiffusion, source, image: torch.Tensor, mask=None, point=None, box=None, point_labels=None) -> torch.Tensor:
     "The subject's mask (1, H, W) on the fitted picture."
-    if mask is not None: return read_mask(mask, *image.shape[-2:])
+    if mask is not None: return read_mask(mask, *image.shape[-2:], whole=source.size)
     point, box = (None if x is None else fit_points(x, source, image) for x in (point, box))
+    labels = None if point_labels is None else check_labels(len(torch.tensor(point).reshape(-1, 2)) if point else 0, point_labels)
     def compute(key):
-        with parked(self.models): return find_mask(self.sam, image, point=point, box=box, say=self.say)
-    return self.once("mask", [image, point, box], compute)
+        if labels and 0 in labels and not self.sam.knows_boxes:
+            warnings.warn(Notice("This small SAM never learnt clicks beside the subject, so they change next to nothing; give a mask where they matter."))
+        with parked(self.models): return find_mask(self.sam, image, point=point, box=box, labels=labels, say=self.say)
+    return self.once("mask", [image, point, box, *([labels] if labels else [])], compute)
 
-def read_mask(mask, height: int, width: int) -> torch.Tensor:
-    "A mask (1, height, width) from a tensor, an array or a file, refused when it is empty or full."
-    if not hasattr(mask, "dtype"): return mask_from_file(mask, (height, width))
-    mask = torch.as_tensor(mask).detach().cpu().float()
-    if tuple(mask.shape[-2:]) != (height, width): raise BadInput(f"The mask is {mask.shape[-2]}×{mask.shape[-1]} and the picture {height}×{width} px at the model's size; give it at that size, or as a file.")
-    if mask.numel() != height * width or not (mask.min() >= 0 and mask.max() <= 1): raise BadInput(f"A mask is one picture of numbers from 0 to 1; this one has the shape {tuple(mask.shape)} and numbers from {mask.min():g} to {mask.max():g}.")
-    return check_mask(mask.reshape(1, height, width))
+def read_mask(mask,  # anything `mask_from_file` reads
+              height: int, width: int,  # px of the picture it belongs to
+              whole: Optional[tuple] = None  # (width, height) of that picture before it was fitted
+             ) -> torch.Tensor:  # (1, height, width), 0-1
+    "A mask from a file, a picture, an array, a tensor or SAM's own dict, refused when it is empty or full."
+    return mask_from_file(mask, (height, width), whole)
 
 # %% ../nbs/10_pipeline.ipynb #e410e354
 def check_world(models: Models, image: torch.Tensor, least: float = 20.):
@@ -300,12 +305,13 @@ def check_world(models: Models, image: torch.Tensor, least: float = 20.):
 def prepare(self: LayerDiffusion,
             image,  # anything `load_image` reads
             text: str,  # T
-            *, mask=None, point=None, box=None, reference=None,  # see `edit`
+            *, mask=None, point=None, box=None, point_labels=None, reference=None,  # see `edit`
             object: Optional[str] = None, background: Optional[str] = None,  # T_a and T_b
             object_reference=None, object_mask=None, move: Sequence = (0., 0.), scale: float = 1., source: Optional[str] = None,  # see `edit`
             config: Optional[EditConfig] = None, callback: Optional[Callable] = None) -> Scene:
     "Stage 1: read, find the subject, split the words, get the reference."
     if mask is not None and (point is not None or box is not None): raise BadInput("Both a mask and a point or box were given; give the mask, or let SAM make one of the others.")
+    if point_labels is not None and point is None: raise BadInput("There are point_labels without a point; give the points, (x, y) each, that they are about.")
     config, times = self.settings(config), {}
     placement, given, reference = check_placement(move, scale), read_object(object_reference, object_mask), None if reference is None else load_image(reference)
     split = split_text(text, object, background)
@@ -313,7 +319,7 @@ def prepare(self: LayerDiffusion,
     whole = load_image(image)
     photo = fit_image(whole, self.models.size)
     check_world(self.models, photo)
-    with clock(times, "mask"): found = self.find_subject(whole, photo, mask, point, box)
+    with clock(times, "mask"): found = self.find_subject(whole, photo, mask, point, box, point_labels)
     with clock(times, "target"): subject, subject_mask = self.target(text, split, photo, found, config, given, source, callback)
     if placement != (0, 0, 1): subject, subject_mask = move_subject(subject, subject_mask, *placement)
     with clock(times, "words"): source = self.describe(photo, text, source, config)
@@ -583,11 +589,12 @@ def in_its_folder(edit: Callable) -> Callable:
 @patch
 @in_its_folder
 def edit(self: LayerDiffusion,
-         image,  # a file, `example:dog`, a Pillow picture or a tensor (3, H, W) in 0-1
+         image,  # a file, `example:dog`, a Pillow picture, a tensor (3, H, W) of floats in 0-1 or an array (H, W, 3) of bytes
          text: str,  # T, what the picture shall show
          *,
-         mask=None,  # the subject: a file or a tensor (1, H, W); None: ask SAM
+         mask=None,  # the subject: a file, an array or tensor as large as `image`, or SAM's own dict; None: ask SAM
          point=None,  # a click on it, (x, y) in pixels of `image`, or several
+         point_labels=None,  # for each of them 1 (on the subject) or 0 (not the subject), as in SAM; None: all are on it
          box=None,  # a box around it, (x0, y0, x1, y1)
          reference=None,  # the new background, O_r; None: drawn from T_b
          object_reference=None,  # another picture of the object, for Eq. 4; None: as `object_picture` says
@@ -606,7 +613,7 @@ def edit(self: LayerDiffusion,
         ) -> EditResult:
     "LayerDiffusion: change what the subject does and where it is."
     config, seeds = self.settings(config), check_seeds(seeds)
-    scene = self.prepare(image, text, mask=mask, point=point, box=box, reference=reference, object=object, background=background, object_reference=object_reference,
+    scene = self.prepare(image, text, mask=mask, point=point, point_labels=point_labels, box=box, reference=reference, object=object, background=background, object_reference=object_reference,
                          object_mask=object_mask, move=move, scale=scale, source=source, config=config, callback=callback)
     if folder and not resume: clear_checkpoints(folder)
     times = dict(scene.times)
