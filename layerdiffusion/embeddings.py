@@ -13,7 +13,7 @@ from typing import Callable, Optional
 
 import torch
 
-from .core import BadInput
+from .core import BadInput, shielded
 from .sd import Models, noise_loss, optimise, sample_noise_and_t
 
 # %% ../nbs/04_embeddings.ipynb #fff26ee8
@@ -399,6 +399,7 @@ def embedding_objective(models: Models,
     return loss_fn
 
 # %% ../nbs/04_embeddings.ipynb #0ad2affe
+@shielded
 def optimise_embeddings(models: Models,
                         e_a: torch.Tensor,  # (1, L, D) embedding of T_a; itself not changed
                         e_b: torch.Tensor,  # (1, L, D) embedding of T_b; itself not changed

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Callable, Optional, Sequence, Union
 import torch
 import torch.nn.functional as F
 
-from .core import BadInput, load_image, package_folder
+from .core import BadInput, load_image, package_folder, shielded
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -143,6 +143,7 @@ def _sam_parts(name, checkpoint):
     return folder / "model.safetensors", config, config.get("boxes", False)
 
 # %% ../nbs/03_masks.ipynb #03911500
+@shielded
 def load_sam(name: Union[str, Path] = "mini",  # "mini", a file of published weights, "vit_b", "vit_l", "vit_h", or a folder
              checkpoint: Union[str, Path, None] = None,  # file of weights for the published sizes; None: the one in the current folder
              device: str = "cpu"  # where it will run

@@ -20,7 +20,7 @@ from typing import Any, Callable, Optional, Sequence, Union
 
 # %% ../nbs/02_sd.ipynb #0722c54e
 import torch
-from .core import BadInput, Event, package_folder
+from .core import BadInput, Event, package_folder, shielded
 from .world import stream
 
 # %% ../nbs/02_sd.ipynb #73eda1f6
@@ -234,6 +234,7 @@ def _load_part(cls, folder, part, device, dtype):
     return model if dtype == torch.float32 else speak_float32(model)
 
 # %% ../nbs/02_sd.ipynb #fc15410d
+@shielded
 def load_models(name: Union[str, Path] = "mini",  # "mini", a folder, or a hub name
                 device: Union[str, torch.device] = "cpu",  # "cpu", "cuda", "mps"
                 dtype: torch.dtype = torch.float32,  # of all weights, see `pick_precision`

@@ -124,11 +124,11 @@ def near(name: str,  # as it was typed
          names: Sequence[str]  # those there are
         ) -> str:
     "The names that are most like one, for a sentence about it."
-    folded = {other.replace("_", ""): other for other in names}
-    like = [folded[n] for n in difflib.get_close_matches(name.replace("_", "").lower(), folded, 3, .6)]
     words = {word for word in name.lower().split("_") if len(word) > 2}
-    like += [other for other in names if other not in like and words & set(other.split("_"))]
-    return f"near it: {', '.join(like[:3])}" if like else f"there are: {', '.join(names)}"
+    like = [other for other in names if words & set(other.split("_"))]
+    folded = {other.replace("_", ""): other for other in names if other not in like}
+    like += [folded[n] for n in difflib.get_close_matches(name.replace("_", "").lower(), folded, 3, .6)]
+    return f"near it: {', '.join(like[:4])}" if like else f"there are: {', '.join(names)}"
 
 def config_error(error: ValidationError) -> str:
     "The first complaint of pydantic as a sentence."
