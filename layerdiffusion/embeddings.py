@@ -183,11 +183,13 @@ def plain_words(text: str,  # as somebody typed or pasted it
     text = re.sub(r"\s+", " ", "".join(" " if kind == "Cc" else c for c, kind in kinds if kind != "Cf")).strip()
     _check_signs(text, what)
     text = re.sub(r"(?i)\bw/ +", "with ", re.sub(r"(?i)\bw/o +", "without ", text))
-    return re.sub(r"(?i)^please,? +(?=(?:an?|the|my|his|her|our|one|two|three)\b)|,? *\b(?:please|pls|plz|thanks|thank you)(?: very much| so much)?(?=[.!? ]*$)", "", text)
+    polite = r",? *\b(?:please|pls|plz|thanks|thank you)(?: very much| so much)?(?=[.!? ]*$)"
+    return re.sub(rf"(?i)^please,? +(?=(?:an?|the|my|his|her|our|one|two|three)\b)|{polite}", "", text)
 
 # %% ../nbs/04_embeddings.ipynb #e358fa84
 _LITTLE = {name: set(words.split()) for name, words in dict(
-    German="der das dem ein eine einen einem einer und im auf mit ist sind unter über neben zum zur beim vom hund hunde katze springt sitzt liegt steht",
+    German="""der das dem ein eine einen einem einer und im auf mit ist sind unter über neben zum zur beim vom hund hunde katze springt
+        sitzt liegt steht""",
     French="un une le la les du des dans sur avec est et qui sous chien chienne chatte saute assis assise",
     Spanish="un una el la los las en con sobre del que está perro perra gato gata",
     Italian="un uno una il lo la gli nel nella nello sul sulla che gatto gatta cagnolino",
@@ -199,7 +201,8 @@ _LITTLE = {name: set(words.split()) for name, words in dict(
     Vietnamese="một con chó mèo trong trên").items()}
 _ENGLISH = set("""the of and with is are near under by into from its his her that which who through beside behind front next to over across
     between""".split())
-_NAME = re.compile(r"\b[A-ZÀ-Þ][\w'-]* (?:(?:de|la|le|les|el|los|las|del|der|den|dem|des|du|da|do|dos|di|della|van|von|y|e|et|en|auf|am|zu) ){0,3}(?=[A-ZÀ-Þ])")
+_JOINTS = "de|la|le|les|el|los|las|del|der|den|dem|des|du|da|do|dos|di|della|van|von|y|e|et|en|auf|am|zu"
+_NAME = re.compile(rf"\b[A-ZÀ-Þ][\w'-]* (?:(?:{_JOINTS}) ){{0,3}}(?=[A-ZÀ-Þ])")
 _SCRIPTS = dict(CJK="Chinese characters", HIRAGANA="Japanese", KATAKANA="Japanese", HANGUL="Korean")
 
 def _script(text: str) -> str:
@@ -219,8 +222,8 @@ def _english(text: str) -> float:
 def _language(text: str) -> str:
     "The language of a text, told by its letters or its little words; empty where it may be English."
     if script := _script(text): return script
-    own = text.lower() if text.isupper() else re.sub(r"\b[A-Z]{2,}\b|(?<=\w) [A-ZÀ-Þ][\w'-]*", " ", _NAME.sub("", text)).lower()
-    words = re.findall(r"[^\W\d_]+", own)
+    unnamed = text if text.isupper() else re.sub(r"\b[A-Z]{2,}\b|(?<=\w) [A-ZÀ-Þ][\w'-]*", " ", _NAME.sub("", text))
+    words = re.findall(r"[^\W\d_]+", unnamed.lower())
     said = {name: sum(w in little for w in words) for name, little in _LITTLE.items()}
     nearest = [name for name, count in said.items() if count == max(said.values()) > 0]
     foreign = max(said.values()) + .5 * sum(not w.isascii() for w in words)
@@ -232,12 +235,14 @@ _WHO = (r"(?:the|an?|my|your|his|her|its|our|their|this|that|these|those|there|i
         r"|every\w*|all|each|more)\b")
 _DO = r"(?:be|become|get|go|have|look|stay|appear|jump|run|sit|stand|lie|sleep|walk|play|eat|fly|swim|rest|wait)\b"
 _HELPERS = r"can|could|would|will|may|might|shall|should|do|does|did|is|are|was|were"
-_COMMANDS = r"make|turn|change|replace|put|let|let's|add|remove|edit|delete|erase|transform|convert|swap|insert|recolou?r|photoshop|generate|create|don't|do not"
+_COMMANDS = (r"make|turn|change|replace|put|let|let's|add|remove|edit|delete|erase|transform|convert|swap|insert|recolou?r|photoshop"
+             r"|generate|create|don't|do not")
 _PERHAPS = (r"move|place|set|give|show|draw|paint|render|keep|take|bring|get|have|cut|crop|rotate|flip|color|colour|dress|use|help|imagine"
             r"|picture|design|produce|switch|extend|fix|enhance|modify|adjust|apply|position|depict|visuali[sz]e|relocate|substitute|alter"
             r"|try|do|describe|ensure|transfer|write|send|teleport")
 _NO_PICTURES = [(re.compile(rf"(?i){pattern}"), what) for pattern, what in (
-    (rf"^(?:{_HELPERS})(?:n't)? {_WHO}|\b(?:can|could|would|will) you\b|^(?:why|how|when|where|who|whose|whom|who's|what's|where's|which)\b"
+    (rf"^(?:{_HELPERS})(?:n't)? {_WHO}|\b(?:can|could|would|will) you\b"
+     r"|^(?:why|how|when|where|who|whose|whom|who's|what's|where's|which)\b"
      rf"|^what\b(?! an? )|^(?:{_HELPERS}|what|has|have)\b.*\?$", "is a question"),
     (rf"^please\b|^(?:{_COMMANDS})(?![-'\w])|^(?:{_PERHAPS}) {_WHO}|\b(?:make|let|turn|put|change|move|place) (?:it|him|her|them)\b"
      rf"|^(?:the )?same (?:picture|photo|image)\b", "asks for a change"),
@@ -245,10 +250,11 @@ _NO_PICTURES = [(re.compile(rf"(?i){pattern}"), what) for pattern, what in (
      r"|^(?:want|wanna|wish|need|would|gimme|looking for|if|let us|maybe|perhaps|ideally)(?![-'\w])"
      rf"|^to {_DO}|^for {_WHO}.* to {_DO}|\b(?:should|must|shall|ought to|needs? to|would|could)(?![-'\w])"
      rf"|\b(?:is|are) (?:supposed to\b|to {_DO})|\bwill {_DO}"
-     rf"|^(?:the|my|this|that|an?) (?:\w+ ){{0,3}}(?!about|ready|set|eager|able|unable|keen|next|close|up|down|back)\w+(?<!ing) to {_DO}", "is a wish"),
+     rf"|^(?:the|my|this|that|an?) (?:\w+ ){{0,3}}(?!about|ready|set|eager|able|unable|keen|next|close|up|down|back)"
+     rf"\w+(?<!ing) to {_DO}", "is a wish"),
     (r"^(?:i|we|you)(?:'\w+)?(?![\w'-])", "begins with a person whom no model knows"))]
-_NOT = re.compile(r"(?i)\b(?:not(?! only)|no(?! ?\.? ?\d)|never|without|none|nobody|nothing|neither|nor|cannot|except|instead of|rather than)(?![-'\w])"
-                  r"(?: (?:an?|the|any|its|his|her)(?= ))?(?: [\w'-]+)?|\b\w+n't\b")
+_NOT = re.compile(r"(?i)\b(?:not(?! only)|no(?! ?\.? ?\d)|never|without|none|nobody|nothing|neither|nor|cannot|except|instead of|rather than)"
+                  r"(?![-'\w])(?: (?:an?|the|any|its|his|her)(?= ))?(?: [\w'-]+)?|\b\w+n't\b")
 
 # %% ../nbs/04_embeddings.ipynb #41e33871
 _SHORT = set("""st mt mr mrs ms dr prof jr sr ft pt rd ave blvd sgt capt lt col gen gov sen rep rev hon pres vs approx etc inc ltd co corp dept
