@@ -372,9 +372,16 @@ def check_words(self: LayerDiffusionApp):
     try: encode_text(self.method.models, [p for p in (self.text.value, self.object.value, self.background.value) if p]); self.tell("text", "")
     except BadInput as refused: self.tell("text", refused)
 
+_APP_WORDS = {" (in Python object= and background=)": "", "give the two parts with --object and --background": "fill in the two fields below",
+              ", and give the rest to --negative-prompt": "", "its parts go to --object and --background, what shall not be there to --negative-prompt": "its parts go into the two fields below",
+              "what shall not be there goes to --negative-prompt": "say only what is there", "options stand outside the sentence, and --help shows those there are": "leave it out",
+              "a picture of the place goes to --reference": "a picture of the place can be uploaded below"}
+
 def app_words(refused: BadInput) -> BadInput:
     "A sentence about options of the command line, as the editor would say it."
-    return BadInput(str(refused).replace("give the two parts with --object and --background", "fill in the two fields below"))
+    said = str(refused)
+    for there, here in _APP_WORDS.items(): said = said.replace(there, here)
+    return BadInput(said)
 
 @patch
 def parts(self: LayerDiffusionApp) -> dict:

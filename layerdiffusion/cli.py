@@ -87,6 +87,7 @@ TUNING = [
 DRAWING = [
     Opt("sampling_steps", int, 50, "Steps from noise to picture (Eq. 7; the paper: 50).", 1, 1000, flags=("--steps",)),
     Opt("guidance_scale", Optional[float], None, "Classifier-free guidance, 1 is off. Unset: the model's own, else 7.5.", 1, 100),
+    Opt("negative_prompt", str, "", "What the pictures shall not show, in words: guidance leads away from them, so it must be above 1. Unset: the empty text, as in the paper.", metavar="TEXT"),
     Opt("iterative_guidance", bool, True, "Iterative guidance (Eq. 8): even steps listen to e_a alone. Off: e_opt at every step.", flags=("--turns/--no-turns",)),
     Opt("eq8_index", Literal["loop", "timestep"], "loop", "Whose parity decides in Eq. 8."),
     Opt("eq8_first", Literal["object", "opt"], "object", "Who speaks at even steps."),
@@ -445,16 +446,21 @@ def edit(ctx: typer.Context,
          text: Annotated[str, typer.Argument(help='What the picture shall show, in words: "a dog jumping in a forest".')],
          **options):
     "Edit one picture: it becomes what TEXT says, and its subject stays the same subject."
+    from layerdiffusion.embeddings import plain_words, split_text
+    text = plain_words(text, "TEXT")
+    split_text(text, options["object"], options["background"])  # refuses what is no description before anything is loaded
     request, (settings, earlier) = read_request(image, options, text), read_settings(options["config"])
     settings, request = settings | typed(ctx, options, METHOD), request | placement(ctx, options, earlier)
-    from layerdiffusion.pipeline import EditConfig, LayerDiffusion
+    from layerdiffusion.pipeline import LayerDiffusion
     from layerdiffusion.saving import OURS, check_folder
     from layerdiffusion.settings import preset
     check_folder(request["out"])
-    EditConfig(**settings)  # refuses what is wrong before anything is loaded
+    chosen = settings.pop("preset", None) or options["preset"]
+    preset(chosen, **settings)  # refuses what is wrong before anything is loaded
     with workplace(request, text) as at_end:
         method = LayerDiffusion.from_pretrained(options["model"], options["device"], options["sam"], options["precision"], options["offline"])
-        config = preset(options["preset"], method.models.card, **settings)
+        config = preset(chosen, method.models.card, **settings)
+        method.settings(config)  # refuses what does not fit this model
         result, looks = run_edit(method, text, request, config, choose_level(method, options["memory"], request, config))
         at_end.append(method.keep_learnt)
         save(result, request["out"], request["image"] if options["paste_back"] else None)

@@ -6,12 +6,12 @@
 __all__ = ['FORMATS', 'MAX_PIXELS', 'UNREADABLE', 'LOCK', 'BadInput', 'refusal', 'Notice', 'show_images', 'to_pil',
            'package_folder', 'list_examples', 'example_path', 'grey_numbers', 'pack_exif', 'open_image', 'load_image',
            'fit_image', 'fit_points', 'make_sheet', 'as_path', 'write_atomic', 'write_json', 'missing_folders',
-           'one_writer', 'environment', 'content_hash', 'pick_device', 'Event', 'join_callbacks', 'sparkline',
-           'progress_bars', 'Preview', 'live_preview']
+           'one_writer', 'environment', 'content_hash', 'pick_device', 'plain_torch', 'shielded', 'Event',
+           'join_callbacks', 'sparkline', 'progress_bars', 'Preview', 'live_preview']
 
 # %% ../nbs/00_core.ipynb #3eeca0f9
-import contextlib, errno, hashlib, importlib.metadata, importlib.util, json, math, os, struct, subprocess, threading
-import time, uuid, warnings, zlib
+import contextlib, contextvars, errno, functools, hashlib, importlib.metadata, importlib.util, json, math, os, struct
+import subprocess, threading, time, uuid, warnings, zlib
 from dataclasses import asdict, dataclass, is_dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -684,6 +684,43 @@ def pick_device(name: Optional[str] = None  # "cpu", "cuda", "cuda:1", "mps"; No
     there = have.get(kind, False) and (not index or kind == "cuda" and index.isdigit() and int(index) < torch.cuda.device_count())
     if not there: raise BadInput(f"This machine has no device {str(name)!r}; it has {', '.join(k for k, v in have.items() if v)}.")
     return str(name)
+
+# %% ../nbs/00_core.ipynb #66a104f9
+_PLAIN = contextvars.ContextVar("plain_torch", default=False)
+
+@contextlib.contextmanager
+def plain_torch():
+    "Inside the `with`, torch is as in a new process, whatever the caller has set; afterwards all is as it was, the random state too."
+    import torch
+    if _PLAIN.get(): yield; return
+    dtype, precision, inside = torch.get_default_dtype(), torch.get_float32_matmul_precision(), _PLAIN.set(True)
+    gpus = list(range(torch.cuda.device_count())) if torch.cuda.is_available() and torch.cuda.is_initialized() else []
+    with contextlib.ExitStack() as stack:
+        stack.callback(_PLAIN.reset, inside)
+        stack.callback(torch.set_default_dtype, dtype)
+        torch.set_default_dtype(torch.float32)
+        if precision != "highest":
+            stack.callback(torch.set_float32_matmul_precision, precision)
+            torch.set_float32_matmul_precision("highest")
+        if torch.empty(0).device.type != "cpu": stack.enter_context(torch.device("cpu"))
+        for kind in filter(torch.is_autocast_enabled, ("cpu", "cuda", "mps")): stack.enter_context(torch.autocast(kind, enabled=False))
+        for setting in (torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(gpus)): stack.enter_context(setting)
+        yield
+
+# %% ../nbs/00_core.ipynb #42ffa583
+def shielded(f: Callable  # called from outside
+            ) -> Callable:
+    "The function in `plain_torch`, whatever torch is set to where it is called."
+    @functools.wraps(f)
+    def inside(*args, **kwargs):
+        with plain_torch(): return f(*_learnable(args), **_learnable(kwargs))
+    return inside
+
+def _learnable(x):
+    "Tensors of `inference_mode` as ordinary ones; everything else as it is."
+    if isinstance(x, dict) and type(x) is dict: return {k: _learnable(v) for k, v in x.items()}
+    if type(x) in (list, tuple): return type(x)(map(_learnable, x))
+    return x.clone() if hasattr(x, "is_inference") and x.is_inference() else x
 
 # %% ../nbs/00_core.ipynb #3fdb212d
 @dataclass

@@ -15,7 +15,7 @@ import torch
 import torch.nn as nn
 from torch.nn.utils import parametrize
 
-from .core import BadInput, Event
+from .core import BadInput, Event, shielded
 from .sd import Models, half, noise_loss, optimise, parked, sample_noise_and_t, twin
 
 # %% ../nbs/05_fine_tuning.ipynb #2da03476
@@ -139,6 +139,7 @@ def adam(params: list,  # what moves, float32
     return Adam8bit(params, lr=learning_rate)
 
 # %% ../nbs/05_fine_tuning.ipynb #50a93de9
+@shielded
 def fine_tune(models: Models,  # the loaded model; it is not changed
               prompt_embeds: torch.Tensor,  # (1, L, D) e_opt, or (2, L, D): other words for the second picture
               subject_latents: torch.Tensor,  # (1, C, h, w) the picture of Eq. 4

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 
 # %% ../nbs/07_identity.ipynb #9c0cacd4
-from .core import BadInput, Event, package_folder
+from .core import BadInput, Event, package_folder, shielded
 from .embeddings import subject_phrase
 from .fine_tuning import apply_difference
 from .folders import check_weights, fetch, read_json
@@ -141,7 +141,7 @@ def see_subject(models: Models,
     return replace(models, unet=unet)
 
 # %% ../nbs/07_identity.ipynb #fa2c41be
-DIRECTIONS = torch.nn.functional.normalize(torch.randn(24, 3, generator=torch.Generator().manual_seed(0)), dim=1)
+DIRECTIONS = shielded(lambda: torch.nn.functional.normalize(torch.randn(24, 3, generator=torch.Generator().manual_seed(0)), dim=1))()
 
 def palette(image: torch.Tensor,  # (3, H, W), 0-1
             mask: torch.Tensor,  # (1, H, W), 0 or 1
@@ -187,9 +187,11 @@ def search_target(models: Models, sam,
                   batch: int = 16, parents: int = 4,
                   spreads: Sequence[float] = (.6, .5, .4, .35, .3, .25, .2, .15),  # one for each generation of children
                   target_quality: float = 0.,  # how much SAM's estimate of a mask's quality, 0-1, counts beside the likeness
+                  negative_prompt: str = "",  # the text that the pictures are led away from
                   callback: Optional[Callable] = None) -> tuple:  # O_t (3, H, W), M_t (1, H, W), and how unlike the photo's each subject was
     "O_t: of many pictures of the text, the one whose subject looks most like the photo's."
-    g, embeds, begin, wanted = stream("target search", seed), encode_text(models, text), time.perf_counter(), palette(image, mask)
+    g, begin, wanted = stream("target search", seed), time.perf_counter(), palette(image, mask)
+    embeds, free = encode_text(models, text), encode_text(models, negative_prompt)
     if subject_scale: models = see_subject(models, cut_out(models, image, mask), subject_scale, subject_weights(models))
     best, history, each = [], [], draws * 2 // 3 // max(len(spreads), 1)
     shape = initial_latents(models, [0], *image.shape[-2:]).shape[1:]
@@ -197,7 +199,7 @@ def search_target(models: Models, sam,
         count = max(draws - len(spreads) * each, 1) if spread == 1. else each
         noise = torch.randn(count, *shape, generator=g) if spread == 1. else breed(torch.stack([b[1] for b in best[:parents]]), count, spread, g)
         for some in noise.split(batch) if count else ():
-            pictures = decode_latents(models, ddim_sample(models, embeds, None, some * models.scheduler.init_noise_sigma, sampling_steps, guidance_scale)).cpu()
+            pictures = decode_latents(models, ddim_sample(models, embeds, free, some * models.scheduler.init_noise_sigma, sampling_steps, guidance_scale)).cpu()
             for z, x in zip(some, pictures):
                 try: p = propose_subject(sam, x)
                 except BadInput: history.append(float("nan")); continue
@@ -330,10 +332,11 @@ def prior_texts(models: Models,
 def prior_pictures(models: Models,
                    texts: Sequence[str],  # from `prior_texts`
                    seed: int = 0, sampling_steps: int = 20, guidance_scale: float = 7.5, batch: int = 8,
+                   negative_prompt: str = "",  # the text that the pictures are led away from
                    callback: Optional[Callable] = None) -> tuple:  # latents (n, C, h, w), embeddings (n, L, D)
     "What the untouched model draws for texts."
     embeds, seeds = encode_text(models, texts), [int(s) for s in torch.randint(2**31, (len(texts),), generator=stream("prior noise", seed))]
-    drawn = [ddim_sample(models, e, None, initial_latents(models, s), sampling_steps, guidance_scale, callback=callback, stage="prior pictures")
+    drawn = [ddim_sample(models, e, encode_text(models, negative_prompt), initial_latents(models, s), sampling_steps, guidance_scale, callback=callback, stage="prior pictures")
              for e, s in zip(embeds.split(batch), [seeds[i:i + batch] for i in range(0, len(seeds), batch)])]
     return torch.cat(drawn), embeds
 
@@ -369,6 +372,7 @@ def _clip_folder(name: str) -> Path:
 
 CLIPS = "give 'mini', a folder, or a name such as 'ViT-B-32:laion2b_s34b_b79k'"
 
+@shielded
 def load_clip(name: str = "mini",  # "mini", a folder for open_clip, or "ViT-B-32:laion2b_s34b_b79k" and the like
               offline: bool = False  # never ask the hub
              ) -> tuple:  # model, preprocess, tokenizer

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['KEEP', 'DRAWN', 'LayerDiffusion', 'Checkpoint', 'snapshot', 'restore', 'Scene', 'cover', 'read_mask', 'check_world',
-           'read_object', 'check_placement', 'clock', 'check_seeds', 'Looks', 'in_its_folder', 'load_edit', 'shorter',
-           'check_reusable']
+           'read_object', 'check_placement', 'clock', 'check_seeds', 'Looks', 'in_its_folder', 'check_names',
+           'load_edit', 'shorter', 'check_reusable']
 
 # %% ../nbs/10_pipeline.ipynb #373dfb2c
-import functools, time, warnings
+import functools, inspect, time, warnings
 from collections import OrderedDict
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
@@ -19,15 +19,15 @@ from typing import Any, Callable, Optional, Sequence, Union
 import torch
 
 from .core import BadInput, Event, Notice, content_hash, environment, fit_image, fit_points, join_callbacks
-from .core import live_preview, load_image, one_writer, pick_device, to_pil, write_atomic
-from .embeddings import Split, embedding_objective, interpolate, split_text, subject_action, subject_phrase
+from .core import live_preview, load_image, one_writer, pick_device, shielded, to_pil, write_atomic
+from .embeddings import Split, embedding_objective, interpolate, plain_words, split_text, subject_action, subject_phrase
 from .fine_tuning import apply_difference, fine_tune, full_rank, trainable, union, weight_difference
 from .guidance import turns
 from .identity import ACTIONS, PLACES, change_coat, encode_with, first_vectors, known, load_clip, prior_pictures, prior_texts, propose_source, search_target, typical_coat, with_words, word_objective
 from .masks import check_labels, check_mask, composite, dilate, find_mask, load_sam, mask_from_file, move_subject, to_latent
 from .saving import EditResult, beside, clear_checkpoints, patch, photo_info, pixels, read_edit, same_model
-from .sd import PRECISIONS, Models, awake, ddim_sample, decode_latents, encode_image, encode_text, half, initial_latents, load_models, optimise, parked, pick_precision, vae_psnr, with_scheduler
-from .settings import EditConfig
+from .sd import PRECISIONS, Models, awake, check_text, ddim_sample, decode_latents, encode_image, encode_text, half, initial_latents, load_models, optimise, parked, pick_precision, vae_psnr, with_scheduler
+from .settings import EditConfig, near
 
 # %% ../nbs/10_pipeline.ipynb #01055d2a
 class LayerDiffusion:
@@ -43,6 +43,7 @@ class LayerDiffusion:
         self.say = print  # is told what SAM took for the subject
 
     @classmethod
+    @shielded
     def from_pretrained(cls,
                         name: str = "mini",  # "mini", a Stable Diffusion folder, or a hub name
                         device: Optional[str] = None,  # None: the fastest there is
@@ -66,10 +67,17 @@ class LayerDiffusion:
         if isinstance(self._sam, (str, Path)): self._sam = load_sam(self._sam, device=str(self.models.device))
         return self._sam.to(self.models.device)
 
-    def settings(self, config: Optional[EditConfig] = None) -> EditConfig:
-        "The settings with the model's own numbers filled in; None: the defaults."
-        if config is not None and not isinstance(config, EditConfig): raise BadInput(f"config is a {type(config).__name__}; give an EditConfig, such as EditConfig(alpha=.5) or preset('best').")
-        return (config or EditConfig()).resolve(self.models.card)
+    def settings(self,
+                 config: Optional[EditConfig] = None,  # None: the preset's
+                 preset: Optional[str] = None,  # "paper" or "best"; None: "paper"
+                 **changes  # settings that shall differ
+                ) -> EditConfig:
+        "Every setting of an edit with this model: of a preset or a config, with changes, and with the model's own numbers."
+        if config is not None and not isinstance(config, EditConfig):
+            raise BadInput(f"config is a {type(config).__name__}; name the settings in the call, as in edit(..., preset='best', alpha=.5), or give an EditConfig.")
+        if config is not None and preset is not None: raise BadInput("config holds all settings already; give preset or config, not both.")
+        if config is None: config = EditConfig(preset="paper" if preset is None else preset)
+        return config.change(**changes).resolve(self.models.card)
 
     def __repr__(self): return f"LayerDiffusion({self.models.name!r}, device={str(self.models.device)!r}, {len(self.cache)} stage results kept)"
 
@@ -85,7 +93,7 @@ def once(self: LayerDiffusion,
     "The result of `compute`, kept by the content of `parts`."
     key = (stage, content_hash(stage, self.models.hash, str(self.models.device), list(parts)))
     if key not in self.cache:
-        self.cache[key] = compute(key[1])
+        self.cache[key] = shielded(compute)(key[1])
         for old in [k for k in self.cache if k[0] == stage][:-KEEP.get(stage, 16)]: del self.cache[old]
     self.cache.move_to_end(key)
     return self.cache[key]
@@ -266,9 +274,9 @@ def cover(image,  # anything `load_image` reads
 def draw(self: LayerDiffusion, text: str, size: tuple, config: EditConfig, stage: str, callback=None) -> torch.Tensor:
     "A picture (3, H, W) of a text, by the untouched model."
     models = with_scheduler(self.models, config.scheduler)
-    settings = [text, size, config.seed, config.sampling_steps, config.guidance_scale, config.scheduler]
+    settings = [text, size, config.seed, config.sampling_steps, config.guidance_scale, config.scheduler, *([config.negative_prompt] if config.negative_prompt else [])]
     def compute(key):
-        latents = ddim_sample(models, encode_text(models, text), None, initial_latents(models, [config.seed], *size), config.sampling_steps,
+        latents = ddim_sample(models, encode_text(models, text), encode_text(models, config.negative_prompt), initial_latents(models, [config.seed], *size), config.sampling_steps,
                               config.guidance_scale, callback=callback, stage=stage)
         return decode_latents(models, latents)[0].cpu()
     return self.once("draw", settings, compute)
@@ -302,6 +310,7 @@ def check_world(models: Models, image: torch.Tensor, least: float = 20.):
 
 # %% ../nbs/10_pipeline.ipynb #436a1ca5
 @patch
+@shielded
 def prepare(self: LayerDiffusion,
             image,  # anything `load_image` reads
             text: str,  # T
@@ -311,8 +320,11 @@ def prepare(self: LayerDiffusion,
             config: Optional[EditConfig] = None, callback: Optional[Callable] = None) -> Scene:
     "Stage 1: read, find the subject, split the words, get the reference."
     if mask is not None and (point is not None or box is not None): raise BadInput("Both a mask and a point or box were given; give the mask, or let SAM make one of the others.")
-    if point_labels is not None and point is None: raise BadInput("There are point_labels without a point; give the points, (x, y) each, that they are about.")
-    config, times = self.settings(config), {}
+    if point_labels is not None and point is None:
+        raise BadInput("There are point_labels without a point; give the points, (x, y) each, that they are about.")
+    config, times, text = self.settings(config), {}, plain_words(text, "The target text")
+    source = None if source is None else plain_words(source, "The source text")
+    check_text(self.models, config.negative_prompt)
     placement, given, reference = check_placement(move, scale), read_object(object_reference, object_mask), None if reference is None else load_image(reference)
     split = split_text(text, object, background)
     e_a, e_b = encode_text(self.models, [split.object, split.background]).split(1)
@@ -350,6 +362,7 @@ def target(self: LayerDiffusion, text: str, split: Split, photo: torch.Tensor, f
     if config.object_picture == "input" or config.object_picture == "auto" and self.already(shown, split, source): return shown, found
     if config.target_draws > 1 or config.subject_scale:
         settings = dict(draws=config.target_draws, seed=config.seed, subject_scale=config.subject_scale, target_quality=config.target_quality)
+        if config.negative_prompt: settings["negative_prompt"] = config.negative_prompt
         picture, mask = self.once("target", [text, shown, found, settings], lambda _: search_target(self.models, self.sam, text, shown, found, **settings, callback=callback)[:2])
     else:
         picture = self.draw(text, size, config, "target", callback)
@@ -425,6 +438,7 @@ def small(self: LayerDiffusion, mask: torch.Tensor, config: EditConfig) -> torch
 
 # %% ../nbs/10_pipeline.ipynb #754a69d5
 @patch
+@shielded
 def embed(self: LayerDiffusion, scene: Scene, config: Optional[EditConfig] = None, callback: Optional[Callable] = None, folder=None) -> tuple:
     "Stage 2, Eq. 2: the fitted embeddings of subject and place, and the losses."
     config = self.settings(config)
@@ -478,7 +492,8 @@ def prior(self: LayerDiffusion, scene: Scene, config: EditConfig, callback: Opti
     "The model's own pictures of the target's subject and their words; None where none are asked for."
     if not config.prior_batch: return None
     texts = prior_texts(self.models, subject_phrase(scene.text), count, config.seed)
-    return self.once("prior", [texts, config.seed, config.guidance_scale], lambda _: prior_pictures(self.models, texts, config.seed, guidance_scale=config.guidance_scale, callback=callback))
+    drawn = dict(guidance_scale=config.guidance_scale) | (dict(negative_prompt=config.negative_prompt) if config.negative_prompt else {})
+    return self.once("prior", [texts, config.seed, *drawn.values()], lambda _: prior_pictures(self.models, texts, config.seed, **drawn, callback=callback))
 
 # %% ../nbs/10_pipeline.ipynb #b0654e4d
 @patch
@@ -492,6 +507,7 @@ def layers(self: LayerDiffusion, scene: Scene, config: EditConfig) -> tuple:
 
 # %% ../nbs/10_pipeline.ipynb #3735b75b
 @patch
+@shielded
 def tune(self: LayerDiffusion, scene: Scene, words: tuple, config: Optional[EditConfig] = None, callback: Optional[Callable] = None, folder=None,
          look_every: int = 0, look_seed: int = 0,  # see `Looks`
          start: Optional[dict] = None  # a difference to begin with; None: the loaded U-Net as it is
@@ -520,6 +536,7 @@ def tune(self: LayerDiffusion, scene: Scene, words: tuple, config: Optional[Edit
 
 # %% ../nbs/10_pipeline.ipynb #7a2ba07f
 @patch
+@shielded
 def sample(self: LayerDiffusion,
            words: tuple,  # from `embed`
            difference: dict,  # from `tune`
@@ -537,7 +554,7 @@ def sample(self: LayerDiffusion,
 def paint(self: LayerDiffusion, unet, words: tuple, size: tuple, seeds: list, config: EditConfig, callback=None) -> torch.Tensor:
     "One batch of pictures (B, 3, H, W) by any U-Net."
     models = with_scheduler(replace(self.models, unet=unet), config.scheduler)
-    e_a, e_opt, nothing = words[0], interpolate(*words[:2], config.alpha), encode_text(models, "")
+    e_a, e_opt, nothing = words[0], interpolate(*words[:2], config.alpha), encode_text(models, config.negative_prompt)
     condition = turns(e_a, e_opt, config.eq8_index, config.eq8_first) if config.iterative_guidance else None
     latents = ddim_sample(models, e_opt, nothing, initial_latents(models, seeds, *size), config.sampling_steps, config.guidance_scale, condition, callback)
     return decode_latents(models, latents).cpu()
@@ -587,6 +604,7 @@ def in_its_folder(edit: Callable) -> Callable:
     return alone
 
 @patch
+@shielded
 @in_its_folder
 def edit(self: LayerDiffusion,
          image,  # a file, `example:dog`, a Pillow picture, a tensor (3, H, W) of floats in 0-1 or an array (H, W, 3) of bytes
@@ -605,14 +623,17 @@ def edit(self: LayerDiffusion,
          object: Optional[str] = None,  # T_a; None: split by rule
          background: Optional[str] = None,  # T_b; None: split by rule
          seeds: Sequence[int] = range(8),  # one picture each
-         config: Optional[EditConfig] = None,  # None: the defaults
+         preset: Optional[str] = None,  # "paper" or "best"; None: "paper"
+         config: Optional[EditConfig] = None,  # all settings, instead of a preset
          callback: Optional[Callable[[Event], None]] = None,  # called after every step of every stage
          look_every: int = 0,  # tuning steps between two early looks, see `Looks`; 0: none
          folder=None,  # where checkpoints go; None: nowhere
-         resume: bool = False  # go on from checkpoints in `folder`
+         resume: bool = False,  # go on from checkpoints in `folder`
+         **settings  # of `EditConfig`, such as alpha=.5; they win over those of preset or config
         ) -> EditResult:
     "LayerDiffusion: change what the subject does and where it is."
-    config, seeds = self.settings(config), check_seeds(seeds)
+    check_names(settings, LayerDiffusion.edit)
+    config, seeds = self.settings(config, preset, **settings), check_seeds(seeds)
     scene = self.prepare(image, text, mask=mask, point=point, point_labels=point_labels, box=box, reference=reference, object=object, background=background, object_reference=object_reference,
                          object_mask=object_mask, move=move, scale=scale, source=source, config=config, callback=callback)
     if folder and not resume: clear_checkpoints(folder)
@@ -622,6 +643,15 @@ def edit(self: LayerDiffusion,
     with clock(times, "tune"): difference, tune_losses = self.tune(scene, words, config, callback, folder, look_every, seeds[0])
     with clock(times, "sample"): images = self.sample(words, difference, scene.size, seeds, config, callback)
     return self.pack(scene, words, difference, images, seeds, config, times, dict(embed=embed_losses, tune=tune_losses), move=list(map(float, move)), scale=float(scale), object_given=object_reference is not None)
+
+# %% ../nbs/10_pipeline.ipynb #c7045817
+def check_names(settings: dict,  # what was given by name
+                call: Callable  # the other names are its arguments
+               ):
+    "Refuse what is no setting, with the names that are most like it."
+    names = [*EditConfig.model_fields, *(name for name in inspect.signature(call).parameters if name not in ("self", "settings"))]
+    for name in settings:
+        if name not in EditConfig.model_fields: raise BadInput(f"There is no setting {name!r}; {near(name, names)}.")
 
 # %% ../nbs/10_pipeline.ipynb #cf3ef015
 @patch
@@ -643,8 +673,9 @@ def preview(self: LayerDiffusion,
     return live_preview(lambda latents: decode_latents(self.models, latents), path, every, most)
 
 # %% ../nbs/10_pipeline.ipynb #994c4e05
-DRAWN = "alpha", "iterative_guidance", "eq8_index", "eq8_first", "scheduler", "sampling_steps", "guidance_scale"  # settings that the drawing reads
+DRAWN = "alpha", "iterative_guidance", "eq8_index", "eq8_first", "scheduler", "sampling_steps", "guidance_scale", "negative_prompt"  # settings that the drawing reads
 
+@shielded
 def load_edit(path: Union[str, Path],  # edit.safetensors or its folder
               method: Optional[LayerDiffusion] = None,  # a loaded model, `Models` or a name; None: the one named in the file
               seeds: Optional[Sequence[int]] = None,  # None: those it was saved with
@@ -682,6 +713,7 @@ def carry(self: LayerDiffusion,
 
 # %% ../nbs/10_pipeline.ipynb #ff405f47
 @patch
+@shielded
 def reuse(self: LayerDiffusion,
           result: EditResult,  # from `edit` or `load_edit`
           text: str,  # T, what the new pictures shall show

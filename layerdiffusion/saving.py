@@ -17,7 +17,7 @@ from typing import Callable, Literal, Optional, Union
 import torch
 import torch.nn as nn
 
-from .core import UNREADABLE, BadInput, Notice, as_path, load_image, make_sheet, one_writer, pack_exif, to_pil, write_json
+from .core import UNREADABLE, BadInput, Notice, as_path, load_image, make_sheet, one_writer, pack_exif, shielded, to_pil, write_json
 from .embeddings import Split, interpolate
 from .fine_tuning import apply_difference, factors, full_rank, low_rank
 from .guidance import turns
@@ -59,6 +59,7 @@ def patch(f: Callable  # a function whose first argument is annotated with a cla
 
 # %% ../nbs/09_saving.ipynb #e1082e45
 @patch
+@shielded
 def sheet(self: EditResult, columns: int = 6):
     "One picture with everything on it: input, mask, reference, the object's own picture and mask where there is one, and a picture for each seed."
     def marked(image, mask): return None if image is None or mask is None else overlay(image, mask)
@@ -124,6 +125,7 @@ def _comes_back(kind, name, note):
 
 # %% ../nbs/09_saving.ipynb #b07fc15a
 @patch
+@shielded
 def full_resolution(self: EditResult,
                     photo,  # the same photo in full size, anything `load_image` reads
                     grow: float = .04  # width of the rim around the subject that is taken from the edit too, in shares of the longer side
@@ -139,6 +141,7 @@ def full_resolution(self: EditResult,
 
 # %% ../nbs/09_saving.ipynb #49df245c
 @patch
+@shielded
 def save(self: EditResult,
          folder: Union[str, Path],  # made if it is not there
          rank: Optional[int] = None,  # a smaller file: the U-Net's change by matrices of this rank; pictures made from it differ a little
@@ -307,9 +310,9 @@ def drawing(result: EditResult, models: Models) -> dict:
                 draw=dict(height=height, width=width, num_inference_steps=c.sampling_steps, guidance_scale=c.guidance_scale))
 
 def three_embeddings(result: EditResult, models: Models) -> dict:
-    "e_opt, the subject's own and those of the empty text, named as diffusers names them."
+    "e_opt, the subject's own and those of the negative prompt, named as diffusers names them."
     e_a, e_b = result.embeddings
-    found = dict(prompt_embeds=interpolate(e_a, e_b, result.config.alpha), object_embeds=e_a, negative_prompt_embeds=encode_text(models, ""))
+    found = dict(prompt_embeds=interpolate(e_a, e_b, result.config.alpha), object_embeds=e_a, negative_prompt_embeds=encode_text(models, result.config.negative_prompt))
     return {name: x.detach().to("cpu", torch.float32).contiguous() for name, x in found.items()}
 
 # %% ../nbs/09_saving.ipynb #d6c7a561
@@ -340,6 +343,7 @@ def check_export(folder: Union[str, Path]) -> Path:
     if taken: raise BadInput(f"The folder {str(folder)!r} holds {taken[0]!r}, which an export would replace; give another folder.")
     return folder
 
+@shielded
 def export(result: EditResult,
            models,  # `Models` it was made with, or a `LayerDiffusion`
            folder: Union[str, Path],  # made if it is not there

@@ -19,7 +19,7 @@ from typing import Any, Callable, Optional, Sequence, Union
 
 # %% ../nbs/02_sd.ipynb #0722c54e
 import torch
-from .core import BadInput, Event
+from .core import BadInput, Event, shielded
 from .folders import check_folder, read_json, resolve_model, say_once, weight_files, weights_hash
 from .world import stream
 
@@ -198,6 +198,7 @@ def _load_tokenizer(folder: Path, text_encoder):
     return tokenizer
 
 # %% ../nbs/02_sd.ipynb #fc15410d
+@shielded
 def load_models(name: Union[str, Path] = "mini",  # "mini", a folder, or a hub name
                 device: Union[str, torch.device] = "cpu",  # "cpu", "cuda", "mps"
                 dtype: torch.dtype = torch.float32,  # of all weights, see `pick_precision`

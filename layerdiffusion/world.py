@@ -17,7 +17,7 @@ from typing import Optional, Sequence, Union
 
 import torch
 
-from .core import BadInput
+from .core import BadInput, shielded
 
 # %% ../nbs/01_world.ipynb #432b5c9c
 SPECIES = ["dog", "cat", "rabbit"]
@@ -278,7 +278,7 @@ def draw_places(scenes: Scenes, size) -> torch.Tensor:
 
 # %% ../nbs/01_world.ipynb #72e8aa8c
 JOINTS = ["chest", "hip", "head", "front", "front_far", "hind", "hind_far", "tail_mid", "tail_tip"]
-_POSE_TABLE = torch.tensor([
+_POSE_TABLE = shielded(torch.tensor)([
     # chest        hip           head          front       front_far   hind         hind_far     tail_mid     tail_tip
     [[.26, -.44], [-.30, -.42], [.50, -.76], [.28, -.04], [.16, -.05], [-.28, -.04], [-.41, -.05], [-.50, -.52], [-.60, -.74]],
     [[.12, -.48], [-.14, -.21], [.24, -.84], [.27, -.04], [.15, -.05], [.10, -.04], [-.02, -.05], [-.40, -.07], [-.62, -.12]],
@@ -286,7 +286,7 @@ _POSE_TABLE = torch.tensor([
     [[.22, -.64], [-.26, -.46], [.46, -.90], [.62, -.58], [.52, -.46], [-.62, -.20], [-.68, -.33], [-.46, -.62], [-.64, -.80]]])
 
 # %% ../nbs/01_world.ipynb #773ee26e
-_SWING = torch.tensor([[0, 0], [0, 0], [.05, .04], [.06, .0], [.06, 0], [.06, 0], [.06, 0], [.03, .05], [.05, .08]])
+_SWING = shielded(torch.tensor)([[0, 0], [0, 0], [.05, .04], [.06, .0], [.06, 0], [.06, 0], [.06, 0], [.03, .05], [.05, .08]])
 
 def joints(scenes: Scenes) -> dict:
     "The joints of each subject, name -> (B, 2), feet on y = 0."
