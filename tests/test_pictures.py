@@ -524,7 +524,7 @@ def test_transformers_sam_is_the_same_network(theirs, tmp_path):
     (tmp_path / "sam" / "config.json").write_text('{"model_type": "sam2"}')
     refused(lambda: load_sam(tmp_path / "sam"), "'sam2'", "SamModel")
     (tmp_path / "sam" / "config.json").write_text("{")
-    refused(lambda: load_sam(tmp_path / "sam"), "config.json", "damaged")
+    refused(lambda: load_sam(tmp_path / "sam"), "config.json", "not JSON")
 
 
 # Through the whole method, and on the command line
