@@ -85,6 +85,14 @@ class SubjectAttention:
         return attn.to_out[0](self.attend(attn, attn.to_q(x), attn.to_k(both), attn.to_v(both), bias))
 
 # %% ../nbs/07_identity.ipynb #17a191e4
+def _fits(name, found, own):
+    "Whether a change of the U-Net, whole or as two thin factors, is of one of its weights."
+    weight = name.removeprefix("unet.").removesuffix(".up").removesuffix(".down")
+    if not name.startswith("unet.") or weight not in own: return False
+    if name == f"unet.{weight}": return own[weight].shape == found[name].shape
+    up, down = (found.get(f"unet.{weight}.{part}") for part in ("up", "down"))
+    return up is not None and down is not None and len(up) * down.shape[1] == own[weight].numel() and up.shape[1] == len(down)
+
 def subject_weights(models: Models) -> Optional[dict]:
     "Trained weights for subject attention; None where the model's folder has none."
     from safetensors.torch import load_file
@@ -93,8 +101,7 @@ def subject_weights(models: Models) -> Optional[dict]:
     check_weights(path)
     found, own = load_file(path), models.unet.state_dict()
     needed = {f"{name}.{k}" for name in self_attention(models.unet) for k in ("q", "k", "v", "out", "out_bias")}
-    fits = lambda name: name.startswith("unet.") and name[5:] in own and own[name[5:]].shape == found[name].shape
-    odd = sorted(needed - set(found)) or sorted(name for name in set(found) - needed if not fits(name))
+    odd = sorted(needed - set(found)) or sorted(name for name in set(found) - needed if not _fits(name, found, own))
     if odd:
         raise BadInput(f"The weights {path} were not made for this U-Net ({', '.join(odd[:3])}); get them with the "
                        "model, or take the folder away to do without them.")

@@ -409,7 +409,7 @@ SAMS = [
           "memory_attention.norm.bias": torch.zeros(1)})],
      ["SAM 2"]),
     ("transformers", lambda w: [w.clear(), w.update({"vision_encoder.pos_embed": torch.zeros(1)})],
-     ["transformers' SamModel"]),
+     ["image_encoder.pos_embed"]),
     ("something else", lambda w: [w.clear(), w.update({"fc.weight": torch.zeros(1)})], ["another kind", "fc.weight"]),
     ("missing", lambda w: w.pop("mask_decoder.iou_token.weight"), ["mask_decoder.iou_token.weight is missing"]),
     ("extra", lambda w: w.update({"mask_decoder.more": torch.zeros(1)}), ["mask_decoder.more is not known"]),

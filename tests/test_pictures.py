@@ -611,5 +611,5 @@ def test_command_masks(run, name):
 def test_command_frames(run):
     "What is decided about a picture is said once."
     PICTURE.save("a.webp", save_all=True, append_images=[Image.fromarray(RGB[::-1].copy())])
-    code, out, err = run("edit", "a.webp", "a dog", "--mask", "nowhere.png")
+    code, out, err = run("edit", "a.webp", "a dog jumping in a forest", "--mask", "nowhere.png")
     assert code == 2 and err.count("2 frames") == 1
