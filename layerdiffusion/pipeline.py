@@ -285,7 +285,7 @@ def draw(self: LayerDiffusion, text: str, size: tuple, config: EditConfig, stage
 @patch
 def find_subject(self: LayerDiffusion, source, image: torch.Tensor, mask=None, point=None, box=None, point_labels=None) -> torch.Tensor:
     "The subject's mask (1, H, W) on the fitted picture."
-    if mask is not None: return read_mask(mask, *image.shape[-2:], whole=source.size)
+    if mask is not None: return read_mask(mask, *image.shape[-2:], whole=source and source.size)
     point, box = (None if x is None else fit_points(x, source, image) for x in (point, box))
     labels = None if point_labels is None else check_labels(len(torch.tensor(point).reshape(-1, 2)) if point else 0, point_labels)
     def compute(key):
