@@ -7,9 +7,9 @@ __all__ = ['SUBJECT', 'PLACE', 'WORDS', 'TUNING', 'DRAWING', 'MASKS', 'BEYOND', 
            'EXAMPLES', 'STAGES', 'REPORT', 'Opt', 'in_range', 'as_parameter', 'with_options', 'parse_seeds',
            'parse_numbers', 'default_folder', 'stopped_text', 'claim', 'check_writable', 'check_file', 'check_preview',
            'read_settings', 'typed', 'read_request', 'placement', 'announce', 'describe_mask', 'prepare',
-           'choose_level', 'Stopped', 'run_edit', 'save_looks', 'after_stop', 'save', 'close_bars', 'forget', 'edit',
-           'examples', 'train_mini', 'check_mini', 'bench', 'experiment', 'docs', 'editor', 'usage', 'explain',
-           'run_app', 'main']
+           'choose_level', 'Stopped', 'run_edit', 'save_looks', 'after_stop', 'save', 'tell_rank', 'close_bars',
+           'forget', 'edit', 'examples', 'train_mini', 'check_mini', 'bench', 'experiment', 'docs', 'editor', 'usage',
+           'explain', 'run_app', 'main']
 
 # %% ../nbs/30_cli.ipynb #9c2efb69
 import inspect, json, re, shutil, sys
@@ -127,6 +127,7 @@ RUN = [
     Opt("config", Optional[Path], None, "Settings from the edit.json of an earlier edit; options given beside it win.", metavar="FILE"),
     Opt("resume", bool, False, "Go on with the edit of these words that was stopped; ends with the same pictures as one that was not."),
     Opt("paste_back", bool, False, "Write each picture in the full size of IMAGE too: IMAGE itself, and the edit where the subject was and is now. For edits that keep the place."),
+    Opt("rank", Optional[int], None, "Save the U-Net's change in edit.safetensors by matrices of this rank: a small file. A line says how much of the change that leaves out; what is drawn from the file again differs from the pictures beside it. Unset: all of it.", 1, 1280, metavar="N"),
     Opt("out", Optional[Path], None, "Folder for the results. Unset: edits/NAME-1, -2, ... with the picture's name.", metavar="DIR"),
     Opt("debug", bool, False, "Show the whole traceback when something unexpected happens.")]
 
@@ -143,7 +144,7 @@ def in_range(opt: Opt) -> Callable:
 # %% ../nbs/30_cli.ipynb #c1ac2bf5
 def as_parameter(opt: Opt, panel: str) -> inspect.Parameter:
     "An option as typer wants it: one annotated keyword."
-    number = opt.kind in (int, float, Optional[float])
+    number = opt.kind in (int, float, Optional[int], Optional[float])
     names = opt.flags or ([opt.flag] if opt.kind is bool and not opt.default else [])
     info = typer.Option(*names, help=opt.help, metavar=opt.metavar, rich_help_panel=panel, callback=in_range(opt) if number else None)
     return inspect.Parameter(opt.name, inspect.Parameter.KEYWORD_ONLY, default=opt.default, annotation=Annotated[opt.kind, info])
@@ -385,11 +386,17 @@ def after_stop(out: Path) -> str:
         return "Stopped by Ctrl-C; nothing was written."
     return f"Stopped by Ctrl-C; what was fitted is kept in {out}, and the same command with --out {out} --resume goes on there."
 
-def save(result, out: Path, photo=None):
+def save(result, out: Path, photo=None, rank: Optional[int] = None):
     "Write the results; until they are there, the checkpoints stay."
-    try: result.save(out, photo=photo)
+    try: result.save(out, rank, photo)
     except KeyboardInterrupt: raise Stopped(after_stop(out)) from None
     except BadInput: forget(out, set(out.glob("checkpoint-*.safetensors"))); raise
+
+def tell_rank(out: Path):
+    "How small edit.safetensors became by --rank, and what that left out."
+    saved = json.loads((out / "edit.json").read_text(encoding="utf-8"))
+    size = (out / "edit.safetensors").stat().st_size / 1e6
+    announce(f"Rank     {saved['rank']}: edit.safetensors has {size:.1f} MB and leaves out {saved['rank_error']:.1%} of the U-Net's change; what is drawn from it again differs by that from the pictures here")
 
 def close_bars():
     "Close the progress bars that are still open."
@@ -420,7 +427,8 @@ def edit(ctx: typer.Context,
     method = LayerDiffusion.from_pretrained(options["model"], options["device"], options["sam"], options["precision"], options["offline"])
     config = preset(options["preset"], method.models.card, **settings)
     result, looks = run_edit(method, text, request, config, choose_level(method, options["memory"], request, config))
-    save(result, request["out"], request["image"] if options["paste_back"] else None)
+    save(result, request["out"], request["image"] if options["paste_back"] else None, options["rank"])
+    if options["rank"]: tell_rank(request["out"])
     save_looks(looks, request["out"] / "looks.png")
     seconds = ", ".join(f"{stage} {spent:.1f} s" for stage, spent in result.times.items() if spent > .05)
     announce(f"Time     {seconds}\nWrote    {', '.join(sorted(p.name for p in request['out'].iterdir() if re.fullmatch(OURS + '|looks.png', p.name)))}\nLook at  {request['out'] / 'sheet.png'}")

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FORMAT', 'OURS', 'DRAW', 'EditResult', 'photo_info', 'whole_folder', 'clear_checkpoints', 'saved_before',
-           'check_folder', 'read_edit', 'beside', 'pixels', 'lora', 'draw_script', 'drawing', 'three_embeddings',
-           'same_model', 'portable', 'export']
+           'check_folder', 'read_edit', 'beside', 'pixels', 'lora', 'lora_rank', 'draw_script', 'drawing',
+           'three_embeddings', 'same_model', 'portable', 'save_lora', 'export']
 
 # %% ../nbs/09_saving.ipynb #4055775e
 import copy, json, os, re, shutil, time, uuid
@@ -19,7 +19,7 @@ import torch.nn as nn
 
 from .core import BadInput, load_image, make_sheet, to_pil, write_json
 from .embeddings import Split, interpolate
-from .fine_tuning import apply_difference, factors, full_rank, low_rank
+from .fine_tuning import apply_difference, changed, left_out, low_rank, thin
 from .guidance import turns
 from .masks import dilate, overlay
 from .sd import Models, encode_text, quiet, timesteps, with_scheduler
@@ -80,8 +80,9 @@ def tensors(self: EditResult, rank: Optional[int] = None) -> dict:
 @patch
 def settings(self: EditResult, rank: Optional[int] = None) -> dict:
     "Everything about the edit that is not a tensor."
+    alpha = lora_rank(self.difference)  # of a LoRA: W + alpha / rank * up @ down, and both are the same here
     return dict(format=FORMAT, text=self.text, object=self.split.object, background=self.split.background, seeds=self.seeds, size=list(self.images.shape[-2:]),
-                rank=rank, config=self.config.model_dump(), **self.record, seconds={k: round(v, 3) for k, v in self.times.items()})
+                rank=rank, **({} if alpha is None else dict(lora_alpha=alpha)), config=self.config.model_dump(), **self.record, seconds={k: round(v, 3) for k, v in self.times.items()})
 
 # %% ../nbs/09_saving.ipynb #a5331f21
 def photo_info(photo) -> dict:  # anything `load_image` reads
@@ -110,7 +111,7 @@ def full_resolution(self: EditResult,
 @patch
 def save(self: EditResult,
          folder: Union[str, Path],  # made if it is not there
-         rank: Optional[int] = None,  # a smaller file: the U-Net's change by matrices of this rank; pictures made from it differ a little
+         rank: Optional[int] = None,  # a smaller file: the U-Net's change by matrices of this rank; pictures drawn from it differ, and edit.json says how much of the change is left out (rank_error)
          photo=None  # the photo in full size: paste the edit back into it, see `full_resolution`
         ) -> Path:
     "Write pictures, sheet, edit.safetensors and edit.json."
@@ -118,6 +119,7 @@ def save(self: EditResult,
     folder, settings = check_folder(folder), self.settings(rank)
     before = saved_before(folder)
     tensors = {k: v.detach().cpu().contiguous() for k, v in self.tensors(rank).items()}
+    if rank is not None: settings["rank_error"] = round(left_out(self.difference, {k[5:]: v for k, v in tensors.items() if k.startswith("unet.")}), 4)
     pictures = dict(input=self.image, mask=self.mask, reference=self.reference, object=self.object_image, object_mask=self.object_mask) | {f"seed-{s}": x for s, x in zip(self.seeds, self.images)}
     with whole_folder(folder) as inside:
         for name, x in pictures.items():
@@ -212,16 +214,23 @@ def pixels(image  # anything `load_image` reads
 # %% ../nbs/09_saving.ipynb #3a8f49a3
 def lora(unet: nn.Module,  # the untouched U-Net: it knows each matrix's shape
          difference: dict,  # see `weight_difference`
-         rank: int = 16
+         rank: Optional[int] = None  # None: that of a LoRA, where the difference is one, else 16
         ) -> dict:  # for `StableDiffusionPipeline.load_lora_weights`
-    "The change of every matrix and convolution as LoRA factors; vectors cannot be held."
-    weights, out = unet.state_dict(), {}
-    for name, change in full_rank(difference).items():
+    "The change of every matrix and convolution as LoRA factors, with alpha = rank; vectors cannot be held."
+    own = lora_rank(difference)
+    weights, out, rank = unet.state_dict(), {}, own or 16 if rank is None else min(rank, own or rank)
+    for name in changed(difference):
         if (shape := weights[name].shape)[1:] == (): continue
-        up, down = factors(change.flatten(1), rank)
+        up, down = thin(difference, name, rank)
+        up, down = (nn.functional.pad(x, pad) for x, pad in ((up, (0, rank - up.shape[1])), (down, (0, 0, 0, rank - len(down)))))
         layer = f"unet.{name.removesuffix('.weight')}"
         out |= {f"{layer}.lora_A.weight": down.reshape(rank, *shape[1:]), f"{layer}.lora_B.weight": up.reshape(*up.shape, *[1] * (len(shape) - 2))}
     return {name: x.half().contiguous() for name, x in out.items()}
+
+def lora_rank(difference: dict) -> Optional[int]:
+    "The rank of a difference that is a LoRA, all of it in two factors; None where it is not."
+    ranks = [change.shape[1] for name, change in difference.items() if name.endswith(".up")]
+    return max(ranks) if ranks and len(ranks) == len(changed(difference)) else None
 
 # %% ../nbs/09_saving.ipynb #b54c4234
 DRAW = """'Draws this edit with diffusers alone: python draw.py [MODEL], where MODEL is the folder or hub name of the model it was made with.'
@@ -256,7 +265,7 @@ def draw_script(kind: str,  # "unet" or "lora"
                ) -> str:
     "The text of draw.py."
     unet = 'unet=UNet2DConditionModel.from_pretrained(here / "unet"),' if kind == "unet" else ""
-    lora = 'pipe.load_lora_weights(here, weight_name="lora.safetensors")\n' if kind == "lora" else ""
+    lora = 'pipe.load_lora_weights(here)\n' if kind == "lora" else ""
     return DRAW.format(scheduler=type(scheduler).__name__, unet=unet, lora=lora)
 
 # %% ../nbs/09_saving.ipynb #9932c44c
@@ -293,11 +302,19 @@ def portable(scheduler):
     return make(scheduler.config, trained_betas=(1 - kept / torch.cat([torch.ones(1), kept[:-1]])).tolist())
 
 # %% ../nbs/09_saving.ipynb #8c8aa2c6
+def save_lora(factors: dict,  # from `lora`
+              folder: Path):
+    "Write `pytorch_lora_weights.safetensors`, the name under which diffusers finds a LoRA in a folder, with its rank and alpha."
+    from diffusers import StableDiffusionPipeline
+    layers = [name[5:-14] for name in factors if name.endswith("lora_A.weight")]
+    rank = next((len(x) for name, x in factors.items() if "lora_A" in name), 1)
+    StableDiffusionPipeline.save_lora_weights(folder, {name[5:]: x for name, x in factors.items()}, unet_lora_adapter_metadata=dict(r=rank, lora_alpha=rank, target_modules=layers))
+
 def export(result: EditResult,
            models,  # `Models` it was made with, or a `LayerDiffusion`
            folder: Union[str, Path],  # made if it is not there
            kind: Literal["unet", "lora"] = "unet",  # the whole tuned U-Net, or a file for `load_lora_weights`
-           rank: int = 16  # of "lora"
+           rank: Optional[int] = None  # of "lora"; None: that of an edit that is a LoRA, else 16
           ) -> Path:
     "Write an edit so that diffusers alone can draw it."
     from safetensors.torch import save_file
@@ -307,7 +324,7 @@ def export(result: EditResult,
     models, folder = with_scheduler(models, result.config.scheduler), Path(folder).expanduser()
     with whole_folder(folder) as inside, quiet():
         if kind == "unet": apply_difference(models.unet, result.difference).save_pretrained(inside / "unet")
-        else: save_file(lora(models.unet, result.difference, rank), inside / "lora.safetensors")
+        else: save_lora(lora(models.unet, result.difference, rank), inside)
         save_file(three_embeddings(result, models), inside / "embeddings.safetensors")
         portable(models.scheduler).save_pretrained(inside / "scheduler")
         write_json(inside / "settings.json", drawing(result, models))
