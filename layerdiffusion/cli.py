@@ -121,7 +121,7 @@ RUN = [
     Opt("seed", int, 0, "Seed of all other draws: noise and timesteps in Eq. 2, 4, 5, and the drawn reference.", 0, 2**63 - 1),
     Opt("device", Optional[str], None, "cpu, cuda, cuda:1 or mps. Unset: the fastest there is.", metavar="NAME"),
     Opt("precision", Literal["auto", "fp32", "bf16", "fp16"], "auto", "What the model computes in. auto: bf16 on a GPU that has it, fp16 on an older one of NVIDIA's, else fp32."),
-    Opt("memory", Literal["auto", "full", "spare", "8bit", "low"], "auto", "How much may lie on the device. auto: as much as fits, and a sentence says why. spare: parts wait on the CPU. 8bit: Adam in eight bits. low: LoRA."),
+    Opt("memory", Literal["auto", "full", "spare", "8bit", "low"], "auto", "How much may lie on the device. auto: as much as fits, and a sentence says why. spare: activations are computed twice, and on a GPU parts wait on the CPU. 8bit: Adam in eight bits. low: LoRA."),
     Opt("offline", bool, False, "Never ask the Hugging Face hub; what was fetched before is still used."),
     Opt("preset", Literal["paper", "best"], "paper", "Settings to start from. paper: the paper's numbers, with those readings of it that did best. best: those that kept the subject best. Options given beside it win."),
     Opt("config", Optional[Path], None, "Settings from the edit.json of an earlier edit; options given beside it win.", metavar="FILE"),

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 kind, mini, folder, steps, guidance, *seeds = sys.argv[1:]
 tuned = dict(unet=UNet2DConditionModel.from_pretrained(f"{folder}/unet")) if kind == "unet" else {}
 pipe = StableDiffusionPipeline.from_pretrained(mini, **tuned)
-if kind == "lora": pipe.load_lora_weights(folder, weight_name="lora.safetensors")
+if kind == "lora": pipe.load_lora_weights(folder)
 words = {k: v for k, v in load_file(f"{folder}/embeddings.safetensors").items() if k != "object_embeds"}
 pictures = [pipe(**words, num_inference_steps=int(steps), guidance_scale=float(guidance), generator=torch.Generator().manual_seed(int(s)), output_type="pt").images for s in seeds]
 save_file({"images": torch.cat(pictures)}, f"{folder}/alone.safetensors")
