@@ -5,12 +5,11 @@
 # %% auto #0
 __all__ = ['LEVELS', 'LORA_LR', 'WORKSPACE', 'ROOM', 'Live', 'shapes_only', 'settings_for', 'weight_bytes', 'resident',
            'count_embed', 'pictures_in_a_step', 'count_moving', 'count_tune', 'count_draw', 'count_decode', 'count_sam',
-           'predict', 'measure_peak', 'Plan', 'gigabytes', 'free_memory', 'has_8bit', 'plan', 'give_back', 'next_level',
-           'run_in']
+           'predict', 'measure_peak', 'Plan', 'gigabytes', 'free_memory', 'has_8bit', 'plan', 'next_level', 'run_in']
 
 # %% ../nbs/21_memory.ipynb #5c5d17cf
-import copy, ctypes, gc, os, sys, weakref
-from contextlib import contextmanager, suppress
+import copy, gc, os, weakref
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Callable, Optional
 
@@ -273,12 +272,6 @@ def _warning(stages: dict, free: Optional[int]) -> str:
     if free is None or max(stages.values()) * ROOM <= free: return ""
     return f" It may not fit into {gigabytes(free)}; fewer --seeds and a smaller SAM need less."
 
-# %% ../nbs/21_memory.ipynb #55cb248e
-def give_back():
-    "Let the C library of Linux hand large blocks back as soon as they are free, for the rest of this process; elsewhere nothing happens."
-    if sys.platform != "linux": return
-    with suppress(AttributeError): ctypes.CDLL(None).mallopt(-3, 2**20)  # M_MMAP_THRESHOLD, of glibc
-
 # %% ../nbs/21_memory.ipynb #1c14d73e
 def next_level(level: str) -> Optional[str]:
     "The level below one, of those that can be had here."
@@ -291,7 +284,6 @@ def run_in(level: str,  # to begin with, of `LEVELS`
            say: Callable = print  # told when a level is left
           ):
     "The result of `work` on the first level, from one downwards, that has enough memory."
-    if method.models.device.type == "cpu": give_back()
     while True:
         use(method.models, LEVELS[level])
         try: return work(settings_for(level, config, method.models.card))

@@ -237,9 +237,8 @@ import json, sys, torch
 torch.set_num_threads(1)
 folder, level, precision, kind = sys.argv[1:]
 from layerdiffusion import EditConfig, LayerDiffusion
-from layerdiffusion.memory import LEVELS, give_back, predict, settings_for
+from layerdiffusion.memory import LEVELS, predict, settings_for
 from layerdiffusion.sd import use
-give_back()
 method = LayerDiffusion.from_pretrained(folder, "cpu", "mini", precision=precision)
 config = EditConfig(tuned_parameters=kind, tuning_lr=1e-5, object_picture="input", embedding_steps=2, tuning_steps=2, sampling_steps=2)
 config = method.settings(settings_for(level, config, use(method.models, LEVELS[level]).card))
