@@ -26,8 +26,10 @@ from .settings import PAPER, EditConfig
 # %% ../nbs/21_memory.ipynb #eda995bc
 class Live(TorchDispatchMode):
     "Bytes that are alive inside the `with`, now and at most; what was there before does not count."
-    def __init__(self, *before):  # modules and tensors
+    def __init__(self, *before,  # modules and tensors
+                 copies: bool = False):  # with those that a convolution on a CPU makes of its tensors, outside of PyTorch's count
         super().__init__()
+        self.copies = copies
         self.now, self.peak, self.curve, self.seen = 0, 0, [], WeakIdKeyDictionary()
         for x in before:
             for t in ([*x.parameters(), *x.buffers()] if isinstance(x, torch.nn.Module) else [x]): self.seen[t.untyped_storage()] = True
@@ -36,6 +38,9 @@ class Live(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         for x in tree_leaves(out):
             if isinstance(x, torch.Tensor) and x.untyped_storage() not in self.seen: self.add(x.untyped_storage())
+        if self.copies and "convolution" in func.__name__:
+            tensors = [x for x in tree_leaves((args, out)) if isinstance(x, torch.Tensor)]
+            self.peak = max(self.peak, self.now + sum(x.numel() * x.element_size() for x in tensors))
         self.curve.append(self.now)
         return out
 
@@ -101,13 +106,13 @@ def resident(*parts  # modules that will be needed
     except (OSError, ValueError, IndexError): return None
 
 # %% ../nbs/21_memory.ipynb #d7eb70ef
-def count_embed(models: Models, how: How, height: int, width: int) -> int:  # bytes at most
+def count_embed(models: Models, how: How, height: int, width: int, copies: bool = False) -> int:  # bytes at most
     "What Eq. 2 makes beside the weights."
     with shapes_only():
         unet, (x, e) = _fake(models.unet, models.dtype), _inputs(models, 1, height, width, 2)
         if how.checkpointing: unet.enable_gradient_checkpointing()
         e.requires_grad_()
-        with Live(unet, x, e) as live: torch.autograd.grad(noise_loss(unet, models.scheduler, x, x, torch.zeros(1, dtype=torch.long), e), [e])
+        with Live(unet, x, e, copies=copies) as live: torch.autograd.grad(noise_loss(unet, models.scheduler, x, x, torch.zeros(1, dtype=torch.long), e), [e])
     return live.peak + 12 * e.numel()  # with Adam's numbers and the gradient
 
 # %% ../nbs/21_memory.ipynb #3544ddce
@@ -118,7 +123,7 @@ def count_moving(models: Models, config: EditConfig) -> int:  # of numbers
     if config.tuned_parameters == "all": return sum(p.numel() for p in models.unet.parameters())
     with shapes_only(): return sum(p.numel() for p in trainable(_fake(models.unet, models.dtype), config.tuned_parameters, config.lora_rank))
 
-def count_tune(models: Models, how: How, config: EditConfig, height: int, width: int) -> int:  # bytes at most
+def count_tune(models: Models, how: How, config: EditConfig, height: int, width: int, copies: bool = False) -> int:  # bytes at most
     "What Eq. 6 makes: the copy, its gradients and activations, Adam's state."
     with shapes_only():
         n = pictures_in_a_step(config)
@@ -126,7 +131,7 @@ def count_tune(models: Models, how: How, config: EditConfig, height: int, width:
         if models.device.type == "cuda" and models.dtype != torch.float32: _norms_in_float32(unet)
         if how.checkpointing: unet.enable_gradient_checkpointing()
         moving = trainable(unet, config.tuned_parameters, config.lora_rank)
-        live = Live(unet, x, e)
+        live = Live(unet, x, e, copies=copies)
         with live:
             with torch.autocast("cpu", models.dtype, enabled=models.dtype != torch.float32): loss = layered_loss(unet, models.scheduler, x, x[:, :1], x, torch.zeros(n, dtype=torch.long), e)
             torch.autograd.grad(loss, moving)
@@ -134,19 +139,19 @@ def count_tune(models: Models, how: How, config: EditConfig, height: int, width:
         return weight_bytes(unet) + state + live.peak
 
 # %% ../nbs/21_memory.ipynb #322b22cf
-def count_draw(models: Models, height: int, width: int, seeds: int) -> int:  # bytes at most
+def count_draw(models: Models, height: int, width: int, seeds: int, copies: bool = False) -> int:  # bytes at most
     "What a step of Eq. 7 makes."
     with shapes_only(), torch.no_grad():
         unet, (x, e) = _fake(models.unet, models.dtype), _inputs(models, 2 * seeds, height, width)
-        with Live(unet, x, e) as live: unet(x, 500, e)
+        with Live(unet, x, e, copies=copies) as live: unet(x, 500, e)
     return live.peak
 
-def count_decode(models: Models, height: int, width: int, seeds: int) -> int:  # bytes at most
+def count_decode(models: Models, height: int, width: int, seeds: int, copies: bool = False) -> int:  # bytes at most
     "What turning latents into pictures makes."
     with shapes_only(), torch.no_grad():
         vae, (x, _) = _fake(models.vae, models.dtype), _inputs(models, seeds, height, width)
         x = x.to(models.dtype)
-        with Live(vae, x) as live: vae.decode(x)
+        with Live(vae, x, copies=copies) as live: vae.decode(x)
     return live.peak
 
 def count_sam(sam) -> int:  # bytes at most
@@ -176,12 +181,12 @@ def predict(models: Models,
     here = unet + vae + text + eyes if here is None else here + WORKSPACE
     def standing(*parts): return sum(parts) if how.offload and not cpu else here  # nothing waits on the CPU where that is the device
     counted, n = {} if counted is None else counted, min(seeds, 8)
-    for name, count in dict(draw=lambda: count_draw(models, height, width, n), decode=lambda: count_decode(models, height, width, n), find=lambda: count_sam(sam) - eyes if sam is not None else 0).items():
+    for name, count in dict(draw=lambda: count_draw(models, height, width, n, cpu), decode=lambda: count_decode(models, height, width, n, cpu), find=lambda: count_sam(sam) - eyes if sam is not None else 0).items():
         if name not in counted: counted[name] = count()
     change = 2 * count_moving(models, config) if cpu else 0
     stages = dict(find=standing(eyes) + counted["find"]) if sam is not None else {}
-    return stages | dict(embed=standing(unet) + count_embed(models, how, height, width),
-                         tune=standing() + count_tune(models, how, config, height, width),
+    return stages | dict(embed=standing(unet) + count_embed(models, how, height, width, cpu),
+                         tune=standing() + count_tune(models, how, config, height, width, cpu),
                          draw=standing(unet) + unet + change + counted["draw"],
                          decode=standing(unet, vae) + unet + change + counted["decode"])
 
