@@ -8,8 +8,8 @@ __all__ = ['SUBJECT', 'PLACE', 'WORDS', 'TUNING', 'DRAWING', 'MASKS', 'BEYOND', 
            'parse_numbers', 'default_folder', 'stopped_text', 'claim', 'check_writable', 'check_file', 'check_preview',
            'show_version', 'common', 'read_settings', 'typed', 'read_points', 'read_request', 'placement', 'announce',
            'describe_mask', 'prepare', 'choose_level', 'run_edit', 'close_bars', 'Stopped', 'kept_in', 'workplace',
-           'save', 'save_looks', 'edit', 'export', 'examples', 'train_mini', 'check_mini', 'bench', 'experiment',
-           'docs', 'editor', 'usage', 'explain', 'Speech', 'heard', 'stoppable', 'run_app', 'main']
+           'save', 'tell_rank', 'save_looks', 'edit', 'export', 'examples', 'train_mini', 'check_mini', 'bench',
+           'experiment', 'docs', 'editor', 'usage', 'explain', 'Speech', 'heard', 'stoppable', 'run_app', 'main']
 
 # %% ../nbs/30_cli.ipynb #9c2efb69
 import inspect, json, os, re, shlex, shutil, signal, sys, threading
@@ -126,12 +126,13 @@ RUN = [
     Opt("seed", int, 0, "Seed of all other draws: noise and timesteps in Eq. 2, 4, 5, and the drawn reference.", 0, 2**63 - 1),
     Opt("device", Optional[str], None, "cpu, cuda, cuda:1 or mps. Unset: the fastest there is.", metavar="NAME"),
     Opt("precision", Literal["auto", "fp32", "bf16", "fp16"], "auto", "What the model computes in. auto: bf16 on a GPU that has it, fp16 on an older one of NVIDIA's, else fp32."),
-    Opt("memory", Literal["auto", "full", "spare", "8bit", "low"], "auto", "How much may lie on the device. auto: as much as fits, and a sentence says why. spare: parts wait on the CPU. 8bit: Adam in eight bits. low: LoRA."),
+    Opt("memory", Literal["auto", "full", "spare", "8bit", "low"], "auto", "How much may lie on the device. auto: as much as fits, and a sentence says why. spare: activations are computed twice, and on a GPU parts wait on the CPU. 8bit: Adam in eight bits. low: LoRA."),
     Opt("offline", bool, False, "Never ask the Hugging Face hub; what was fetched before is still used."),
     Opt("preset", Literal["paper", "best"], "paper", "Settings to start from. paper: the paper's numbers, with those readings of it that did best. best: those that kept the subject best. Options given beside it win."),
     Opt("config", Optional[Path], None, "Settings from the edit.json of an earlier edit; options given beside it win.", metavar="FILE"),
     Opt("resume", bool, False, "Go on with the edit of these words that was stopped; ends with the same pictures as one that was not."),
     Opt("paste_back", bool, False, "Write each picture in the full size of IMAGE too: IMAGE itself, and the edit where the subject was and is now. For edits that keep the place."),
+    Opt("rank", Optional[int], None, "Save the U-Net's change in edit.safetensors by matrices of this rank: a small file. A line says how much of the change that leaves out; what is drawn from the file again differs from the pictures beside it. Unset: all of it.", 1, 1280, metavar="N"),
     Opt("out", Optional[Path], None, "Folder for the results. Unset: edits/NAME-1, -2, ... with the picture's name.", metavar="DIR"),
     Opt("debug", bool, False, "Show the whole traceback when something unexpected happens.")]
 
@@ -148,7 +149,7 @@ def in_range(opt: Opt) -> Callable:
 # %% ../nbs/30_cli.ipynb #c1ac2bf5
 def as_parameter(opt: Opt, panel: str) -> inspect.Parameter:
     "An option as typer wants it: one annotated keyword."
-    number = opt.kind in (int, float, Optional[float])
+    number = opt.kind in (int, float, Optional[int], Optional[float])
     names = opt.flags or ([opt.flag] if opt.kind is bool and not opt.default else [])
     info = typer.Option(*names, help=opt.help, metavar=opt.metavar, rich_help_panel=panel, callback=in_range(opt) if number else None)
     return inspect.Parameter(opt.name, inspect.Parameter.KEYWORD_ONLY, default=opt.default, annotation=Annotated[opt.kind, info])
@@ -427,9 +428,15 @@ def workplace(request: dict, text: str):
             raise
 
 # %% ../nbs/30_cli.ipynb #7adbca07
-def save(result, out: Path, photo=None):
+def save(result, out: Path, photo=None, rank: Optional[int] = None):
     "Write the results; until they are there, the checkpoints stay."
-    result.save(out, photo=photo)
+    result.save(out, rank, photo)
+
+def tell_rank(out: Path):
+    "How small edit.safetensors became by --rank, and what that left out."
+    saved = json.loads((out / "edit.json").read_text(encoding="utf-8"))
+    size = (out / "edit.safetensors").stat().st_size / 1e6
+    announce(f"Rank     {saved['rank']}: edit.safetensors has {size:.1f} MB and leaves out {saved['rank_error']:.1%} of the U-Net's change; what is drawn from it again differs by that from the pictures here")
 
 def save_looks(looks: list, file: Path):
     "The early looks in one picture, in their order."
@@ -463,8 +470,9 @@ def edit(ctx: typer.Context,
         method.settings(config)  # refuses what does not fit this model
         result, looks = run_edit(method, text, request, config, choose_level(method, options["memory"], request, config))
         at_end.append(method.keep_learnt)
-        save(result, request["out"], request["image"] if options["paste_back"] else None)
+        save(result, request["out"], request["image"] if options["paste_back"] else None, options["rank"])
         at_end.clear()
+        if options["rank"]: tell_rank(request["out"])
         save_looks(looks, request["out"] / "looks.png")
     seconds = ", ".join(f"{stage} {spent:.1f} s" for stage, spent in result.times.items() if spent > .05)
     announce(f"Time     {seconds}\nWrote    {', '.join(sorted(p.name for p in request['out'].iterdir() if re.fullmatch(OURS + '|looks.png', p.name)))}\nLook at  {request['out'] / 'sheet.png'}")

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['object_loss', 'background_loss', 'union', 'squared_weight', 'stack_layers', 'layered_loss', 'LowRank', 'trainable',
-           'with_prior', 'adam', 'fine_tune', 'settled', 'weight_difference', 'apply_difference', 'factors', 'low_rank',
-           'full_rank']
+           'with_prior', 'adam', 'fine_tune', 'settled', 'weight_difference', 'dithered', 'changed', 'change_of',
+           'apply_difference', 'check_rank', 'factors', 'thin', 'low_rank', 'full_rank', 'left_out']
 
 # %% ../nbs/05_fine_tuning.ipynb #172ec5de
-import importlib
+import importlib, math
 from typing import Callable, Optional
 
 import torch
@@ -165,7 +165,7 @@ def fine_tune(models: Models,  # the loaded model; it is not changed
              ) -> tuple:  # the tuned copy of the U-Net, and the loss of each step
     "Eq. 4-6: tune a copy of the U-Net on the subject's picture and the reference."
     latents, weights = stack_layers(subject_latents, subject_mask, reference_latents, reference_mask, lambda_obj, lambda_bg, scale)
-    embeds, tuned = prompt_embeds.expand(len(latents), -1, -1), apply_difference(models.unet, start) if start else twin(models.unet)
+    embeds, tuned = prompt_embeds.expand(len(latents), -1, -1), apply_difference(models.unet, start, torch.float32) if start else twin(models.unet)
     def loss_fn(step, generator):
         x, w, e = (v.repeat(batch, *[1] * (v.ndim - 1)) for v in with_prior(latents, weights, embeds, prior, prior_batch, lambda_prior, generator))
         noise, timesteps = sample_noise_and_t(models.scheduler, x.shape, generator)
@@ -175,63 +175,124 @@ def fine_tune(models: Models,  # the loaded model; it is not changed
     losses = []
     done = begin(moving, optimizer, losses) if begin else 0
     with parked(models): optimise(loss_fn, moving, steps, learning_rate, "tuning", callback, done, optimizer, seed, losses, models.gradient_scale, decay)
-    return settled(tuned), losses
+    return settled(tuned, start), losses
 
 # %% ../nbs/05_fine_tuning.ipynb #b9b44e17
-def settled(unet: nn.Module  # after tuning
+def settled(unet: nn.Module,  # after tuning
+            start: Optional[dict] = None  # the difference it began with
            ) -> nn.Module:
-    "Fold low-rank changes into the weights and switch gradients off."
-    for m in unet.modules():
-        if parametrize.is_parametrized(m, "weight"): parametrize.remove_parametrizations(m, "weight")
+    "Fold low-rank changes into the weights, remember their factors as `unet.factors`, and switch gradients off."
+    begun = {name[:-3]: (up.float(), start[f"{name[:-3]}.down"].float()) for name, up in (start or {}).items() if name.endswith(".up")}
+    learnt = {f"{name}.weight": m for name, m in unet.named_modules() if parametrize.is_parametrized(m, "weight")}
+    for name, m in learnt.items():
+        up, down = m.parametrizations.weight[0].b.detach(), m.parametrizations.weight[0].a.detach()
+        before = [x.to(up.device) for x in begun.get(name, ())]
+        begun[name] = (torch.cat([before[0], up], 1), torch.cat([before[1], down])) if before else (up, down)
+        parametrize.remove_parametrizations(m, "weight")
+    unet.factors = begun
     return unet.eval().requires_grad_(False)
 
 # %% ../nbs/05_fine_tuning.ipynb #24d8712f
 def weight_difference(unet: nn.Module,  # before
                       tuned: nn.Module  # after
-                     ) -> dict:  # name -> float16 tensor, only of weights that moved
+                     ) -> dict:  # name -> float16 tensor, only of weights that moved; "name.up" and "name.down" of a LoRA
     "What tuning changed, in half precision."
-    base = unet.state_dict()
-    pairs = {name: (weight - base[name]).half() for name, weight in tuned.state_dict().items()}
-    return {name: change for name, change in pairs.items() if change.any()}
+    base, learnt, out = unet.state_dict(), getattr(tuned, "factors", {}), {}
+    for name, weight in tuned.state_dict().items():
+        change, (up, down) = weight - base[name], learnt.get(name, (None, None))
+        if not change.half().any(): continue
+        if up is not None and _is_product(change, up.to(weight), down.to(weight), weight): out |= {f"{name}.up": up.half(), f"{name}.down": down.half()}
+        else: out[name] = change.half()
+    return out
+
+def _is_product(change, up, down, weight) -> bool:
+    "Whether a change is `up @ down` and nothing more, but for the rounding of the weights that hold it."
+    return ((change - up @ down).abs().max() <= 1e-6 * weight.abs().max()).item() and up.shape[1] * sum(change.shape) < change.numel()
+
+# %% ../nbs/05_fine_tuning.ipynb #76af07d2
+def dithered(numbers: torch.Tensor,  # float32
+             dtype: torch.dtype  # float32, bfloat16 or float16
+            ) -> torch.Tensor:  # in `dtype`
+    "Numbers in a coarser precision, each rounded up or down so that the mean of many is kept; always the same way."
+    bits = 23 + round(math.log2(torch.finfo(dtype).eps))  # binary digits of a float32 that are too fine
+    place = torch.arange(numbers.numel(), dtype=torch.int32, device=numbers.device) & 65535
+    threshold = (place * 25033 & 65535) >> (16 - bits)  # 25033 / 65536 is the golden section: all heights come equally often
+    return ((numbers.contiguous().view(torch.int32) + threshold.view_as(numbers)) & -(1 << bits)).view(torch.float32).to(dtype)
+
+# %% ../nbs/05_fine_tuning.ipynb #de5a3c8c
+def changed(difference: dict  # from `weight_difference` or `low_rank`
+           ) -> list:  # of names
+    "The weights that a difference changes."
+    return [name.removesuffix(".up") for name in difference if not name.endswith(".down")]
+
+def change_of(difference: dict, name: str) -> torch.Tensor:  # as it is kept, or (rows, columns) in float32
+    "What a difference adds to one weight."
+    return difference[name] if name in difference else difference[f"{name}.up"].float() @ difference[f"{name}.down"].float()
 
 # %% ../nbs/05_fine_tuning.ipynb #dd322cbf
 def apply_difference(unet: nn.Module,  # it is not changed
-                     difference: dict  # from `weight_difference` or `low_rank`
+                     difference: dict,  # from `weight_difference` or `low_rank`
+                     dtype: Optional[torch.dtype] = None  # of the copy; None: as the U-Net
                     ) -> nn.Module:
-    "A copy of a U-Net with a difference added; where bfloat16 would round it away, in a finer precision (float16 on a GPU, float32 on a CPU)."
+    "A copy of a U-Net with a difference added, in the same precision (see `dithered`)."
     tuned = twin(unet)
-    for p in tuned.parameters():
-        if p.dtype == torch.bfloat16: p.data = p.data.float() if p.device.type == "cpu" else p.data.half()
+    for p in tuned.parameters() if dtype else (): p.data = p.data.to(dtype)
     weights = tuned.state_dict()
     with torch.no_grad():
-        for name, change in full_rank(difference).items(): weights[name].copy_(weights[name].float() + change.to(weights[name].device).float().view_as(weights[name]))
+        for name in changed(difference):
+            weight = weights[name]
+            change = change_of(difference, name).to(weight.device).float().view_as(weight)
+            weight.copy_(dithered(weight.float() + change, weight.dtype))
     return tuned
 
 # %% ../nbs/05_fine_tuning.ipynb #11085562
+def check_rank(rank):
+    "Refuse a rank that is no whole number from 1."
+    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1: raise BadInput(f"rank is {rank!r}; it must be a whole number, at least 1.")
+
 def factors(matrix: torch.Tensor,  # (rows, columns)
             rank: int  # directions kept
            ) -> tuple:  # up (rows, rank), down (rank, columns)
     "The best `up @ down` of a rank; zeros fill up where the matrix has fewer directions."
-    if rank < 1: raise BadInput(f"rank is {rank}; it must be at least 1.")
+    check_rank(rank)
     u, s, v = torch.linalg.svd(matrix.float(), full_matrices=False)
     root, missing = s[:rank].sqrt(), max(0, rank - len(s))
     return nn.functional.pad(u[:, :rank] * root, (0, missing)), nn.functional.pad(root[:, None] * v[:rank], (0, 0, 0, missing))
 
 # %% ../nbs/05_fine_tuning.ipynb #0626127f
+def thin(difference: dict, name: str, rank: int) -> tuple:  # up (rows, r), down (r, columns), float32
+    "The best two factors for the change of one weight; what has no more than `rank` directions already stays as it is."
+    if name in difference: return factors(difference[name].flatten(1), rank)
+    up, down = (difference[f"{name}.{end}"].float() for end in ("up", "down"))
+    if up.shape[1] <= rank: return up, down
+    (left, tall), (right, wide) = torch.linalg.qr(up), torch.linalg.qr(down.T)
+    small = factors(tall @ wide.T, rank)
+    return left @ small[0], small[1] @ right.T
+
 def low_rank(difference: dict,  # from `weight_difference`, or a low-rank one
              rank: int  # directions kept for each matrix
             ) -> dict:  # matrices as two thin factors, "name.down" and "name.up"
     "The best approximation of a difference with matrices of the given rank."
+    check_rank(rank)
     out = {}
-    for name, change in full_rank(difference).items():
-        matrix = change.flatten(1) if change.ndim > 1 else None
-        if matrix is None or rank * sum(matrix.shape) >= matrix.numel(): out[name] = change.half(); continue
-        up, down = factors(matrix, rank)
-        out |= {f"{name}.up": up.half(), f"{name}.down": down.half()}
+    for name in changed(difference):
+        whole = difference.get(name)
+        if whole is not None and (whole.ndim < 2 or rank * sum(whole.flatten(1).shape) >= whole.numel()): out[name] = whole.half()
+        else: out |= {f"{name}.{end}": x.half().contiguous() for end, x in zip(("up", "down"), thin(difference, name, rank))}
     return out
 
 def full_rank(difference: dict) -> dict:
     "Multiply the factors of `low_rank` out; a full difference passes through."
-    whole = {name: change for name, change in difference.items() if not name.endswith((".up", ".down"))}
-    names = [name[:-3] for name in difference if name.endswith(".up")]
-    return whole | {name: difference[f"{name}.up"].float() @ difference[f"{name}.down"].float() for name in names}
+    return {name: change_of(difference, name) for name in changed(difference)}
+
+# %% ../nbs/05_fine_tuning.ipynb #2237a119
+def left_out(difference: dict,  # from `weight_difference`
+             small: dict  # from `low_rank`
+            ) -> float:  # 0-1
+    "How much of a difference its low-rank form leaves out: the norm of what is missing, as a share of the norm of all."
+    lost = whole = 0.
+    for name in changed(difference):
+        change = change_of(difference, name).float().flatten()
+        lost += (change - change_of(small, name).float().flatten()).square().sum().item()
+        whole += change.square().sum().item()
+    return (lost / whole) ** .5 if whole else 0.

@@ -132,19 +132,18 @@ def test_eight_bits(tmp_path):
     assert torch.equal(edit().images, whole.images)
 
 def test_a_small_change_is_not_rounded_away():
-    "What 2e-6 a step changes is less than half a step of bfloat16 in most weights."
+    "What 2e-6 a step changes is less than half a step of bfloat16 in most weights. Over many weights the whole of it arrives, in the model's own precision."
     import torch
-    from layerdiffusion.fine_tuning import apply_difference, trainable
+    from layerdiffusion.fine_tuning import apply_difference
     from layerdiffusion.sd import load_models
     models = load_models("mini", "cpu", torch.bfloat16)
     g, base = torch.Generator().manual_seed(0), models.unet.state_dict()
-    change = {name: (1e-4 * torch.randn(w.shape, generator=g)).half() for name, w in base.items()}
+    change = {name: (1e-4 * torch.rand(w.shape, generator=g)).half() for name, w in base.items() if w.ndim > 1}
     drawn = apply_difference(models.unet, change).state_dict()
-    asked, done = (torch.cat([x.flatten().float() for x in xs]) for xs in (change.values(), (drawn[n].float() - base[n].float() for n in change)))
-    assert torch.cosine_similarity(asked, done, dim=0) > .999
-    kept = torch.cat([((base[n].float() + c.float()).bfloat16().float() - base[n].float()).flatten() for n, c in change.items()])
-    assert torch.cosine_similarity(asked, kept, dim=0) < .95, "else this test says nothing"
-    assert {p.dtype for p in models.unet.parameters()} == {torch.bfloat16}
+    share = lambda weights: sum((weights[n].float() - base[n].float()).sum() for n in change) / sum(c.float().sum() for c in change.values())
+    assert abs(share(drawn) - 1) < .01
+    assert share({n: (base[n].float() + c.float()).bfloat16() for n, c in change.items()}) < .9, "else this test says nothing"
+    assert {w.dtype for w in drawn.values()} == {torch.bfloat16} == {p.dtype for p in models.unet.parameters()}
 
 @pytest.mark.parametrize("kind", ["lora", "attention", "all"])
 def test_early_looks_in_half_precision(kind):
