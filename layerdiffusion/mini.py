@@ -10,8 +10,8 @@ __all__ = ['IMAGE_SIZE', 'FACTOR', 'LATENT_CHANNELS', 'SCALING', 'TEXT_LENGTH', 
            'build_unet', 'build_scheduler', 'DiffusionObjective', 'SubjectObjective', 'build_sam', 'random_clicks',
            'mask_loss', 'SamObjective', 'clip_config', 'build_clip', 'ClipObjective', 'JudgeObjective', 'load_vae',
            'averaged', 'standardise_latents', 'save_diffusion', 'save_sam', 'save_judge', 'save_clip', 'train_stage',
-           'write_mini', 'check_vae', 'draw', 'combinations', 'check_text', 'check_sam', 'check_clip', 'check_judge',
-           'check_labels', 'check_mini', 'verdict', 'show_gates']
+           'write_mini', 'psnr', 'check_vae', 'draw', 'combinations', 'check_text', 'check_sam', 'check_clip',
+           'check_judge', 'check_labels', 'check_mini', 'verdict', 'show_gates']
 
 # %% ../nbs/12_mini.ipynb #a1b7e47b
 import contextlib, functools, json, math, os, signal, threading, time
@@ -710,7 +710,9 @@ def write_mini(run, out,  # folders: of the run, and the model's
     for file in out.rglob("*"): file.chmod(0o755 if file.is_dir() else 0o644)
 
 # %% ../nbs/12_mini.ipynb #5fab81d6
-GATES = dict(vae_psnr=26., text_to_image=.90, subject_alone=.85, place_alone=.90, sam_iou=.90, clip_top1=.90, judge=.98, judge_labels=.95)
+GATES = dict(vae_psnr=35., vae_psnr_subject=29., vae_psnr_head=27., vae_channels=1., vae_top1=.98, text_to_image=.95, subject_alone=.92,
+             place_alone=.95, sam_iou=.93, clip_top1=.90, judge=.98, judge_labels=.95,
+             subject_valid=.97, subject_top1=.60, subject_identity=.65)
 
 def _mean(name, values, **more):
     "A mean with its normal 95 % interval."
@@ -724,11 +726,24 @@ def _rate(name, k, n, **more):
     return dict(gate=name, value=k / n, low=low, high=high, n=n, bar=GATES[name.split(":")[0]], **more)
 
 # %% ../nbs/12_mini.ipynb #a289a5a1
+def psnr(x, y, area=None) -> torch.Tensor:
+    "Peak signal to noise of pictures (B, 3, H, W) in 0-1, in dB, shape (B,); of the pixels in `area` (B, 1, H, W) alone, where it is given."
+    area = torch.ones_like(x[:, :1]) if area is None else area
+    error = ((x - y).square() * area).sum((1, 2, 3)) / (3 * area.sum((1, 2, 3))).clamp_min(1e-6)
+    return -10 * error.clamp_min(1e-10).log10()
+
 def check_vae(models, level, n=256):
-    "PSNR of held-out pictures through the autoencoder."
-    x = torch.cat([render(sample_scenes(64, stream("held-out vae", k), level, empty=.1), IMAGE_SIZE)[0] for k in range(n // 64)])
-    y = torch.cat([decode_latents(models, encode_image(models, c)) for c in x.split(64)])
-    return [_mean("vae_psnr", -10 * (x - y).square().mean((1, 2, 3)).log10())]
+    "PSNR of held-out pictures through the autoencoder, and how many channels are in use."
+    found, latents = dict(vae_psnr=[], vae_psnr_subject=[], vae_psnr_head=[]), []
+    for k in range(n // 64):
+        scenes = sample_scenes(64, stream("held-out vae", k), level)
+        x, mask, _ = render(scenes, IMAGE_SIZE)
+        latents.append(encode_image(models, x).cpu())
+        y = decode_latents(models, latents[-1]).cpu()
+        for area, values in zip((None, mask, head_area(scenes, mask)), found.values()): values += psnr(x, y, area).tolist()
+    spread = torch.cat(latents).std((0, 2, 3))
+    alive = int((spread > spread.max() / 3).sum())
+    return [_mean(name, values) for name, values in found.items()] + [_rate("vae_channels", alive, len(spread))]
 
 # %% ../nbs/12_mini.ipynb #ce930889
 def draw(models, texts, seed, guidance_scale, steps=30):

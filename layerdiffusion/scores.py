@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'SETS', 'LIMIT', 'Task', 'edit_set', 'parts', 'subject_distance', 'redraw', 'find_subject', 'LookAlikes',
-           'background_distance', 'Scorer', 'wanted', 'score', 'scorer_of', 'measure', 'read_record', 'append_line',
-           'interval', 'summary_line']
+           'background_distance', 'Scorer', 'wanted', 'score', 'check_look_alikes', 'draw_seen', 'check_subject',
+           'scorer_of', 'measure', 'read_record', 'append_line', 'interval', 'summary_line']
 
 # %% ../nbs/13_scores.ipynb #5dfb2d06
 import json
@@ -18,10 +18,11 @@ import torch.nn.functional as F
 
 # %% ../nbs/13_scores.ipynb #ec92a65c
 from .core import BadInput, content_hash, to_pil
-from .identity import palette, subject_name
-from .judge import ask, load_judge, valid
+from .identity import cut_out, palette, see_subject, subject_name, subject_weights
+from .judge import ask, load_judge, valid, wilson
 from .masks import propose_subject
-from .sd import decode_latents, encode_image
+from .mini import GATES
+from .sd import ddim_sample, decode_latents, encode_image, encode_text, initial_latents
 from .world import VALUES, Edit, make_edit, render, sample_scenes, stack_scenes, stream
 
 # %% ../nbs/13_scores.ipynb #885ee79e
@@ -176,6 +177,39 @@ def score(self: Scorer,
         rows.append(dict(valid=bool(good), identity=round(identity, 4), background=round(background, 4), right=bool(good) and max(identity, background) <= LIMIT))
     return rows
 Scorer.__call__ = score
+
+# %% ../nbs/13_scores.ipynb #ff8ca8c0
+def _gate(name, hits):
+    "A share of hits with Wilson's interval and its bar."
+    k, n = sum(hits), len(hits)
+    low, high = wilson(k, n)
+    return dict(gate=name, value=k / n, low=low, high=high, n=n, bar=GATES[name])
+
+def check_look_alikes(models, n: int = 120, level: float = 0.) -> list:  # one row
+    "Top-1 among 64 look-alikes of pictures that went through the autoencoder, with their exact masks."
+    scenes = sample_scenes(n, stream("held-out look-alikes"), level)
+    images, masks, _ = render(scenes, 64)
+    seen = torch.cat([decode_latents(models, encode_image(models, x)).cpu() for x in images.split(30)])
+    line_ups = [LookAlikes(scenes[i:i + 1], f"gate {i}") for i in range(n)]
+    return [_gate("vae_top1", [one.rank(x, m) == 1 for one, x, m in zip(line_ups, seen, masks)])]
+
+@torch.no_grad()
+def draw_seen(models, edit: Edit, seeds: Sequence[int], guidance_scale: float = 2., steps: int = 25) -> torch.Tensor:
+    "Pictures (B, 3, H, W) of an edit's sentence by a model that sees the photo's subject; nothing is tuned."
+    seeing = see_subject(models, cut_out(models, edit.image, edit.mask), 1., subject_weights(models))
+    embeds, latents = encode_text(models, edit.text), initial_latents(models, seeds)
+    return decode_latents(models, ddim_sample(seeing, embeds, None, latents, steps, guidance_scale)).cpu()
+
+def check_subject(models, sam, judge, tasks: Sequence[Task], seeds: Sequence[int] = range(8)) -> list:  # of rows
+    "Subject attention drawn directly: valid, top-1 among 64 look-alikes, and valid with identity at most `LIMIT`."
+    hits = dict(subject_valid=[], subject_top1=[], subject_identity=[])
+    for task in tasks:
+        images, line_up = draw_seen(models, task.edit, seeds), LookAlikes(task.edit.after, task.name)
+        for x, row in zip(images, Scorer(task.edit, models, sam, judge)(images)):
+            hits["subject_valid"].append(row["valid"])
+            hits["subject_top1"].append(line_up.rank(x, find_subject(sam, x)) == 1)
+            hits["subject_identity"].append(row["valid"] and row["identity"] <= LIMIT)
+    return [_gate(name, found) for name, found in hits.items()]
 
 # %% ../nbs/13_scores.ipynb #19cfab1e
 def scorer_of(method, task: Task, judge=None) -> Scorer:
