@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['IMAGE_SIZE', 'FACTOR', 'LATENT_CHANNELS', 'SCALING', 'TEXT_LENGTH', 'TEXT_WIDTH', 'SAM_CONFIG', 'STAGES', 'GATES',
-           'build_vae', 'head_area', 'edges', 'half_precision', 'mirrored_or_shrunk', 'VaeObjective', 'learning_rate',
-           'save_checkpoint', 'load_checkpoint', 'draw_scenes', 'StopFlag', 'moving_average', 'train_loop', 'Recorder',
-           'write_sheet', 'train', 'learn_merges', 'build_vocabulary', 'build_tokenizer', 'build_text_encoder',
-           'build_unet', 'build_scheduler', 'DiffusionObjective', 'SubjectObjective', 'build_sam', 'random_clicks',
-           'mask_loss', 'SamObjective', 'clip_config', 'build_clip', 'ClipObjective', 'JudgeObjective', 'load_vae',
-           'averaged', 'standardise_latents', 'save_diffusion', 'save_sam', 'save_judge', 'save_clip', 'train_stage',
-           'write_mini', 'psnr', 'check_vae', 'draw', 'combinations', 'check_text', 'check_sam', 'check_clip',
-           'check_judge', 'check_labels', 'check_mini', 'verdict', 'show_gates']
+           'build_vae', 'head_area', 'edges', 'half_precision', 'mirrored_or_shrunk', 'VaeObjective',
+           'DecoderObjective', 'learning_rate', 'save_checkpoint', 'load_checkpoint', 'draw_scenes', 'StopFlag',
+           'moving_average', 'train_loop', 'Recorder', 'write_sheet', 'train', 'learn_merges', 'build_vocabulary',
+           'build_tokenizer', 'build_text_encoder', 'build_unet', 'build_scheduler', 'DiffusionObjective',
+           'SubjectObjective', 'build_sam', 'random_clicks', 'mask_loss', 'SamObjective', 'clip_config', 'build_clip',
+           'ClipObjective', 'JudgeObjective', 'load_vae', 'averaged', 'standardise_latents', 'save_diffusion',
+           'save_sam', 'save_judge', 'save_clip', 'train_stage', 'write_mini', 'psnr', 'check_vae', 'draw',
+           'combinations', 'check_text', 'check_sam', 'check_clip', 'check_judge', 'check_labels', 'check_mini',
+           'verdict', 'show_gates']
 
 # %% ../nbs/12_mini.ipynb #a1b7e47b
 import contextlib, functools, json, math, os, signal, threading, time
@@ -91,6 +92,25 @@ class VaeObjective(nn.Module):
         x = render(sample_scenes(16, stream("sheet"), self.level), IMAGE_SIZE)[0]
         y = self.vae.decode(self.vae.encode(x * 2 - 1).latent_dist.mean).sample / 2 + .5
         return torch.cat([x[:8], y[:8], x[8:], y[8:]])
+
+# %% ../nbs/12_mini.ipynb #4c4a3114
+class DecoderObjective(VaeObjective):
+    "The decoder alone, on latents that no longer move."
+    lr, samples = 7e-4, 40_000
+    def __init__(self, level=0., vae=None):
+        super().__init__(level)
+        if vae: self.vae.load_state_dict(load_vae(vae).state_dict())
+        for part in (self.vae.encoder, self.vae.quant_conv): part.requires_grad_(False)
+
+    def forward(self, scenes, g):
+        x, mask, _ = render(scenes, IMAGE_SIZE)
+        weight, x = 1 + 2 * mask + 3 * head_area(scenes, mask), x * 2 - 1
+        with half_precision(x.device):
+            with torch.no_grad(): z = self.vae.encode(x).latent_dist.mean
+            y = self.vae.decode(z).sample.float()
+        error = y - x
+        loss = (weight * (error.square() + .1 * error.abs())).mean() + .1 * (edges(y) - edges(x)).abs().mean()
+        return loss, dict(psnr=-10 * (error.square().mean() / 4).log10())
 
 # %% ../nbs/12_mini.ipynb #67fb686a
 def learning_rate(share: float, base: float, warm: float = .01, cool: float = .3) -> float:
@@ -638,7 +658,7 @@ def save_clip(folder, objective):
     objective.tokenizer.save_pretrained(folder)
 
 # %% ../nbs/12_mini.ipynb #fc955d01
-STAGES = dict(vae=VaeObjective, sam=SamObjective, clip=ClipObjective, judge=JudgeObjective, diffusion=DiffusionObjective,
+STAGES = dict(vae=VaeObjective, decoder=DecoderObjective, sam=SamObjective, clip=ClipObjective, judge=JudgeObjective, diffusion=DiffusionObjective,
               subject=SubjectObjective)
 
 def _vae_folder(run):
@@ -653,13 +673,13 @@ def _vae_folder(run):
 
 def _needs(stage, run):
     "What a stage takes from the stages before it."
-    if stage not in ("diffusion", "judge", "subject"): return {}
+    if stage not in ("decoder", "diffusion", "judge", "subject"): return {}
     start = Path(run) / "diffusion" / "checkpoint.safetensors"
     if stage == "subject" and not start.exists():
         raise BadInput(f"{run} has no diffusion model yet; run `layerdiffusion train-mini diffusion --out {run}` first.")
     return dict(vae=_vae_folder(run)) | (dict(start=start) if stage == "subject" else {})
 
-def train_stage(stage: str,  # vae, sam, clip, judge, diffusion or subject
+def train_stage(stage: str,  # a key of `STAGES`
                 run="mini-run",  # folder of the run
                 device: str = "cpu",
                 minutes: float = 1e9,  # stop after this long, at a whole step
@@ -702,7 +722,8 @@ def write_mini(run, out,  # folders: of the run, and the model's
     out, vae = Path(out), _vae_folder(run)
     last = "subject" if (Path(run) / "subject" / "checkpoint.safetensors").exists() else "diffusion"
     drawing = trained(last, vae=vae)
-    save_diffusion(out, load_vae(vae), drawing)
+    better = (Path(run) / "decoder" / "checkpoint.safetensors").exists()
+    save_diffusion(out, trained("decoder").vae if better else load_vae(vae), drawing)
     if last == "subject": _write(out / "subject", "model.safetensors", drawing.weights(), dict(made_for="the U-Net beside it"))
     for stage, save in dict(sam=save_sam, clip=save_clip, judge=save_judge).items():
         if (Path(run) / stage / "checkpoint.safetensors").exists(): save(out / stage, trained(stage))
