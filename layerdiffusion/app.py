@@ -142,7 +142,7 @@ def scores(method: LayerDiffusion, result: EditResult) -> list:  # a dict for ea
         except BadInput: masks.append(None)
     fits, answers = clip_score(clip, result.images, result.text).cosine, ask(judge, result.images)
     like = subject_likeness(clip.pictures, result.images, masks, result.image, result.mask)
-    whole = answers.get("whole", answers["present"])  # a judge that was not taught about broken animals asks only whether one is there
+    whole = answers.get("whole", answers["present"])  # older judges ask only whether one is there
     seen = lambda k, i: "nobody" if not answers["present"][i] else VALUES[k][answers[k][i]] if whole[i] else "broken"
     return [dict(clip=fits[i].item(), likeness=like[i].item(), seen={k: (seen(k, i), seen(k, i) == v) for k, v in asked_for(result.text).items()}) for i in range(len(masks))]
 

@@ -34,7 +34,7 @@ QUESTIONS = {k: len(v) for k, v in ANSWERS.items()}
 _WHERE = dict(saddle=("body",), belly=("body",), socks=("leg", "far"), tail_tip=("tail_tip",))
 
 def _with_marks(scenes):
-    "The scenes with every mark that is not clearly there drawn in, and one batch for each mark in which the others are gone."
+    "The scenes with all marks drawn in, and for each mark the scenes in which the others are gone."
     at = [TRAITS.index(name) for name in MARKS]
     look = scenes.look.clone()
     look[:, at] = torch.where(look[:, at] > .5, look[:, at], .75)
@@ -60,7 +60,7 @@ def _mark_areas(scenes, size):
 
 # %% ../nbs/11_judge.ipynb #fa708483
 def visible_marks(scenes: Scenes, size: int = 32) -> dict:
-    "Whether each mark is to be seen where it is there, or would be: name -> (B,) bool; `size` is that of the drawing looked at."
+    "Whether each mark is to be seen, or would be if it were there: name -> (B,) bool; looked at in `size` pixels."
     coat, second = coat_colours(scenes)
     pattern = torch.where(coat.mean(1, keepdim=True) > .4, coat * .45, coat + .38)
     differs = lambda a: (a - second).abs().amax((1, 2, 3)) > .18
@@ -73,10 +73,13 @@ def truths(scenes: Scenes) -> dict:
     here, everywhere = scenes.present, torch.ones_like(scenes.present)
     out = {k: (getattr(scenes, k).long(), everywhere if k in ("present", "place") else here) for k in _FIRST}
     seen = visible_marks(scenes)
-    for name in MARKS: out[name] = (clear_mark(scenes, name) == 1).long(), here & seen[name] & (clear_mark(scenes, name) >= 0)
+    for name in MARKS:
+        there = clear_mark(scenes, name)
+        out[name] = (there == 1).long(), here & seen[name] & (there >= 0)
     carried = torch.stack([a.bool() & asked for a, asked in (out[name] for name in MARKS)]).any(0)
     hue, light = trait(scenes, "hue", 0, 6), trait(scenes, "light", .25, .85)
-    inside = dict(second_hue=(hue - hue.round()).abs() < .35, second_light=((light - .42).abs() > .03) & ((light - .68).abs() > .03))
+    sure = ((light - .42).abs() > .03) & ((light - .68).abs() > .03)
+    inside = dict(second_hue=(hue - hue.round()).abs() < .35, second_light=sure)
     for (name, clear), answer in zip(inside.items(), second_colour(scenes)): out[name] = answer, carried & clear
     return out | dict(whole=(here.long(), here))
 
@@ -115,7 +118,8 @@ def load_judge(folder=None) -> Judge:
     folder = Path(folder or package_folder() / "weights" / "mini") / "judge"
     if not (folder / "config.json").exists(): raise BadInput(f"There is no judge in {folder}; give a folder made by write_mini, or none for the shipped one.")
     config = dict(hidden=192, questions=_FIRST) | json.loads((folder / "config.json").read_text())
-    if odd := [q for q in config["questions"] if q not in QUESTIONS]: raise BadInput(f"The judge in {folder} answers {odd[0]!r}; this version knows {', '.join(QUESTIONS)}.")
+    odd = [q for q in config["questions"] if q not in QUESTIONS]
+    if odd: raise BadInput(f"The judge in {folder} answers {odd[0]!r}; this version knows {', '.join(QUESTIONS)}.")
     judge = Judge(**config)
     judge.load_state_dict({k: v.float() for k, v in load_file(folder / "model.safetensors").items()})
     return judge.eval().requires_grad_(False)
@@ -201,7 +205,8 @@ def _elsewhere(scenes, g):
     u, v, w, turn = torch.rand(4, n, generator=g).to(to)
     step = torch.stack([(6.283 * turn).cos(), .6 * (6.283 * turn).sin(), 0 * turn], 1) * (.25 + .45 * u)[:, None]
     pose = torch.where(v < .5, torch.randint(4, (n,), generator=g).to(to), scenes.pose)
-    return replace(scenes, where=scenes.where + step * scenes.where[:, 2:], pose=pose, facing=torch.where(w < .5, 1., -1.))
+    facing = torch.where(w < .5, 1., -1.)
+    return replace(scenes, where=scenes.where + step * scenes.where[:, 2:], pose=pose, facing=facing)
 
 # %% ../nbs/11_judge.ipynb #5bf985c8
 def _blurred(scenes, ground, image, mask, g):
@@ -222,7 +227,7 @@ def _headless(scenes, ground, image, mask, g):
 # %% ../nbs/11_judge.ipynb #49039059
 def _cut(scenes, ground, image, mask, g):
     all_legs, legs, hind, front, *sides = _one_of(mask, g, 6)
-    gone = {p: (all_legs | legs | way).flatten() for way, pair in ((hind, "hind"), (front, "front")) for p in _LEGS[pair]}
+    gone = {p: (all_legs | legs | way).flatten() for way, pair in zip((hind, front), _LEGS) for p in _LEGS[pair]}
     half = image + (ground - image) * _side(mask, g)
     return torch.where(sides[0] | sides[1], half, draw_subjects(ground, scenes, gone)[0])
 
@@ -251,9 +256,11 @@ def _melted(scenes, ground, image, mask, g):
     "Bent out of shape."
     bend = F.interpolate(torch.randn(len(mask), 2, 6, 6, generator=g), tuple(mask.shape[-2:]), mode="bicubic").to(mask)
     grid = _xy(mask)[0] + .14 * bend
-    return _over(F.grid_sample(torch.cat([image * mask, mask], 1), grid.permute(0, 2, 3, 1), align_corners=False), ground)
+    layer = torch.cat([image * mask, mask], 1)
+    return _over(F.grid_sample(layer, grid.permute(0, 2, 3, 1), align_corners=False), ground)
 
-_BREAK = dict(blurred=_blurred, faded=_faded, headless=_headless, cut=_cut, doubled=_doubled, pasted=_pasted, torn=_torn, melted=_melted)
+_BREAK = dict(blurred=_blurred, faded=_faded, headless=_headless, cut=_cut, doubled=_doubled, pasted=_pasted,
+              torn=_torn, melted=_melted)
 UNSEEN = ["torn", "melted"]
 BROKEN = [kind for kind in _BREAK if kind not in UNSEEN]
 
@@ -279,12 +286,11 @@ def broken_found(judge: Judge, n: int = 200,  # pictures of each kind
     out = {}
     for kind in kinds:
         scenes = sample_scenes(n, stream(f"held-out {kind}"), level)
-        parts = [break_subjects(s, kind, stream(f"held-out breaks {kind}", k)) for k, s in enumerate(_groups(scenes, 8))]
+        some = [scenes[i:i + 8] for i in range(0, n, 8)]
+        parts = [break_subjects(s, kind, stream(f"held-out breaks {kind}", k)) for k, s in enumerate(some)]
         images, shows = (torch.cat(x) for x in zip(*parts))
         out[kind] = int((~valid(ask(judge, images)) & shows).sum()), int(shows.sum())
     return out
-
-def _groups(scenes, k): return [scenes[i:i + k] for i in range(0, len(scenes), k)]
 
 def sound_kept(judge: Judge, n: int = 400, level: float = 0.,
                through=None  # an autoencoder: pictures (B, 3, H, W) to pictures

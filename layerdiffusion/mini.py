@@ -28,7 +28,8 @@ import torch.nn.functional as F
 from . import world
 from .core import BadInput, environment, load_image, write_json
 from .identity import Listener, SubjectAttention, self_attention, small
-from .judge import ANSWERS, BROKEN, UNSEEN, Judge, ask, break_subjects, broken_found, judge_errors, load_judge, sound_kept, truths, valid, wilson
+from .judge import (ANSWERS, BROKEN, UNSEEN, Judge, ask, break_subjects, broken_found, judge_errors,
+                                  load_judge, sound_kept, truths, valid, wilson)
 from .sd import ddim_sample, decode_latents, encode_image, encode_text, initial_latents, load_models, resolve_model
 from .world import captions, render, sample_scenes, stream
 
@@ -492,7 +493,7 @@ def random_clicks(mask: torch.Tensor,  # (B, 1, H, W)
 
 def several_clicks(mask: torch.Tensor,  # (B, 1, H, W)
                    g: torch.Generator, n: int = 3) -> tuple:
-    "Clicks (B, n, 2) together, their labels (B, n), 1 or 0, and what they mean (B, 1, H, W): the subject, seldom all but the subject."
+    "Clicks (B, n, 2), their labels (B, n), 1 or 0, and what they mean together (B, 1, H, W): mostly the subject."
     subject = (mask > .5).float()
     meant = torch.where(torch.rand(len(mask), 1, 1, 1, generator=g).to(mask) < .85, subject, 1 - subject)
     beside = torch.rand(len(mask), n, 1, 1, generator=g).to(mask) < .5
@@ -518,9 +519,11 @@ def some_dark(scenes, g, share=.25):
     "The scenes, some of them with a black, blue or purple subject in the forest or in the city."
     n, to = len(scenes), scenes.place.device
     dark, colour, place = (torch.rand(3, n, generator=g).to(to)).unbind(0)
-    of = lambda known, words, u: torch.tensor([list(known).index(w) for w in words], device=to)[(u * len(words)).long()]
-    colours, places = of(world.COLOURS, ("black", "blue", "purple"), colour), of(world.PLACES, ("forest", "city"), place)
-    return world.edit_scenes(scenes, colour=torch.where(dark < share, colours, scenes.colour), place=torch.where(dark < share, places, scenes.place))
+    def one_of(name, words, u):
+        index = torch.tensor([world.VALUES[name].index(w) for w in words], device=to)[(u * len(words)).long()]
+        return {name: torch.where(dark < share, index, getattr(scenes, name))}
+    changes = one_of("colour", ("black", "blue", "purple"), colour) | one_of("place", ("forest", "city"), place)
+    return world.edit_scenes(scenes, **changes)
 
 # %% ../nbs/12_mini.ipynb #a2ad849a
 def mask_loss(logits, truth):
@@ -550,7 +553,7 @@ class SamObjective(nn.Module):
         self.sam, self.level = build_sam(), level
 
     def predict(self, image, points=None, labels=None, boxes=None):
-        "Masks (n, 4, H, W) and their predicted quality from an encoded picture for each prompt: the decoder's own parts, batched over pictures."
+        "Masks (n, 4, H, W) and their predicted quality by the decoder's own parts, batched over encoded pictures."
         prompts, decoder = self.sam.prompt_encoder, self.sam.mask_decoder
         sparse, dense = prompts(None if points is None else (points, labels), boxes, None)
         n = len(sparse)
@@ -569,8 +572,9 @@ class SamObjective(nn.Module):
         x, mask, _ = render(some_dark(scenes, g), 64)
         (clicks, meant), box = random_clicks(mask, g), random_boxes(mask, g)
         some, labels, group = several_clicks(mask, g, int(torch.randint(2, 5, (1,), generator=g)))
-        image, ones = self.look(x), torch.ones(clicks.flatten(0, 1).shape[:1] + (1,), device=x.device)
-        one, iou = sam_loss(*self.predict(image, clicks.flatten(0, 1)[:, None], ones), meant.flatten(0, 1)[:, None], True)
+        image, clicks = self.look(x), clicks.flatten(0, 1)[:, None]
+        by_click = self.predict(image, clicks, torch.ones(len(clicks), 1, device=x.device))
+        one, iou = sam_loss(*by_click, meant.flatten(0, 1)[:, None], True)
         many, iou_many = sam_loss(*self.predict(image, some, labels), group, False)
         boxed, iou_box = sam_loss(*self.predict(image, boxes=box), (mask > .5).float(), False)
         return one + many + boxed, dict(iou=iou, several=iou_many, box=iou_box)
@@ -578,9 +582,11 @@ class SamObjective(nn.Module):
     def sheet(self):
         "Pictures, what a click gives, what a box gives."
         x, mask, _ = render(some_dark(sample_scenes(16, stream("sheet"), self.level), stream("sheet", 1)), 64)
-        clicks, image = random_clicks(mask, stream("sheet", 1))[0], self.look(x)
+        clicks, boxes = random_clicks(mask, stream("sheet", 1))[0], random_boxes(mask, stream("sheet", 2))
+        image = self.look(x)
         by_click = self.predict(image, clicks[:, :1], torch.ones(16, 1, device=x.device))[0]
-        found = [m[:, :1].sigmoid().expand(-1, 3, -1, -1) for m in (by_click, self.predict(image, boxes=random_boxes(mask, stream("sheet", 2)))[0])]
+        by_box = self.predict(image, boxes=boxes)[0]
+        found = [m[:, :1].sigmoid().expand(-1, 3, -1, -1) for m in (by_click, by_box)]
         return torch.cat([v[i:i + 8] for i in (0, 8) for v in (x, *found)])
 
 # %% ../nbs/12_mini.ipynb #60c2d7e7
@@ -617,7 +623,7 @@ def clear_traits(scenes):
         look[:, k] = torch.where(look[:, k] > .35, .52 + .48 * (look[:, k] - .35) / .65, look[:, k] * .5)
     hue, light = world.TRAITS.index("hue"), world.TRAITS.index("light")
     look[:, hue] = (look[:, hue] * 6).round() % 6 / 6
-    look[:, light] = torch.stack([look.new_full((len(look),), x) for x in (.12, .5, .88)])[world.second_colour(scenes)[1], torch.arange(len(look))]
+    look[:, light] = look.new_tensor([.12, .5, .88])[world.second_colour(scenes)[1]]
     return world.replace(scenes, look=look)
 
 def change_one(scenes, name: str,  # one of `TOLD`
@@ -639,13 +645,15 @@ def change_one(scenes, name: str,  # one of `TOLD`
 # %% ../nbs/12_mini.ipynb #54857c41
 def full_caption(scenes, i: int, wording: int = 0) -> str:
     "All that `TOLD` names of scene `i`."
-    return f"{world.say_subject(scenes, i, (*world.SAID, *world.MARKS, 'second'))} {world.say_place(scenes, i, wording)}"
+    attributes = (*world.SAID, *world.MARKS, "second")
+    return f"{world.say_subject(scenes, i, attributes)} {world.say_place(scenes, i, wording)}"
 
 def near_groups(scenes, g, k: int = 8, level: float = 0.):
-    "Scenes whose groups of `k` have all but one or two attributes in common with the first of the group; where it stands and its place's layout are each one's own."
+    "Groups of `k` scenes that differ from the first of the group in one or two attributes, and in where they stand."
     scenes, n = clear_traits(scenes), len(scenes)
     first = world.stack_scenes([scenes[i - i % k:i - i % k + 1] for i in range(n)])
-    out = world.replace(first, where=scenes.where, layout=scenes.layout, jitter=scenes.jitter, facing=scenes.facing, present=torch.ones_like(scenes.present))
+    own = {name: getattr(scenes, name) for name in ("where", "layout", "jitter", "facing")}
+    out = world.replace(first, **own, present=torch.ones_like(scenes.present))
     names = TOLD if level else TOLD[:-2]
     which, u = torch.randint(len(names), (2, n), generator=g), torch.rand(2, n, generator=g)
     which[1] = torch.where(u[1] < .5, which[1], -1)
@@ -677,8 +685,10 @@ class ClipObjective(nn.Module):
         scenes = world.stack_scenes([scenes[:half], near_groups(scenes[half:], g, level=self.level)])
         x, told = render(scenes, 64)[0], scenes.to("cpu")
         wording = torch.randint(6, (len(scenes),), generator=g).tolist()
-        texts = captions(told[:half], g, subject_only=.05, say=.95) + [full_caption(told, i, wording[i]) for i in range(half, len(scenes))]
-        with half_precision(x.device): picture, text, scale = self.clip(x * 2 - 1, self.ids(texts).to(x.device))[:3]
+        texts = captions(told[:half], g, subject_only=.05, say=.95)
+        texts += [full_caption(told, i, wording[i]) for i in range(half, len(scenes))]
+        with half_precision(x.device):
+            picture, text, scale = self.clip(x * 2 - 1, self.ids(texts).to(x.device))[:3]
         return self.loss(scale * picture.float() @ text.float().T, texts)
 
     def loss(self, logits, texts):
@@ -701,7 +711,8 @@ class JudgeObjective(nn.Module):
 
     def roughen(self, x, g):
         "A quarter through an autoencoder, a quarter blurred and noised."
-        which, one, two = int(torch.randint(max(1, len(self.frozen)), (1,), generator=g)), slice(0, None, 4), slice(1, None, 4)
+        one, two = slice(0, None, 4), slice(1, None, 4)
+        which = int(torch.randint(max(1, len(self.frozen)), (1,), generator=g))
         with torch.no_grad(), half_precision(x.device):
             if self.frozen:
                 vae = self.frozen[which].to(x.device)
@@ -713,7 +724,7 @@ class JudgeObjective(nn.Module):
         return x
 
     def draw(self, scenes, g):
-        "Pictures, the first third of them broken in two ways; and of each whether it is sound, and whether a break is to be seen."
+        "Pictures, the first third broken in two ways; whether each is sound, and whether its break is to be seen."
         n, kinds = len(scenes) // 6, [BROKEN[k] for k in torch.randint(len(BROKEN), (2,), generator=g).tolist()]
         broken, shows = zip(*[break_subjects(scenes[k * n:(k + 1) * n], kind, g) for k, kind in enumerate(kinds)])
         x = torch.cat([*broken, render(scenes[2 * n:], 64)[0]])
@@ -938,7 +949,8 @@ def _ask_sam(predictor, truths, prompts):
     ious = []
     for image, truth, prompt in zip(*truths, prompts):
         predictor.set_image((image.permute(1, 2, 0) * 255).byte().numpy())
-        found = torch.from_numpy(predictor.predict(**{k: v.numpy() for k, v in prompt.items()}, multimask_output=False)[0][0])
+        masks = predictor.predict(**{k: v.numpy() for k, v in prompt.items()}, multimask_output=False)[0]
+        found = torch.from_numpy(masks[0])
         ious.append(((found & truth).sum() / (found | truth).sum()).item())
     return ious
 
@@ -950,7 +962,8 @@ def check_sam(sam, level, n=256):
     (x, mask, _), (y, dark, _) = render(scenes, IMAGE_SIZE), render(some_dark(scenes[:n // 2], g, 1.), IMAGE_SIZE)
     on, beside, in_dark = (random_clicks(m, g, 2)[0][:, :1] for m in (mask, 1 - mask, dark))
     both = torch.cat([on, beside], 1)
-    prompts = dict(click=[dict(point_coords=p, point_labels=one) for p in on], box=[dict(box=b) for b in random_boxes(mask, g)],
+    prompts = dict(click=[dict(point_coords=p, point_labels=one) for p in on],
+                   box=[dict(box=b) for b in random_boxes(mask, g)],
                    two=[dict(point_coords=p, point_labels=torch.tensor([1., 0.])) for p in both],
                    dark=[dict(point_coords=p, point_labels=one) for p in in_dark])
     pictures = {name: (y, dark[:, 0] > .5) if name == "dark" else (x, mask[:, 0] > .5) for name in prompts}
@@ -958,16 +971,19 @@ def check_sam(sam, level, n=256):
 
 # %% ../nbs/12_mini.ipynb #49b67f7c
 def neighbours(scenes, g, count: int = 3, level: float = 0.):
-    "For each scene `count` that differ from it in one attribute, visibly and in words: (scenes, captions), each scene followed by its own."
+    "Each scene, followed by `count` that differ from it in one attribute, visibly and in words: (scenes, captions)."
     names, out = (TOLD if level else TOLD[:-2]), []
+    draw_one = lambda scene: render(scene, IMAGE_SIZE)[0]
     for i in range(len(scenes)):
         group = [scenes[i:i + 1]]
-        texts, drawn = [full_caption(group[0], 0)], render(group[0], IMAGE_SIZE)[0]
+        texts, drawn = [full_caption(group[0], 0)], draw_one(group[0])
         while len(group) <= count:
-            new = change_one(group[0], names[int(torch.randint(len(names), (1,), generator=g))], torch.rand(1, generator=g))
-            changed = ((render(new, IMAGE_SIZE)[0] - drawn).abs().amax(1) > .1).sum()
-            if (text := full_caption(new, 0)) in texts or changed < 12: continue
-            group.append(new); texts.append(text)
+            name = names[int(torch.randint(len(names), (1,), generator=g))]
+            new = change_one(group[0], name, torch.rand(1, generator=g))
+            text, changed = full_caption(new, 0), ((draw_one(new) - drawn).abs().amax(1) > .1).sum()
+            if text in texts or changed < 12: continue
+            group.append(new)
+            texts.append(text)
         out += zip(group, texts)
     return world.stack_scenes([s for s, _ in out]), [t for _, t in out]
 
@@ -980,7 +996,7 @@ def _gallery(k, level, near):
     return scenes[torch.tensor([i for _, i in keep])], [t for t, _ in keep]
 
 def check_clip(folder, level, sets=4):
-    "Picture to caption among 96, through open_clip's own loader: any 96, and 96 of which each has a neighbour one attribute away."
+    "Picture to caption among 96, through open_clip's own loader: any 96, and 96 of near neighbours."
     import open_clip
     clip, _ = open_clip.create_model_from_pretrained(f"local-dir:{folder}/clip")
     tokenizer, rows = open_clip.get_tokenizer(f"local-dir:{folder}/clip"), []
@@ -988,8 +1004,9 @@ def check_clip(folder, level, sets=4):
         right = 0
         for k in range(sets):
             scenes, texts = _gallery(k, level, near)
-            similar = clip.encode_image(render(scenes, IMAGE_SIZE)[0] * 2 - 1, normalize=True) @ clip.encode_text(tokenizer(texts), normalize=True).T
-            right += int((similar.argmax(1) == torch.arange(len(texts))).sum())
+            pictures = clip.encode_image(render(scenes, IMAGE_SIZE)[0] * 2 - 1, normalize=True)
+            found = (pictures @ clip.encode_text(tokenizer(texts), normalize=True).T).argmax(1)
+            right += int((found == torch.arange(len(texts))).sum())
         rows.append(_rate(f"clip_top1: {name}", right, 96 * sets))
     return rows
 
@@ -999,21 +1016,23 @@ def check_judge(judge, level, n=1000):
     return [_rate(f"judge: {q}", *kn) for q, kn in judge_errors(judge, n, level).items()]
 
 def check_broken(judge, level, n=200, models=None):
-    "Broken animals that do not pass and sound ones that do; none of it for a judge that was not taught. `models`: whose autoencoder sound ones go through."
+    "Broken animals that do not pass, sound ones that do, also through `models`' autoencoder; no rows for older judges."
     if "whole" not in judge.heads: return []
     through = models and (lambda x: decode_latents(models, encode_image(models, x)))
     total = lambda found: tuple(map(sum, zip(*found.values())))
     known, unseen = (broken_found(judge, n, level, kinds) for kinds in (BROKEN, UNSEEN))
-    named = dict(all=total(known)) | known | dict(unseen=total(unseen)) | unseen
-    return [_rate(f"broken: {k}", *kn) for k, kn in named.items()] + [_rate(f"sound: {k}", *kn) for k, kn in sound_kept(judge, 2 * n, level, through).items()]
+    broken = dict(all=total(known)) | known | dict(unseen=total(unseen)) | unseen
+    rows = [_rate(f"broken: {k}", *kn) for k, kn in broken.items()]
+    return rows + [_rate(f"sound: {k}", *kn) for k, kn in sound_kept(judge, 2 * n, level, through).items()]
 
 # %% ../nbs/12_mini.ipynb #85026b5e
 def check_said(models, judge, level, guidance_scale, repeat=1):
-    "Do the marks and the second colour that a caption names come out as said? None of it for a judge that was not taught about them."
+    "Do the marks and the second colour that a caption names come out as said? No rows for older judges."
     questions = (*world.MARKS, "second_hue", "second_light")
     if not set(questions) <= set(judge.heads): return []
     scenes = combinations(level, repeat, size=0)
-    answers = ask(judge, draw(models, [full_caption(scenes, i) for i in range(len(scenes))], 40_000, guidance_scale))
+    texts = [full_caption(scenes, i) for i in range(len(scenes))]
+    answers = ask(judge, draw(models, texts, 40_000, guidance_scale))
     counts = {}
     for q, (right, asked) in truths(scenes).items():
         if q not in questions: continue
@@ -1024,13 +1043,13 @@ def check_said(models, judge, level, guidance_scale, repeat=1):
 
 # %% ../nbs/12_mini.ipynb #81e7beed
 def save_labels(file, images: torch.Tensor,  # (n, 3, H, W) in 0-1
-                labels: list,  # a dict for each: present, whole (bool), species, pose, place (a word or None), made ("generated", "broken")
+                labels: list,  # a dict for each: present, whole (bool), species, pose, place (a word or None), made
                 ncols: int = 12, **record):
-    "Write a list of labelled pictures: a JSON file and, beside it, a PNG with all of them."
+    "Write labelled pictures, `made` being generated or broken: a JSON file and, beside it, a PNG with all of them."
     from torchvision.utils import save_image
     file = Path(file)
     save_image(images, file.with_suffix(".png"), nrow=ncols, padding=0)
-    write_json(file, dict(sheet=file.with_suffix(".png").name, size=images.shape[-1], ncols=ncols, **record, labels=labels))
+    write_json(file, dict(sheet=file.with_suffix(".png").name, size=images.shape[-1], **record, labels=labels))
 
 def load_labels(file) -> tuple:
     "The pictures (n, 3, H, W) in 0-1 of such a list and their labels."
@@ -1039,7 +1058,8 @@ def load_labels(file) -> tuple:
     size, labels = record["size"], record["labels"]
     x = to_tensor(load_image(Path(file).parent / record["sheet"]))
     tiles = x.unfold(1, size, size).unfold(2, size, size).permute(1, 2, 0, 3, 4).flatten(0, 1)
-    if len(tiles) < len(labels): raise BadInput(f"{file} has {len(labels)} labels, but {record['sheet']} shows {len(tiles)} pictures of {size} px.")
+    if len(tiles) < len(labels):
+        raise BadInput(f"{file} has {len(labels)} labels, but {record['sheet']} shows {len(tiles)} pictures.")
     return tiles[:len(labels)], labels
 
 # %% ../nbs/12_mini.ipynb #7135025a
@@ -1053,7 +1073,7 @@ def agrees(answers: dict, labels: list) -> torch.Tensor:  # (n,) bool
     return torch.tensor(out)
 
 def check_labels(models, judge, file, guidance_scale):
-    "Agreement of the judge with labelled pictures; of a list without pictures they are drawn anew, and there are no rows for other weights."
+    "Agreement of the judge with labelled pictures; a list without pictures counts only for the weights it was made with."
     if not Path(file).exists(): return []
     record = json.loads(Path(file).read_text())
     if "sheet" not in record:

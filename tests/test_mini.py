@@ -346,7 +346,7 @@ def test_checks_have_their_bars(written):
     "Every row has a bar, an interval and its number of pictures; a judge that was not taught about broken animals has no such rows."
     from layerdiffusion.judge import BROKEN, UNSEEN, Judge
     from layerdiffusion.masks import load_sam
-    from layerdiffusion.mini import GATES, check_broken, check_clip, check_judge, check_sam
+    from layerdiffusion.mini import GATES, check_broken, check_clip, check_judge, check_said, check_sam
     out, stages = written
     judge = stages["judge"].judge
     rows = check_sam(load_sam(out / "sam"), 0., 4) + check_clip(out, 0., 1) + check_judge(judge, 0., 100) + check_broken(judge, 0., 8)
@@ -355,4 +355,24 @@ def test_checks_have_their_bars(written):
     assert {"sam_iou: click", "sam_iou: box", "clip_top1: near", "judge: whole", "broken: all", "broken: unseen", "sound: drawn"} <= set(names) and len(set(names)) == len(names)
     n = {r["gate"].split(": ")[1]: r["n"] for r in rows if r["gate"].startswith("broken")}
     assert n["all"] == sum(n[k] for k in BROKEN) and n["unseen"] == sum(n[k] for k in UNSEEN)
-    assert check_broken(Judge(questions=("present", "species")), 0., 8) == []
+    first = Judge(questions=("present", "species"))
+    assert check_broken(first, 0., 8) == check_said(None, first, 0., 3.) == []
+
+
+def test_what_is_said_is_counted(monkeypatch):
+    "Only marks that are there and named are counted; a judge that sees every mark finds all of them, one that sees none finds none."
+    import torch
+    from layerdiffusion import mini
+    from layerdiffusion.judge import QUESTIONS, truths
+    monkeypatch.setattr(mini, "draw", lambda models, texts, *_: torch.zeros(len(texts), 3, 64, 64))
+    true = truths(mini.combinations(0., 1, size=0))
+    class Seer(torch.nn.Module):
+        heads = QUESTIONS
+        def forward(self, x): return {q: torch.eye(n)[true[q][0] if self.sees else (true[q][0] - 1) % n] for q, n in QUESTIONS.items()}
+    for sees in (True, False):
+        judge = Seer()
+        judge.sees = sees
+        rows = {r["gate"]: r for r in mini.check_said(None, judge, 0., 3.)}
+        assert all(r["value"] == float(sees) for r in rows.values())
+    right, asked = true["saddle"]
+    assert rows["said: saddle"]["n"] == (asked & (right == 1)).sum() and rows["said: all"]["bar"] == .85
