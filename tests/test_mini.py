@@ -8,14 +8,12 @@ CARD = ("level", "embedding_lr", "tuning_lr", "guidance_scale", "presets")
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
-    "A folder from a run of untrained stages, with the shipped autoencoder; and the untrained stages."
-    import shutil
+    "A folder from a run of untrained stages; and the untrained stages."
     import torch
     from torch.optim.swa_utils import AveragedModel
-    from layerdiffusion.mini import STAGES, save_checkpoint, write_mini
-    from layerdiffusion.sd import resolve_model
+    from layerdiffusion.mini import STAGES, build_vae, save_checkpoint, write_mini
     run, out = tmp_path_factory.mktemp("run"), tmp_path_factory.mktemp("models") / "mine"
-    shutil.copytree(resolve_model("mini") / "vae", run / "vae_folder")
+    build_vae().half().save_pretrained(run / "vae_folder")
     stages = {stage: STAGES[stage](**(dict(vae=run / "vae_folder") if stage == "diffusion" else {})) for stage in ("diffusion", "sam", "clip", "judge")}
     for stage, objective in stages.items():
         (run / stage).mkdir()
