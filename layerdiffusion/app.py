@@ -142,7 +142,8 @@ def scores(method: LayerDiffusion, result: EditResult) -> list:  # a dict for ea
         except BadInput: masks.append(None)
     fits, answers = clip_score(clip, result.images, result.text).cosine, ask(judge, result.images)
     like = subject_likeness(clip.pictures, result.images, masks, result.image, result.mask)
-    seen = lambda k, i: VALUES[k][answers[k][i]] if answers["present"][i] else "nobody"
+    whole = answers.get("whole", answers["present"])  # older judges ask only whether one is there
+    seen = lambda k, i: "nobody" if not answers["present"][i] else VALUES[k][answers[k][i]] if whole[i] else "broken"
     return [dict(clip=fits[i].item(), likeness=like[i].item(), seen={k: (seen(k, i), seen(k, i) == v) for k, v in asked_for(result.text).items()}) for i in range(len(masks))]
 
 # %% ../nbs/23_app.ipynb #8b954318

@@ -510,10 +510,10 @@ def examples(out: Annotated[Optional[Path], typer.Option(help="Copy the pictures
         announce(str(out / f"{name}.png") if out else f"example:{name}")
 
 # %% ../nbs/30_cli.ipynb #a6968386
-STAGES = ("vae", "sam", "clip", "judge", "diffusion")
+STAGES = ("all", "vae", "decoder", "sam", "clip", "judge", "diffusion", "subject")
 
-@app.command("train-mini", no_args_is_help=True, epilog="The whole recipe:  for s in vae sam clip judge diffusion; do layerdiffusion train-mini $s; done")
-def train_mini(stage: Annotated[Literal[STAGES], typer.Argument(help="Which model: vae first, judge and diffusion need it.")],
+@app.command("train-mini", no_args_is_help=True, epilog="The whole recipe:  layerdiffusion train-mini all")
+def train_mini(stage: Annotated[Literal[STAGES], typer.Argument(help="Which part: vae first, then the others; all: the whole recipe, and the folder of the models in DIR/model.")],
                out: Annotated[Path, typer.Option(help="Folder of the run: checkpoints, logs and sheets.", metavar="DIR")] = Path("mini-run"),
                device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 or mps.", metavar="NAME")] = "cpu",
                minutes: Annotated[Optional[float], typer.Option(help="Stop after so long, at a whole step. Unset: train to the end of the recipe.")] = None,
@@ -526,8 +526,10 @@ def train_mini(stage: Annotated[Literal[STAGES], typer.Argument(help="Which mode
     if not 0 <= level <= 1: raise BadInput(f"--level must be between 0 (simple) and 1 (full), not {level:g}.")
     check_writable(out)
     from layerdiffusion.core import pick_device
-    from layerdiffusion.mini import train_stage
-    train_stage(stage, out, device=pick_device(device), minutes=minutes or 1e9, resume=resume, level=level, seed=seed)
+    from layerdiffusion.mini import train_all, train_stage
+    settings = dict(device=pick_device(device), minutes=minutes or 1e9, resume=resume, level=level, seed=seed)
+    if stage != "all": train_stage(stage, out, **settings)
+    elif folder := train_all(out, **settings): announce(f"The models are in {folder}; layerdiffusion check-mini --model {folder} measures them.")
 
 # %% ../nbs/30_cli.ipynb #d4f5c26d
 @app.command("check-mini")
@@ -539,9 +541,11 @@ def check_mini(model: Annotated[Optional[Path], typer.Option(help="A folder of m
     "Measure the mini models on held-out pictures: every gate with its number, its 95 % interval and the bar."
     from layerdiffusion.core import environment, pick_device
     from layerdiffusion.mini import check_mini, show_gates
+    from layerdiffusion.scores import check_individuals
     from layerdiffusion.sd import load_models
     check_file(out)
-    rows = check_mini(model and load_models(model).folder, quick, pick_device(device))
+    folder, device = model and load_models(model).folder, pick_device(device)
+    rows = check_mini(folder, quick, device) + check_individuals(folder, quick, device)
     announce(show_gates(rows))
     if out: write_json(out, dict(rows=rows, **environment(device)))
 

@@ -8,14 +8,12 @@ CARD = ("level", "embedding_lr", "tuning_lr", "guidance_scale", "presets")
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
-    "A folder from a run of untrained stages, with the shipped autoencoder; and the untrained stages."
-    import shutil
+    "A folder from a run of untrained stages; and the untrained stages."
     import torch
     from torch.optim.swa_utils import AveragedModel
-    from layerdiffusion.mini import STAGES, save_checkpoint, write_mini
-    from layerdiffusion.sd import resolve_model
+    from layerdiffusion.mini import STAGES, build_vae, save_checkpoint, write_mini
     run, out = tmp_path_factory.mktemp("run"), tmp_path_factory.mktemp("models") / "mine"
-    shutil.copytree(resolve_model("mini") / "vae", run / "vae_folder")
+    build_vae().half().save_pretrained(run / "vae_folder")
     stages = {stage: STAGES[stage](**(dict(vae=run / "vae_folder") if stage == "diffusion" else {})) for stage in ("diffusion", "sam", "clip", "judge")}
     for stage, objective in stages.items():
         (run / stage).mkdir()
@@ -95,3 +93,284 @@ def test_a_run_goes_on_as_it_began(tmp_path):
     go(samples=48, seed=3)
     for kw, said in ((dict(seed=4), "has seed 3, not 4"), (dict(seed=3, level=.5), "has level 0.0, not 0.5"), (dict(seed=-1), "at least 0")):
         with pytest.raises(BadInput, match=said): go(samples=64, **kw)
+
+
+# --------------------------------------------------------------------------- what the parts are taught and asked
+
+def scenes_of(n=12, name="tests", **fixed):
+    from layerdiffusion.world import sample_scenes, stream
+    return sample_scenes(n, stream(name), **fixed)
+
+
+def with_traits(scenes, **traits):
+    from dataclasses import replace
+    from layerdiffusion.world import TRAITS
+    look = scenes.look.clone()
+    for name, value in traits.items(): look[:, TRAITS.index(name)] = value
+    return replace(scenes, look=look)
+
+
+def test_a_ghost_is_no_rabbit():
+    "Right in everything, but broken: not valid. A judge without that question is asked as before."
+    import torch
+    from layerdiffusion.judge import valid
+    answers = dict(present=torch.ones(3).long(), species=torch.tensor([2, 2, 0]))
+    assert valid(answers, species="rabbit").tolist() == [True, True, False]
+    assert valid(answers | dict(whole=torch.tensor([1, 0, 1])), species="rabbit").tolist() == [True, False, False]
+    assert valid(answers | dict(whole=torch.ones(3).long(), present=torch.zeros(3).long())).tolist() == [False] * 3
+
+
+def test_the_app_ticks_no_ghost(monkeypatch):
+    import torch
+    from types import SimpleNamespace as Some
+    from layerdiffusion import app
+    from layerdiffusion.judge import QUESTIONS, load_judge
+    judge = torch.nn.Module()
+    judge.forward = lambda x: {q: torch.eye(n)[[0 if q == "whole" else 1] * len(x)] for q, n in QUESTIONS.items()}
+    monkeypatch.setattr(app, "load_judge", lambda: judge)
+    monkeypatch.setattr(app, "clip_score", lambda *_: Some(cosine=torch.zeros(1)))
+    monkeypatch.setattr(app, "subject_likeness", lambda *_: torch.zeros(1))
+    monkeypatch.setattr(app, "Clip", lambda _: Some(pictures=None))
+    monkeypatch.setattr(app, "propose_subject", lambda *_: Some(mask=torch.ones(1, 64, 64)))
+    method = Some(models=Some(card=dict(name="mini")), once=lambda name, key, make: make(None), sam=None)
+    result = Some(images=torch.zeros(1, 3, 64, 64), text="a grey cat sitting on a beach", image=None, mask=None)
+    seen = lambda: app.scores(method, result)[0]["seen"]
+    assert set(seen().values()) == {("broken", False)}
+    judge.forward = lambda x: {q: torch.eye(n)[[1] * len(x)] for q, n in QUESTIONS.items()}
+    assert all(ok for _, ok in seen().values())
+    assert "whole" not in load_judge().heads or "whole" in QUESTIONS
+
+
+def test_judges_of_other_times(tmp_path):
+    "The heads are those of the config; without that entry, the seven of the first version."
+    import json
+    import torch
+    from safetensors.torch import save_file
+    from layerdiffusion.core import BadInput
+    from layerdiffusion.judge import Judge, ask, load_judge, valid
+    first = ("present", "species", "pose", "place", "colour", "pattern", "accessory")
+    old, folder = Judge((24, 48, 96, 128), hidden=192, questions=first), tmp_path / "judge"
+    folder.mkdir()
+    save_file(old.state_dict(), folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(dict(widths=[24, 48, 96, 128], size=64)))
+    found = ask(load_judge(tmp_path), torch.rand(2, 3, 64, 64))
+    assert tuple(found) == first and valid(found).shape == (2,)
+    (folder / "config.json").write_text(json.dumps(old.config | dict(questions=["mood"])))
+    with pytest.raises(BadInput, match="answers 'mood'"): load_judge(tmp_path)
+
+
+def test_only_what_can_be_seen_is_asked():
+    "No rabbit's tail tip, no white saddle on a white coat, no half-there mark, nothing of nobody."
+    import torch
+    from layerdiffusion.judge import truths
+    from layerdiffusion.world import MARKS
+    clear = with_traits(scenes_of(24, pose="standing", species="cat", colour="black", pattern=0, accessory=0), **dict.fromkeys(MARKS, .9), hue=0., light=.9)
+    for mark in MARKS:
+        answer, asked = truths(clear)[mark]
+        assert answer.all() and asked.all(), mark
+        answer, asked = truths(with_traits(clear, **{mark: .05}))[mark]
+        assert not answer.any() and asked.all(), mark
+        assert not truths(with_traits(clear, **{mark: .35}))[mark][1].any()
+    from layerdiffusion.world import edit_scenes
+    assert not truths(edit_scenes(clear, species="rabbit"))["tail_tip"][1].any()
+    assert not truths(with_traits(edit_scenes(clear, colour="grey"), light=.57, hue=.08))["saddle"][1].all()
+    assert (truths(clear)["second_hue"][0] == 0).all() and truths(clear)["second_hue"][1].all()
+    assert not truths(with_traits(clear, hue=.25))["second_hue"][1].any(), "between two names"
+    assert not truths(with_traits(clear, **dict.fromkeys(MARKS, .05)))["second_light"][1].any(), "nothing carries it"
+    nobody = truths(edit_scenes(clear, present=torch.zeros(24, dtype=torch.bool)))
+    assert {q for q, (_, asked) in nobody.items() if asked.any()} == {"present", "place"}
+
+
+def test_parts_are_left_out():
+    "Nothing hidden is the picture as ever; everything hidden is the place; a hidden head leaves the hind legs alone."
+    import torch
+    from layerdiffusion.world import PARTS, draw_places, draw_subjects
+    s = scenes_of(4)
+    ground = draw_places(s, 64)
+    (plain, mask), all_of = draw_subjects(ground, s), torch.ones(4, dtype=torch.bool)
+    assert torch.equal(draw_subjects(ground, s, {})[0], plain)
+    image, nothing = draw_subjects(ground, s, dict.fromkeys([*PARTS, "face", "worn"], all_of))
+    assert torch.equal(image, ground) and not nothing.any()
+    first = torch.tensor([True, False, False, False])
+    image, less = draw_subjects(ground, s, dict.fromkeys(["head", "snout", "ear", "ear_far", "face"], first))
+    assert less[0].sum() < .95 * mask[0].sum() and torch.equal(image[1:], plain[1:])
+
+
+def test_animals_are_broken():
+    "Each kind changes the animal, not the place far from it; an empty place stays; the same generator gives the same picture."
+    import torch
+    from layerdiffusion.core import BadInput
+    from layerdiffusion.judge import BROKEN, UNSEEN, break_subjects
+    from layerdiffusion.masks import dilate
+    from layerdiffusion.world import render, stream
+    s = scenes_of(8, present=torch.arange(8) > 0)
+    image, mask, background = render(s)
+    assert not set(BROKEN) & set(UNSEEN) and UNSEEN
+    for kind in BROKEN + UNSEEN:
+        broken, shows = break_subjects(s, kind, stream("break"))
+        assert torch.equal(broken, break_subjects(s, kind, stream("break"))[0])
+        assert torch.equal(broken[0], background[0]) and not shows[0] and shows.sum() > 3, kind
+        assert 0 <= broken.min() and broken.max() <= 1
+        changed = (broken - image).abs().amax(1, keepdim=True) > .1
+        assert (changed.sum((1, 2, 3))[shows] > mask.sum((1, 2, 3))[shows] / 10).all(), kind
+        if kind in ("faded", "headless", "cut"): assert not (changed & (dilate(mask, 2) == 0)).any(), kind
+    with pytest.raises(BadInput, match="no kind of broken animal 'sad'"): break_subjects(s, "sad", stream("break"))
+
+
+def test_the_judge_learns_what_is_broken():
+    "The first third of a batch is; right answers about it cost less than wrong ones, and what an animal is called there costs nothing."
+    import torch
+    from layerdiffusion.judge import QUESTIONS
+    from layerdiffusion.mini import JudgeObjective, draw_scenes
+    o = JudgeObjective()
+    o.batch = 24
+    scenes, g = draw_scenes(o, 0)
+    state = g.get_state()
+    def loss(whole, species=None):
+        def judge(x):
+            say = {q: torch.zeros(24, n) for q, n in QUESTIONS.items()}
+            say["whole"] = 9. * torch.eye(2)[whole.long()]
+            if species is not None: say["species"] = 9. * torch.eye(3)[species]
+            return say
+        o.judge = judge
+        g.set_state(state)
+        return o(scenes, g)[0].item()
+    del o.judge
+    right = torch.arange(24) >= 8
+    assert loss(right) < loss(torch.ones(24)) < loss(~right)
+    species = scenes.species.clone()
+    species[:8] = (species[:8] + 1) % 3
+    assert loss(right, species) == pytest.approx(loss(right, scenes.species))
+    species[8:] = (species[8:] + 1) % 3
+    assert loss(right, species) > loss(right, scenes.species) + 1
+
+
+def test_clicks_and_boxes():
+    "A click is where it says it is; labels say what is meant; boxes enclose the subject, and stay in the picture."
+    import torch
+    from layerdiffusion.masks import bounding_box
+    from layerdiffusion.mini import random_boxes, random_clicks, several_clicks, some_dark
+    from layerdiffusion.world import COLOURS, PLACES, render, stream
+    s = scenes_of(16)
+    mask = (render(s)[1] > .5).float()
+    at = lambda m, p: m[p[1].int(), p[0].int()].item()
+    points, meant = random_clicks(mask, stream("clicks"), 3)
+    for m, ps, truths in zip(mask[:, 0], points, meant):
+        assert [at(m, p) for p in ps[:2]] == [1, 1] and all(at(t, p) == 1 for p, t in zip(ps, truths))
+    points, labels, meant = several_clicks(mask, stream("clicks"), 4)
+    for ps, ls, t in zip(points, labels, meant[:, 0]):
+        assert ls[0] == 1 and all(at(t, p) == label for p, label in zip(ps, ls))
+    assert 0 < labels[:, 1:].mean() < 1 and (meant == mask).all((1, 2, 3)).sum() > 8
+    exact = random_boxes(mask, stream("boxes"), off=0.)
+    assert [tuple(b.int().tolist()) for b in exact] == [bounding_box(m) for m in mask]
+    shaky = random_boxes(mask, stream("boxes"), off=.3)
+    assert shaky.min() >= 0 and shaky.max() <= 64 and (shaky[:, 2:] > shaky[:, :2]).all() and not torch.equal(shaky, exact)
+    dark = some_dark(s, stream("dark"), 1.)
+    assert {list(COLOURS)[k] for k in dark.colour} <= {"black", "blue", "purple"} and {list(PLACES)[k] for k in dark.place} <= {"forest", "city"}
+    same = some_dark(s, stream("dark"), 0.)
+    assert torch.equal(same.colour, s.colour) and torch.equal(same.place, s.place)
+
+
+def test_sam_learns_boxes_and_negative_clicks():
+    "Their embeddings get gradients, and the folder says that boxes are known."
+    from layerdiffusion.mini import SAM_CONFIG, SamObjective, draw_scenes
+    o = SamObjective()
+    o.batch = 4
+    loss, logs = o(*draw_scenes(o, 0))
+    loss.backward()
+    negative, positive, upper, lower = (e.weight.grad.abs().sum() for e in o.sam.prompt_encoder.point_embeddings)
+    assert min(negative, positive, upper, lower) > 0 and {"iou", "several", "box"} <= set(logs) and SAM_CONFIG["boxes"]
+
+
+def test_captions_one_attribute_apart():
+    "A gallery of 96 different captions, in which each scene's neighbours differ in one attribute; groups keep their first."
+    import torch
+    from dataclasses import fields
+    from layerdiffusion.mini import TOLD, change_one, clear_traits, full_caption, near_groups, neighbours
+    from layerdiffusion.world import MARKS, TRAITS, clear_mark, second_colour, stream
+    s = clear_traits(scenes_of(8, level=1.))
+    assert all((clear_mark(s, m) >= 0).all() for m in MARKS) and all(map(torch.equal, second_colour(s), second_colour(scenes_of(8, level=1.))))
+    for name in TOLD:
+        new = change_one(s, name, torch.rand(8))
+        other = {f.name for f in fields(s) if not torch.equal(getattr(s, f.name), getattr(new, f.name))}
+        assert other == ({"look"} if name not in other else {name}), name
+        if "look" in other: assert (s.look != new.look).any(0).nonzero().flatten().tolist() == [TRAITS.index(name)] and (s.look != new.look)[:, TRAITS.index(name)].all()
+        else: assert (getattr(s, name) != getattr(new, name)).all()
+    scenes, texts = neighbours(s[:3], stream("near"), 3)
+    assert len(scenes) == len(set(texts)) == 12 and texts[0] == full_caption(s, 0)
+    groups = near_groups(s, stream("near"), 4)
+    first = [full_caption(groups, i) for i in (0, 4)]
+    assert first == [full_caption(s, i) for i in (0, 4)] and len({full_caption(groups, i) for i in range(4)}) > 1
+
+
+def test_training_begins_from_what_fits(tmp_path):
+    import torch
+    from safetensors.torch import save_file
+    from layerdiffusion.mini import start_from
+    module = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 3))
+    before = module[1].weight.clone()
+    save_file({"0.weight": torch.ones(2, 2).half(), "1.weight": torch.ones(5, 2), "elsewhere": torch.ones(1)}, tmp_path / "x.safetensors")
+    assert start_from(module, tmp_path / "x.safetensors") == 1
+    assert torch.equal(module[0].weight, torch.ones(2, 2)) and torch.equal(module[1].weight, before)
+
+
+def test_labelled_pictures(tmp_path):
+    "A list comes back as it was written, and is asked of any weights; the judge agrees where it passes what is whole, and only that."
+    import json
+    import torch
+    from layerdiffusion.core import BadInput
+    from layerdiffusion.judge import QUESTIONS
+    from layerdiffusion.mini import agrees, check_labels, load_labels, save_labels
+    images = (torch.rand(5, 3, 64, 64) * 255).round() / 255
+    dog = dict(present=True, whole=True, species="dog", pose="sitting", place="snow")
+    labels = [dog, dog | dict(species="cat"), dog | dict(species=None), dog | dict(whole=False, species="cat", made="broken"), dict(present=False, whole=None, species=None, pose=None, place="snow")]
+    save_labels(tmp_path / "labels.json", images, labels, ncols=3, by="a test")
+    again, read = load_labels(tmp_path / "labels.json")
+    assert torch.allclose(again, images, atol=1e-3) and read == labels
+    answers = {q: torch.zeros(5).long() for q in QUESTIONS} | dict(present=torch.tensor([1, 1, 1, 1, 0]), whole=torch.tensor([1, 1, 1, 0, 1]), pose=torch.ones(5).long(), place=torch.full((5,), 3))
+    assert agrees(answers, labels).tolist() == [True, False, True, True, True]
+    assert agrees(answers | dict(whole=torch.ones(5).long()), labels).tolist() == [True, False, True, False, True]
+    judge = torch.nn.Module()
+    judge.forward = lambda x: {q: torch.eye(QUESTIONS[q])[a] for q, a in answers.items()}
+    rows = check_labels(None, judge, tmp_path / "labels.json", 3.)
+    assert [(r["gate"], r["value"], r["n"]) for r in rows] == [("judge_labels: generated", .75, 4), ("judge_labels: broken", 1., 1)]
+    record = json.loads((tmp_path / "labels.json").read_text())
+    (tmp_path / "labels.json").write_text(json.dumps(record | dict(labels=labels * 3)))
+    with pytest.raises(BadInput, match="15 labels, but labels.png shows 6"): load_labels(tmp_path / "labels.json")
+    assert check_labels(None, judge, tmp_path / "none.json", 3.) == []
+
+
+def test_checks_have_their_bars(written):
+    "Every row has a bar, an interval and its number of pictures; a judge that was not taught about broken animals has no such rows."
+    from layerdiffusion.judge import BROKEN, UNSEEN, Judge
+    from layerdiffusion.masks import load_sam
+    from layerdiffusion.mini import GATES, check_broken, check_clip, check_judge, check_said, check_sam
+    out, stages = written
+    judge = stages["judge"].judge
+    rows = check_sam(load_sam(out / "sam"), 0., 4) + check_clip(out, 0., 1) + check_judge(judge, 0., 100) + check_broken(judge, 0., 8)
+    assert all(r["bar"] == GATES[r["gate"].split(":")[0]] and r["low"] <= r["value"] <= r["high"] for r in rows)
+    names = [r["gate"] for r in rows]
+    assert {"sam_iou: click", "sam_iou: box", "clip_top1: near", "judge: whole", "broken: all", "broken: unseen", "sound: drawn"} <= set(names) and len(set(names)) == len(names)
+    n = {r["gate"].split(": ")[1]: r["n"] for r in rows if r["gate"].startswith("broken")}
+    assert n["all"] == sum(n[k] for k in BROKEN) and n["unseen"] == sum(n[k] for k in UNSEEN)
+    first = Judge(questions=("present", "species"))
+    assert check_broken(first, 0., 8) == check_said(None, first, 0., 3.) == []
+
+
+def test_what_is_said_is_counted(monkeypatch):
+    "Only marks that are there and named are counted; a judge that sees every mark finds all of them, one that sees none finds none."
+    import torch
+    from layerdiffusion import mini
+    from layerdiffusion.judge import QUESTIONS, truths
+    monkeypatch.setattr(mini, "draw", lambda models, texts, *_: torch.zeros(len(texts), 3, 64, 64))
+    true = truths(mini.combinations(0., 1, size=0))
+    class Seer(torch.nn.Module):
+        heads = QUESTIONS
+        def forward(self, x): return {q: torch.eye(n)[true[q][0] if self.sees else (true[q][0] - 1) % n] for q, n in QUESTIONS.items()}
+    for sees in (True, False):
+        judge = Seer()
+        judge.sees = sees
+        rows = {r["gate"]: r for r in mini.check_said(None, judge, 0., 3.)}
+        assert all(r["value"] == float(sees) for r in rows.values())
+    right, asked = true["saddle"]
+    assert rows["said: saddle"]["n"] == (asked & (right == 1)).sum() and rows["said: all"]["bar"] == .85
