@@ -482,7 +482,7 @@ def edit(ctx: typer.Context,
 def export(folder: Annotated[Path, typer.Argument(help="Folder of an edit, such as edits/dog-1.")],
            out: Annotated[Optional[Path], typer.Option(help="Folder for the export. Unset: FOLDER-unet or FOLDER-lora.", metavar="DIR")] = None,
            kind: Annotated[Literal["unet", "lora"], typer.Option(help="unet: the whole tuned U-Net. lora: pytorch_lora_weights.safetensors, small, and near to it.")] = "unet",
-           rank: Annotated[int, typer.Option(help="Rank of the LoRA.", min=1, max=1280)] = 16,
+           rank: Annotated[Optional[int], typer.Option(help="Rank of the LoRA. Unset: that of an edit that is one, else 16.", min=1, max=1280)] = None,
            model: Annotated[Optional[str], typer.Option(help="Where the model of the edit is now. Unset: where it was.", metavar="NAME")] = None,
            offline: Annotated[bool, typer.Option("--offline", help="Never ask the Hugging Face hub; what was fetched before is still used.")] = False,
            debug: Annotated[bool, typer.Option("--debug", help=RUN[-1].help)] = False):
