@@ -90,7 +90,7 @@ def test_recorded_methods_are_rows():
     assert "SDEdit (1 of 15 tasks) (a fifth of the steps)" in leaderboard(rows)
 
 @pytest.mark.parametrize("made, said", [
-    (lambda: (torch.rand(1, 3, 64, 64) * 255).byte(), "from 0 to 1"), (lambda: torch.rand(1, 3, 64, 64) * 2 - 1, "from 0 to 1"), (lambda: torch.full((1, 3, 64, 64), float("nan")), "from 0 to 1"),
+    (lambda: torch.rand(1, 3, 64, 64) * 255, "from 0 to 1"), (lambda: torch.rand(1, 3, 64, 64) * 2 - 1, "from 0 to 1"), (lambda: torch.full((1, 3, 64, 64), float("nan")), "from 0 to 1"),
     (lambda: torch.rand(1, 3, 64, 32), "must be square"), (lambda: None, "gave a NoneType")])
 def test_answers_that_are_no_pictures(made, said):
     "A stranger's method is told, not scored."
