@@ -196,18 +196,20 @@ def train_loop(objective: nn.Module,  # returns (loss, logs) for (scenes, genera
     if hasattr(objective, "fill"):
         for step in range(max(0, record["step"] - objective.steps_back), record["step"]): objective.fill(draw_scenes(objective, step, rank, seed)[0].to(device))
     recorder = Recorder(folder, record, samples, rank)
+    def save():
+        save_checkpoint(path, objective, ema, opt, record)
+        write_sheet(ema.module, folder, record)
     with StopFlag(minutes) as stop:
         while record["samples"] < samples and record["step"] != stop_after and not stop():
             scenes, g = draw_scenes(objective, record["step"], rank, seed)
             for group in opt.param_groups: group["lr"] = learning_rate(record["samples"] / samples, objective.lr)
             loss, logs = model(scenes.to(device), g)
-            if not loss.isfinite(): raise FloatingPointError(f"The loss became {loss.item()} at step {record['step']}; go on from the checkpoint with a smaller learning rate.")
             loss.backward()
             nn.utils.clip_grad_norm_(objective.parameters(), 1.)
             opt.step(); opt.zero_grad(); ema.update_parameters(objective)
             record["step"] += 1; record["samples"] += objective.batch * getattr(objective, "reuse", 1) * ranks
-            recorder(dict(loss=loss.item(), **{k: v.item() for k, v in logs.items()}), lambda: (save_checkpoint(path, objective, ema, opt, record), write_sheet(ema.module, folder, record)))
-        recorder.finish(lambda: (save_checkpoint(path, objective, ema, opt, record), write_sheet(ema.module, folder, record)))
+            recorder(dict(loss=loss, **logs), save)
+        recorder.finish(save)
     return record
 
 # %% ../nbs/12_mini.ipynb #d45db025
@@ -224,22 +226,31 @@ class Recorder:
         now = time.monotonic()
         self.record["seconds"] += now - self.tick; self.tick = now
         self.count += 1
-        for k, v in logs.items(): self.sums[k] = self.sums.get(k, 0.) + v
+        for k, v in logs.items(): self.sums[k] = self.sums.get(k, 0.) + v.detach()
         if self.rank: return
         self.bar.update(self.record["samples"] - self.bar.n)
         if now - self.logged > self.log_every: self.write_log()
-        if now - self.saved > self.save_every: save(); self.saved = time.monotonic()
+        if now - self.saved > self.save_every:
+            self.write_log()
+            save()
+            self.saved = time.monotonic()
 
     def write_log(self):
-        line = dict(samples=self.record["samples"], seconds=round(self.record["seconds"], 1), **{k: round(v / self.count, 5) for k, v in self.sums.items()})
+        if not self.count: return
+        means = {k: float(v) / self.count for k, v in self.sums.items()}
+        if not math.isfinite(means["loss"]):
+            raise FloatingPointError(f"The loss became {means['loss']} by step {self.record['step']}; go on from the last "
+                                     "checkpoint, which is sound, with a smaller learning rate.")
+        line = dict(samples=self.record["samples"], seconds=round(self.record["seconds"], 1)) | {k: round(v, 5) for k, v in means.items()}
         with open(self.folder / "log.jsonl", "a") as f: f.write(json.dumps(line) + "\n")
         self.bar.set_postfix({k: f"{v:.4g}" for k, v in line.items() if k not in ("samples", "seconds")})
         self.sums, self.count, self.logged = {}, 0, time.monotonic()
 
     def finish(self, save):
         if self.rank: return
-        if self.count: self.write_log()
-        save(); self.bar.close()
+        self.write_log()
+        save()
+        self.bar.close()
 
 def write_sheet(objective, folder, record):
     "A picture of what the averaged weights can do so far, beside the checkpoint."

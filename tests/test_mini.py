@@ -374,3 +374,24 @@ def test_what_is_said_is_counted(monkeypatch):
         assert all(r["value"] == float(sees) for r in rows.values())
     right, asked = true["saddle"]
     assert rows["said: saddle"]["n"] == (asked & (right == 1)).sum() and rows["said: all"]["bar"] == .85
+
+
+def test_a_loss_that_is_no_number_is_never_saved(tmp_path):
+    "The run stops with a sentence, and the checkpoint before it is the one that stays."
+    import torch
+    from layerdiffusion.mini import VaeObjective, train_loop
+
+    class Broken(VaeObjective):
+        batch, bad = 1, False
+        sheet = property()
+
+        def forward(self, scenes, g):
+            loss, logs = super().forward(scenes, g)
+            return loss * (float("nan") if Broken.bad else 1.), logs
+
+    train_loop(Broken(), tmp_path, 4, stop_after=2)
+    before = (tmp_path / "checkpoint.safetensors").read_bytes()
+    Broken.bad = True
+    with pytest.raises(FloatingPointError, match="became nan by step 4; go on from the last checkpoint"):
+        train_loop(Broken(), tmp_path, 4)
+    assert (tmp_path / "checkpoint.safetensors").read_bytes() == before
