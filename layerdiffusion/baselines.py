@@ -20,9 +20,9 @@ import torch
 from .core import BadInput, Event, content_hash, fit_image, to_pil
 from .fine_tuning import fine_tune
 from .scores import Task, append_line, read_record, scorer_of
-from .sd import Models, add_noise, ddim_sample, decode_latents, encode_image, encode_text, initial_latents, noise_loss, optimise, quiet, sample_noise_and_t, timesteps
+from .method import add_noise, noise_loss, sample_noise_and_t, stream
+from .sd import Models, ddim_sample, decode_latents, encode_image, encode_text, initial_latents, optimise, quiet, timesteps
 from .settings import PAPER
-from .world import stream
 
 # %% ../nbs/16_baselines.ipynb #5e24221b
 def last_steps(models: Models,

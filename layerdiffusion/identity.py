@@ -25,8 +25,8 @@ from .embeddings import subject_phrase
 from .fine_tuning import apply_difference
 from .folders import check_weights, fetch, read_json
 from .masks import propose_subject
-from .sd import Models, check_text, ddim_sample, decode_latents, encode_image, encode_text, initial_latents, noise_loss, sample_noise_and_t
-from .world import stream
+from .method import noise_loss, sample_noise_and_t, stream
+from .sd import Models, check_text, ddim_sample, decode_latents, encode_image, encode_text, initial_latents
 
 # %% ../nbs/07_identity.ipynb #c5f75d71
 @dataclass

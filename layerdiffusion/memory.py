@@ -19,8 +19,9 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
 from .core import BadInput
-from .fine_tuning import layered_loss, trainable
-from .sd import How, Models, noise_loss, speak_float32, use
+from .fine_tuning import trainable
+from .method import layered_loss, noise_loss
+from .sd import How, Models, speak_float32, use
 from .settings import PAPER, EditConfig
 
 # %% ../nbs/21_memory.ipynb #eda995bc

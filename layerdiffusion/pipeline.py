@@ -20,11 +20,12 @@ import torch
 
 from .core import BadInput, Event, Notice, content_hash, environment, fit_image, fit_points, join_callbacks
 from .core import live_preview, load_image, one_writer, pick_device, shielded, to_pil, write_atomic
-from .embeddings import Split, embedding_objective, interpolate, plain_words, split_text, subject_action, subject_phrase
+from .embeddings import Split, embedding_objective, plain_words, split_text, subject_action, subject_phrase
 from .fine_tuning import apply_difference, fine_tune, trainable, union, weight_difference
 from .guidance import turns
 from .identity import ACTIONS, PLACES, change_coat, encode_with, first_vectors, known, load_clip, prior_pictures, prior_texts, propose_source, search_target, typical_coat, with_words, word_objective
 from .masks import check_labels, check_mask, composite, dilate, find_mask, load_sam, mask_from_file, move_subject, to_latent
+from .method import interpolate
 from .saving import EditResult, beside, clear_checkpoints, patch, photo_info, pixels, read_edit, same_model
 from .sd import PRECISIONS, Models, awake, check_text, ddim_sample, decode_latents, encode_image, encode_text, half, initial_latents, load_models, optimise, parked, pick_precision, vae_psnr, with_scheduler
 from .settings import EditConfig, near

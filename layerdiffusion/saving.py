@@ -18,10 +18,11 @@ import torch
 import torch.nn as nn
 
 from .core import UNREADABLE, BadInput, Notice, as_path, load_image, make_sheet, one_writer, pack_exif, shielded, to_pil, write_json
-from .embeddings import Split, interpolate
+from .embeddings import Split
 from .fine_tuning import apply_difference, changed, left_out, low_rank, thin
 from .guidance import turns
 from .masks import dilate, overlay
+from .method import interpolate
 from .sd import Models, encode_text, quiet, timesteps, with_scheduler
 from .settings import EditConfig
 

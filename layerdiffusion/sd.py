@@ -5,9 +5,8 @@
 # %% auto #0
 __all__ = ['PRECISIONS', 'PREDICTIONS', 'How', 'Models', 'quiet', 'pick_precision', 'speak_float32', 'load_scheduler',
            'load_models', 'awake', 'parked', 'use', 'twin', 'half', 'check_text', 'encode_text', 'check_size',
-           'encode_image', 'decode_latents', 'vae_psnr', 'signal_and_noise', 'add_noise', 'target', 'predict_x0',
-           'masked_error', 'noise_loss', 'sample_noise_and_t', 'whole_step', 'optimise', 'initial_latents',
-           'guided_noise', 'timesteps', 'ddim_sample', 'with_scheduler']
+           'encode_image', 'decode_latents', 'vae_psnr', 'predict_x0', 'whole_step', 'optimise', 'initial_latents',
+           'timesteps', 'ddim_sample', 'with_scheduler']
 
 # %% ../nbs/02_sd.ipynb #855a3fa1
 import copy, inspect, json, math, re, signal, threading, time
@@ -21,7 +20,7 @@ from typing import Any, Callable, Optional, Sequence, Union
 import torch
 from .core import BadInput, Event, shielded
 from .folders import check_folder, read_json, resolve_model, say_once, weight_files, weights_hash
-from .world import stream
+from .method import denoise, each_loss, embed_text, gradients, initial_noise, signal_and_noise, to_latents, to_pictures
 
 # %% ../nbs/02_sd.ipynb #668fee59
 @dataclass(frozen=True)
@@ -286,8 +285,7 @@ def encode_text(models: Models,
     "Text embeddings e: the text encoder's last hidden state."
     texts = [texts] if isinstance(texts, str) else list(texts)
     for text in texts: check_text(models, text)
-    ids = models.tokenizer(texts, padding="max_length", max_length=models.text_length, return_tensors="pt").input_ids
-    with awake(models, "text_encoder") as encoder: return encoder(ids.to(models.device)).last_hidden_state
+    with awake(models, "text_encoder") as encoder: return embed_text(models.tokenizer, encoder, texts)
 
 # %% ../nbs/02_sd.ipynb #136564ec
 def check_size(models: Models, height: int, width: int):
@@ -310,9 +308,8 @@ def encode_image(models: Models,
                  generator: Optional[torch.Generator] = None  # to draw from the posterior; None: its mean
                 ) -> torch.Tensor:  # (B, C, H/f, W/f)
     "Latents x_0 of pictures."
-    with awake(models, "vae") as vae: posterior = vae.encode(_as_batch(models, image) * 2 - 1).latent_dist
-    latents = posterior.mean if generator is None else posterior.sample(generator)
-    return latents.float() * models.vae.config.scaling_factor
+    pictures = _as_batch(models, image)
+    with awake(models, "vae") as vae: return to_latents(vae, pictures, generator)
 
 # %% ../nbs/02_sd.ipynb #6b884d6e
 @torch.no_grad()
@@ -321,9 +318,8 @@ def decode_latents(models: Models,
                    batch: int = 8  # pictures at a time
                   ) -> torch.Tensor:  # (B, 3, H, W), 0-1
     "Pictures of latents."
-    latents = latents.to(models.device, models.dtype) / models.vae.config.scaling_factor
-    with awake(models, "vae") as vae: pictures = torch.cat([vae.decode(x).sample for x in latents.split(batch)])
-    return (pictures.float() / 2 + .5).clamp(0, 1)
+    latents = latents.to(models.device, models.dtype)
+    with awake(models, "vae") as vae: return torch.cat([to_pictures(vae, x) for x in latents.split(batch)])
 
 # %% ../nbs/02_sd.ipynb #18e1e98f
 def vae_psnr(models: Models,
@@ -332,35 +328,6 @@ def vae_psnr(models: Models,
     "How well the autoencoder gives pictures back; low: outside of what the model can represent."
     back = decode_latents(models, encode_image(models, image))
     return -10 * (back - _as_batch(models, image).float()).square().mean().clamp_min(1e-10).log10().item()
-
-# %% ../nbs/02_sd.ipynb #913b849d
-def signal_and_noise(scheduler, t: Union[int, torch.Tensor], like: torch.Tensor):
-    "The roots of ᾱ and 1 − ᾱ at timestep `t`, shaped to multiply `like`."
-    alpha_bar = scheduler.alphas_cumprod[torch.as_tensor(t, device=scheduler.alphas_cumprod.device)]
-    alpha_bar = alpha_bar.reshape(-1, *[1] * (like.ndim - 1))
-    return tuple(x.sqrt().to(like, non_blocking=like.is_cuda) for x in (alpha_bar, 1 - alpha_bar))
-
-# %% ../nbs/02_sd.ipynb #800da1f3
-def add_noise(scheduler,
-              latents: torch.Tensor,  # (B, C, h, w), clean: x_0
-              noise: torch.Tensor,  # (B, C, h, w)
-              t: Union[int, torch.Tensor]  # one timestep or (B,)
-             ) -> torch.Tensor:  # x_t
-    "The noisy version of `latents` at timestep `t`."
-    share, sigma = signal_and_noise(scheduler, t, latents)
-    return share * latents + sigma * noise
-
-# %% ../nbs/02_sd.ipynb #d96e1067
-def target(scheduler,
-           latents: torch.Tensor,  # (B, C, h, w), clean: x_0
-           noise: torch.Tensor,  # (B, C, h, w)
-           t: Union[int, torch.Tensor]  # one timestep or (B,)
-          ) -> torch.Tensor:
-    "What the U-Net should say about x_t: the noise, the velocity or the picture."
-    kind = scheduler.config.prediction_type
-    if kind != "v_prediction": return noise if kind == "epsilon" else latents
-    share, sigma = signal_and_noise(scheduler, t, latents)
-    return share * noise - sigma * latents
 
 # %% ../nbs/02_sd.ipynb #f4cef1d4
 def predict_x0(scheduler,
@@ -373,45 +340,6 @@ def predict_x0(scheduler,
     kind = scheduler.config.prediction_type
     if kind == "sample": return noise_pred
     return (latents - sigma * noise_pred) / share if kind == "epsilon" else share * latents - sigma * noise_pred
-
-# %% ../nbs/02_sd.ipynb #30430939
-def masked_error(error: torch.Tensor,  # (B, C, h, w)
-                 mask: Optional[torch.Tensor] = None,  # (B or 1, 1, h, w), 0-1 or the square root of any weight
-                 scale: str = "all"  # "all": mean over all latents; "mask": over the mask's share
-                ) -> torch.Tensor:  # (B,)
-    "The mean of (M · error)² for each of the batch."
-    if mask is None: return error.square().flatten(1).mean(1)
-    if mask.ndim != 4 or mask.shape[-2:] != error.shape[-2:]:
-        raise BadInput(f"The mask has shape {tuple(mask.shape)} and the latents {tuple(error.shape)}: bring the mask to the latents' size first (masks.to_latent).")
-    mask = mask.to(error)
-    each = (mask * error).square().flatten(1).mean(1)
-    return each if scale == "all" else each / mask.flatten(1).mean(1).clamp_min(1e-6)
-
-# %% ../nbs/02_sd.ipynb #f66667ef
-def noise_loss(unet, scheduler,
-               latents: torch.Tensor,  # (B, C, h, w), clean: x_0
-               noise: torch.Tensor,  # (B, C, h, w)
-               timesteps: torch.Tensor,  # (B,)
-               prompt_embeds: torch.Tensor,  # (B or 1, L, D)
-               mask: Optional[torch.Tensor] = None,  # (B or 1, 1, h, w), see `masked_error`
-               scale: str = "all",  # "all" or "mask", see `masked_error`
-               reduction: str = "mean"  # "mean": one number; "each": (B,)
-              ) -> torch.Tensor:
-    "Eq. 1; with a mask, what Eqs. 2, 4 and 5 take the mean of."
-    noise = noise.to(latents, non_blocking=latents.is_cuda)
-    x_t = add_noise(scheduler, latents, noise, timesteps)
-    noise_pred = unet(x_t, timesteps.to(latents.device, non_blocking=latents.is_cuda), prompt_embeds.to(latents).expand(len(latents), -1, -1)).sample
-    each = masked_error((target(scheduler, latents, noise, timesteps) - noise_pred).float(), mask, scale)
-    return each.mean() if reduction == "mean" else each
-
-# %% ../nbs/02_sd.ipynb #9657dab8
-def sample_noise_and_t(scheduler,
-                       shape: Sequence[int],  # (B, C, h, w)
-                       generator: torch.Generator  # on the CPU
-                      ) -> tuple:  # noise (B, C, h, w), timesteps (B,)
-    "Noise and timesteps for one step of training."
-    noise = torch.randn(tuple(shape), generator=generator)
-    return noise, torch.randint(scheduler.config.num_train_timesteps, (shape[0],), generator=generator)
 
 # %% ../nbs/02_sd.ipynb #0700d8f8
 @contextmanager
@@ -427,8 +355,8 @@ def whole_step():
 
 # %% ../nbs/02_sd.ipynb #0669cce9
 def _gradients(loss, params, scale: float = 1.) -> torch.Tensor:
-    "Gradients of `loss` for `params` alone, put in their `.grad`; tells whether all are numbers."
-    for p, g in zip(params, torch.autograd.grad(loss if scale == 1 else loss * scale, params, allow_unused=True)): p.grad = g
+    "The `gradients` of `loss`; tells whether all are numbers."
+    gradients(loss if scale == 1 else loss * scale, params)
     found = [p.grad for p in params if p.grad is not None]
     if scale != 1: torch._foreach_div_(found, scale)
     return torch.stack([loss.detach().float(), *(n.float() for n in torch._foreach_norm(found))]).isfinite().all()
@@ -448,12 +376,11 @@ def optimise(loss_fn: Callable[[int, torch.Generator], torch.Tensor],  # (step, 
              decay: bool = False,  # the learning rate falls to nothing along half a cosine
              every: Optional[int] = None  # steps between two looks at the numbers; None: 1 on a CPU, 16 on a GPU
             ) -> list:  # the losses
-    "Minimise `loss_fn` by changing `params`, the one training loop of Eqs. 2 and 4–6."
+    "`minimise` with all that a long run needs: what Eqs. 2 and 4–6 are trained with."
     params, losses, begin, good, known = list(params), [] if losses is None else losses, time.perf_counter(), [], None
     optimizer, every = optimizer or torch.optim.Adam(params, lr=learning_rate), every or (1 if params[0].device.type == "cpu" else 16)
-    for step in range(start, steps):
+    for step, loss in each_loss(loss_fn, steps, stage, seed, start):
         for group in optimizer.param_groups if decay else (): group["lr"] = learning_rate * (1 + math.cos(math.pi * step / steps)) / 2
-        with torch.enable_grad(): loss = loss_fn(step, stream(f"{stage}-{seed}", step))
         good.append(_gradients(loss, params, scale))
         look = (step + 1) % every == 0 or step + 1 == steps
         if look: good = _check_steps(good, loss, f"The stage {stage!r} stopped at step {step} (learning rate {learning_rate:g})")
@@ -480,25 +407,7 @@ def initial_latents(models: Models,
     height, width = height or models.size, width or models.size
     check_size(models, height, width)
     shape = (models.unet.config.in_channels, height // models.factor, width // models.factor)
-    noise = [torch.randn(shape, generator=torch.Generator().manual_seed(int(seed))) for seed in seeds]
-    return torch.stack(noise).to(models.device) * models.scheduler.init_noise_sigma
-
-# %% ../nbs/02_sd.ipynb #24e92615
-def _match(embeds, n: int, length: int, like):
-    "`embeds` for a batch of `n`, repeated along the tokens to `length`."
-    times = length // embeds.shape[1]
-    assert times * embeds.shape[1] == length, f"{embeds.shape[1]} tokens cannot be repeated to {length}"
-    return embeds.to(like).repeat(1, times, 1).expand(n, -1, -1)
-
-# %% ../nbs/02_sd.ipynb #836a62f3
-def guided_noise(unet, latents, t, prompt_embeds, negative_embeds, guidance_scale: float = 7.5) -> torch.Tensor:
-    "The U-Net's answer with classifier-free guidance; a scale of 1 is no guidance and costs half."
-    n, length = len(latents), max(prompt_embeds.shape[1], negative_embeds.shape[1])
-    said = _match(prompt_embeds, n, length, latents)
-    if guidance_scale == 1: return unet(latents, t, said).sample
-    free = _match(negative_embeds, n, length, latents)
-    free, said = unet(torch.cat([latents, latents]), t, torch.cat([free, said])).sample.chunk(2)
-    return free + guidance_scale * (said - free)
+    return initial_noise(shape, seeds).to(models.device) * models.scheduler.init_noise_sigma
 
 # %% ../nbs/02_sd.ipynb #ed5f604e
 def timesteps(scheduler, num_inference_steps: int, device="cpu") -> torch.Tensor:
@@ -526,17 +435,16 @@ def ddim_sample(models: Models,
                 stage: str = "drawing"
                ) -> torch.Tensor:  # (B, C, h, w), clean
     "Eq. 7: from noise to clean latents (DDIM, η = 0)."
-    scheduler, begin = copy.deepcopy(models.scheduler), time.perf_counter()
+    begin, total = time.perf_counter(), len(timesteps(copy.deepcopy(models.scheduler), num_inference_steps))
     latents = initial_latents(models, [0]) if latents is None else latents.to(models.device, torch.float32)
     negative_embeds = encode_text(models, "") if negative_embeds is None else negative_embeds
-    for i, t in enumerate(timesteps(scheduler, num_inference_steps)):
-        embeds = condition(i, t) if condition else prompt_embeds
-        noise_pred = guided_noise(models.unet, latents, t, embeds, negative_embeds, guidance_scale)
-        x0 = predict_x0(scheduler, latents, noise_pred, t) if callback else None
-        latents = scheduler.step(noise_pred, t, latents).prev_sample
-        if models.device.type == "cpu" or i % 10 == 9 or i + 1 == len(scheduler.timesteps): _check_numbers(latents, stage, i)
-        if callback: callback(Event(stage, i + 1, len(scheduler.timesteps), None, time.perf_counter() - begin, latents, x0))
-    return latents
+    def watch(i, t, noisy, noise_pred, latents):
+        if models.device.type == "cpu" or i % 10 == 9 or i + 1 == total: _check_numbers(latents, stage, i)
+        if not callback: return
+        x0 = predict_x0(models.scheduler, noisy, noise_pred, t)
+        callback(Event(stage, i + 1, total, None, time.perf_counter() - begin, latents, x0))
+    return denoise(models.unet, models.scheduler, latents, condition or (lambda i, t: prompt_embeds), negative_embeds,
+                   num_inference_steps, guidance_scale, watch)
 
 # %% ../nbs/02_sd.ipynb #ae4c95fc
 def with_scheduler(models: Models,

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SPECIES', 'POSES', 'PATTERNS', 'ACCESSORIES', 'SIZES', 'COLOURS', 'PLACES', 'TRAITS', 'VALUES', 'JOINTS', 'PARTS',
-           'SHADES', 'MARKS', 'BUILD', 'SAID', 'SAYABLE', 'Scenes', 'trait', 'stack_scenes', 'stream', 'sample_scenes',
+           'SHADES', 'MARKS', 'BUILD', 'SAID', 'SAYABLE', 'Scenes', 'trait', 'stack_scenes', 'sample_scenes',
            'edit_scenes', 'coverage', 'blend', 'limb', 'pixel_grid', 'draw_forest', 'draw_beach', 'draw_desert',
            'draw_snow', 'draw_city', 'draw_meadow', 'draw_places', 'joints', 'body_parts', 'head_parts', 'coat_colours',
            'second_area', 'pattern_area', 'paint_part', 'face_parts', 'worn_parts', 'draw_subjects', 'draw_shadows',
@@ -12,13 +12,14 @@ __all__ = ['SPECIES', 'POSES', 'PATTERNS', 'ACCESSORIES', 'SIZES', 'COLOURS', 'P
            'make_edit', 'pictures_per_second']
 
 # %% ../nbs/01_world.ipynb #725a7c83
-import hashlib, math, time
+import math, time
 from dataclasses import dataclass, fields, replace
 from typing import Optional, Sequence, Union
 
 import torch
 
 from .core import BadInput, shielded
+from .method import stream
 
 # %% ../nbs/01_world.ipynb #432b5c9c
 SPECIES = ["dog", "cat", "rabbit"]
@@ -73,14 +74,6 @@ def trait(scenes: Scenes, name: str, low: float = 0., high: float = 1.):
 def stack_scenes(batches: Sequence[Scenes]):
     "One batch out of several."
     return Scenes(**{f.name: torch.cat([getattr(b, f.name) for b in batches]) for f in fields(Scenes)})
-
-# %% ../nbs/01_world.ipynb #5ace6aaf
-def stream(name: str,  # "train", "held-out", or a name of your own
-           index: int = 0  # which draw of that stream
-          ) -> torch.Generator:
-    "A generator for draw `index` of the stream `name`; different names give unrelated draws."
-    digest = hashlib.sha256(f"{name}:{index}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
 # %% ../nbs/01_world.ipynb #938303e0
 def _pick(n, count, g, chance=1.):

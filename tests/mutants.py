@@ -55,18 +55,18 @@ def way(name, module, old, new, test):
 
 MUTANTS = [
     # Eq. 1: the noise loss
-    loop("the velocity's sign", "sd", "share * noise - sigma * latents", "share * noise + sigma * latents", "default"),
+    loop("the velocity's sign", "method", "share * noise - sigma * latents", "share * noise + sigma * latents", "default"),
     loop(
         "noise and picture swapped",
-        "sd",
+        "method",
         "share * latents + sigma * noise",
         "sigma * latents + share * noise",
         "default",
     ),
-    loop("the rest of the mask", "sd", "(mask * error).square()", "((1 - mask) * error).square()", "default"),
-    loop("times the mask's share", "sd", "else each / mask.flatten(1)", "else each * mask.flatten(1)", "over"),
-    loop("no step of its own", "sd", 'stream(f"{stage}-{seed}", step)', 'stream(f"{stage}-{seed}", 0)', "default"),
-    loop("no seed of its own", "sd", 'stream(f"{stage}-{seed}", step)', 'stream(f"{stage}-0", step)', "loop[seed]"),
+    loop("the rest of the mask", "method", "(mask * error).square()", "((1 - mask) * error).square()", "default"),
+    loop("times the mask's share", "method", "else each / mask.flatten(1)", "else each * mask.flatten(1)", "over"),
+    loop("no step of its own", "method", 'stream(f"{stage}-{seed}", step)', 'stream(f"{stage}-{seed}", 0)', "default"),
+    loop("no seed of its own", "method", 'stream(f"{stage}-{seed}", step)', 'stream(f"{stage}-0", step)', "loop[seed]"),
     way("a rate that grows", "sd", "(1 + math.cos(", "(1 - math.cos(", "half_a_cosine"),
     way("a gradient scaled twice", "sd", "_foreach_div_(found", "_foreach_mul_(found", "scaled_for"),
     way(
@@ -78,9 +78,9 @@ MUTANTS = [
     ),
     loop(
         "pictures from 0 to 1",
-        "sd",
-        "vae.encode(_as_batch(models, image) * 2 - 1)",
-        "vae.encode(_as_batch(models, image))",
+        "method",
+        "vae.encode(pictures * 2 - 1)",
+        "vae.encode(pictures)",
         "default",
     ),
     # Eq. 2 and 3: the words
@@ -96,7 +96,7 @@ MUTANTS = [
     ),
     loop(
         "alpha the other way",
-        "embeddings",
+        "method",
         "return alpha * e_a + (1 - alpha) * e_b",
         "return (1 - alpha) * e_a + alpha * e_b",
         "default",
@@ -150,19 +150,19 @@ MUTANTS = [
     ),
     loop(
         "Eq. 5 under M_r",
-        "fine_tuning",
-        "squared_weight(1 - reference_mask",
-        "squared_weight(reference_mask",
+        "method",
+        "(lambda_bg, 1 - reference_mask)",
+        "(lambda_bg, reference_mask)",
         "default",
     ),
     loop(
         "λ2 for λ1",
-        "fine_tuning",
-        "squared_weight(subject_mask, lambda_obj",
-        "squared_weight(subject_mask, lambda_bg",
+        "method",
+        "(lambda_obj, subject_mask)",
+        "(lambda_bg, subject_mask)",
         "default",
     ),
-    way("Eq. 5 alone, under M_r", "fine_tuning", "mask=1 - reference_mask", "mask=reference_mask", "two_terms"),
+    way("one term for two", "method", "return len(latents) * noise_loss", "return noise_loss", "two_terms"),
     loop("a sum over the draws", "fine_tuning", "noise, timesteps, e) / batch", "noise, timesteps, e)", "several"),
     loop("the decay kept back", "fine_tuning", "models.gradient_scale, decay)", "models.gradient_scale)", "decay"),
     loop("the decay forgotten", "pipeline", 'tuning_decay="decay", ', "", "decay"),
@@ -199,7 +199,7 @@ MUTANTS = [
     # Eq. 7 and 8: the drawing
     loop(
         "guided away",
-        "sd",
+        "method",
         "return free + guidance_scale * (said - free)",
         "return said + guidance_scale * (free - said)",
         "default",
@@ -207,12 +207,12 @@ MUTANTS = [
     loop(
         "the mix begins",
         "guidance",
-        "even, odd = (e_a, e_opt) if first",
-        "even, odd = (e_opt, e_a) if first",
+        'take_turns(e_a, e_opt) if first == "object" else take_turns(e_opt, e_a)',
+        'take_turns(e_opt, e_a) if first == "object" else take_turns(e_a, e_opt)',
         "default",
     ),
-    loop("odd for even", "guidance", "% 2 == 0 else odd", "% 2 == 1 else odd", "default"),
-    loop("whose parity", "guidance", 'i if index == "loop"', 'i if index != "loop"', "timestep"),
+    loop("odd for even", "method", "e_a if i % 2 == 0", "e_a if i % 2 == 1", "default"),
+    loop("whose parity", "guidance", 'condition if index == "loop"', 'condition if index != "loop"', "timestep"),
     loop(
         "never the mix first", "pipeline", "config.eq8_index, config.eq8_first)", 'config.eq8_index, "object")', "mix"
     ),
@@ -225,7 +225,7 @@ MUTANTS = [
     ),
     way(
         "one noise for all",
-        "sd",
+        "method",
         "torch.Generator().manual_seed(int(seed))",
         "torch.Generator().manual_seed(0)",
         "a_seed_is",

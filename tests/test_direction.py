@@ -282,7 +282,7 @@ def test_the_models_own_pictures(method, plain, scene):
 
 
 def test_alpha_leans_to_the_subjects_words(method, scene):
-    from layerdiffusion.embeddings import interpolate
+    from layerdiffusion.method import interpolate
 
     near = [mean(interpolate(scene.e_a, scene.e_b, alpha), scene.e_a) for alpha in (0.0, 0.3, 0.7, 1.0)]
     assert (
@@ -403,7 +403,7 @@ def test_of_several_masks_the_surest():
 
 def test_the_two_terms_are_the_layers(models, scene):
     "Eq. 4 and Eq. 5, weighted, are Eq. 6's one pass."
-    from layerdiffusion.fine_tuning import background_loss, layered_loss, object_loss, stack_layers
+    from layerdiffusion.method import layered_loss, noise_loss, stack_layers
 
     g = torch.Generator().manual_seed(0)
     x, noise, t = (torch.randn(2, 16, 8, 8, generator=g) for _ in range(2)), None, torch.tensor([400, 400])
@@ -413,8 +413,8 @@ def test_the_two_terms_are_the_layers(models, scene):
     e = scene.e_a
     with torch.no_grad():
         given = models.unet, models.scheduler
-        one = object_loss(*given, x[:1], m, noise[:1], t[:1], e)
-        two = background_loss(*given, x[1:], m, noise[1:], t[1:], e)
+        one = noise_loss(*given, x[:1], noise[:1], t[:1], e, m)
+        two = noise_loss(*given, x[1:], noise[1:], t[1:], e, 1 - m)
         whole = layered_loss(*given, *both, noise, t, e.expand(2, -1, -1))
     assert whole.item() == pytest.approx(3 * one.item() + 0.5 * two.item(), abs=1e-5) and not torch.isclose(one, two)
 

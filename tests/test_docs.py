@@ -54,7 +54,7 @@ def test_links_pictures_and_markup(site):
     "`build_site` has refused faults; here it is known that there was something to ask, and that a fault is seen."
     assert {p.stem for p in site.glob("*.html")} == {re.sub(r"^\d\d_", "", name.removesuffix(".ipynb")) for name in menu()}
     page = Page((site/"fine_tuning.html").read_text(encoding="utf-8"))
-    assert len(page.links) > 50 and len(page.loads) > 10 and {"fine_tune", "object_loss"} <= page.ids and any(link.startswith("pipeline.html") for link in page.links)
+    assert len(page.links) > 50 and len(page.loads) > 10 and {"fine_tune", "stack_layers"} <= page.ids and any(link.startswith("pipeline.html") for link in page.links)
 
 @needs_tools
 def test_a_fault_is_seen(site, tmp_path):

@@ -165,7 +165,7 @@ def test_bench(tmp_path):
     job, config = given["job"] | dict(seeds=[0, 1]), bench.schedule(embedding_steps=2, tuning_steps=2, sampling_steps=3, embedding_lr=1e-3, tuning_lr=2e-6, guidance_scale=7.5)
     ours, theirs = bench.Stopwatch(), bench.Stopwatch()
     library = bench.library_edit(config, "cpu", given["model"], job, ours, given["sam"], "fp32", dict(channels_last=True))
-    plain = bench.plain_edit(config, "cpu", given["model"], job, theirs, given["sam"])
+    plain = bench.bare_edit(config, "cpu", given["model"], job, theirs, given["sam"])
     assert library.shape == plain.shape == (2, 3, 64, 64) and (library - plain).abs().mean() < 1e-5
     from layerdiffusion.sd import load_models
     flops = bench.stage_flops(load_models(given["model"]), config, 2)
@@ -189,10 +189,11 @@ def test_everything_is_on_the_gpu():
     from pathlib import Path
     import torch
     from diffusers import DDIMScheduler
-    from layerdiffusion.fine_tuning import layered_loss, stack_layers, trainable
+    from layerdiffusion.fine_tuning import trainable
     from layerdiffusion.full_size import build_parts, clip_tokenizer, sd_configs
     from layerdiffusion.memory import shapes_only
-    from layerdiffusion.sd import Models, decode_latents, encode_image, encode_text, initial_latents, noise_loss, sample_noise_and_t, speak_float32
+    from layerdiffusion.method import layered_loss, noise_loss, sample_noise_and_t, stack_layers
+    from layerdiffusion.sd import Models, decode_latents, encode_image, encode_text, initial_latents, speak_float32
     configs, tokenizer = sd_configs("1.4", .1, 64), clip_tokenizer()
     scheduler = DDIMScheduler.from_config(configs["scheduler"])
     with shapes_only():

@@ -5,9 +5,9 @@ import pytest, torch
 
 from layerdiffusion import LayerDiffusion, load_edit
 from layerdiffusion.core import plain_torch, shielded
-from layerdiffusion.embeddings import optimise_embeddings
+from layerdiffusion.embeddings import embedding_objective
 from layerdiffusion.fine_tuning import fine_tune
-from layerdiffusion.sd import encode_image, encode_text, load_models
+from layerdiffusion.sd import encode_image, encode_text, load_models, optimise
 
 TEXT = "a dog jumping in a forest"
 SHORT = dict(embedding_steps=2, tuning_steps=2, sampling_steps=2)
@@ -114,7 +114,9 @@ def test_training_alone(name, photo):
     latents, mask = encode_image(models, photo[0]), torch.ones(1, 1, 8, 8)
     mask[..., :4] = 0
     def learn():
-        *words, losses = optimise_embeddings(models, e_a, e_b, latents, mask, steps=2)
+        words = [e.clone().requires_grad_() for e in (e_a, e_b)]
+        losses = optimise(embedding_objective(models, *words, latents, mask), words, 2, 1e-3, "embeddings")
+        words = [e.detach() for e in words]
         tuned, more = fine_tune(models, words[0], latents, mask, None, mask, steps=2, learning_rate=1e-4)
         return [*words, *tuned.state_dict().values()], [*losses, *more]
     there = learn()

@@ -22,7 +22,8 @@ def test_prediction(folder, level, pictures, precision, draws):
     from layerdiffusion import EditConfig
     from layerdiffusion.fine_tuning import fine_tune
     from layerdiffusion.memory import LEVELS, count_decode, count_draw, count_embed, count_tune, measure_peak, settings_for
-    from layerdiffusion.sd import PRECISIONS, decode_latents, encode_text, load_models, noise_loss, optimise, sample_noise_and_t, use
+    from layerdiffusion.method import noise_loss, sample_noise_and_t
+    from layerdiffusion.sd import PRECISIONS, decode_latents, encode_text, load_models, optimise, use
     if precision == "bf16" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         pytest.skip("this processor has no bfloat16 of its own, and PyTorch computes it by other means there")
     models = use(load_models(folder, dtype=PRECISIONS[precision]), LEVELS[level])

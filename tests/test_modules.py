@@ -7,7 +7,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT/"layerdiffusion"
 MODULES = sorted(p.stem for p in PACKAGE.glob("*.py") if not p.stem.startswith("_"))
-PAGES = {re.sub(r"^\d+_", "", p.stem): int(m[1]) for p in (ROOT/"nbs").glob("*.ipynb") if (m := re.match(r"(\d+)_", p.name))}
+PAGES = {re.sub(r"^\d+_", "", p.stem): p.stem for p in (ROOT/"nbs").glob("*.ipynb") if re.match(r"\d+_", p.name)}
 TOOLS = ["nbdev", "fastcore", "execnb", "jupyterlab", "IPython", "ipywidgets", "anywidget", "traitlets", "voila", "matplotlib", "smalldocs", "nbconvert"]
 
 def python(code): return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, stdin=subprocess.DEVNULL)
@@ -39,7 +39,8 @@ def test_each_imports_alone_and_without_tools():
     assert done.returncode == 0 and not done.stdout, done.stdout + done.stderr
 
 @pytest.mark.parametrize("module", MODULES)
-def test_imports_only_lower_numbers(module):
+def test_imports_only_earlier_pages(module):
+    "A module imports those whose page has a lower number, or the same one and an earlier name."
     assert module in PAGES, f"{module} has no page in nbs/"
     assert not [m for m in own_imports(module) if PAGES[m] >= PAGES[module]]
 
