@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['FORMATS', 'MAX_PIXELS', 'UNREADABLE', 'LOCK', 'BadInput', 'refusal', 'Notice', 'show_images', 'to_pil',
-           'package_folder', 'list_examples', 'example_path', 'grey_numbers', 'pack_exif', 'open_image', 'load_image',
-           'fit_image', 'fit_points', 'make_sheet', 'as_path', 'write_atomic', 'write_json', 'missing_folders',
-           'one_writer', 'environment', 'content_hash', 'pick_device', 'plain_torch', 'shielded', 'Event',
-           'join_callbacks', 'sparkline', 'progress_bars', 'Preview', 'live_preview']
+           'package_folder', 'list_examples', 'example_path', 'grey_numbers', 'pack_exif', 'as_array', 'open_image',
+           'load_image', 'fit_image', 'fit_points', 'make_sheet', 'as_path', 'write_atomic', 'write_json',
+           'missing_folders', 'one_writer', 'environment', 'content_hash', 'pick_device', 'plain_torch', 'shielded',
+           'Event', 'join_callbacks', 'sparkline', 'progress_bars', 'Preview', 'live_preview']
 
 # %% ../nbs/00_core.ipynb #3eeca0f9
 import contextlib, contextvars, errno, functools, hashlib, importlib.metadata, importlib.util, json, math, os, struct
@@ -136,6 +136,7 @@ MAX_PIXELS = 150_000_000
 def _existing_file(source):
     "The path of a picture file, or the reason why there is none."
     text = os.fsdecode(source)
+    if not text.strip(): raise BadInput(f"The path {text!r} is empty; give the path of a PNG, JPEG or WebP picture.")
     if text.startswith("example:"): return example_path(text[len("example:"):])
     if text.startswith(("http://", "https://")): raise BadInput(f"{text} is a web address; save the picture as a file first.")
     try: path = Path(text).expanduser(); exists, folder = path.exists(), path.is_dir()
@@ -207,6 +208,14 @@ def _long_notes(name): return BadInput(f"{name} holds notes of more than 64 MB; 
 def _camera_raw(name): return BadInput(f"{name} holds a camera's raw data, of which only a small preview could be read; develop it and save it as JPEG, PNG or TIFF.")
 
 # %% ../nbs/00_core.ipynb #c595936f
+def _read_pixels(image):
+    "Read the pixels from the file; mapped into memory, as Pillow prefers it, a TIFF that lies on its side is scrambled."
+    path = vars(image).get("filename")
+    if path: image.filename = ""  # without its path nothing is mapped
+    try: image.load()
+    finally:
+        if path: image.filename = path
+
 def _decode(image, name):
     "An opened picture with its pixels, and whether a colour of it had 16 bits in its file."
     from PIL import Image
@@ -217,7 +226,7 @@ def _decode(image, name):
     try:
         with _pillow():
             frames = getattr(image, "n_frames", 1) if image.format != "MPO" else 1
-            image.load()
+            _read_pixels(image)
     except Image.DecompressionBombError: raise _too_large(name) from None
     except UNREADABLE as e:
         if "closed" in str(e) or getattr(image, "fp", e) is None:
@@ -233,6 +242,7 @@ def _to_bytes(x, name, white=65535):
     import numpy as np
     if x.dtype.kind not in "buif": raise BadInput(f"{name} is no picture: it holds {x.dtype}, not numbers.")
     if x.dtype.kind == "b": return x.astype("uint8") * 255
+    x = x.astype(x.dtype.newbyteorder("="), copy=False)
     if x.dtype == "uint8": return x
     if not np.isfinite(x).all(): raise BadInput(f"{name} holds numbers that are not finite (NaN or infinite); a picture of floats goes from 0 to 1.")
     low, high = x.min(), x.max()
@@ -402,7 +412,7 @@ def _from_numbers(x):
     import numpy as np
     from PIL import Image
     what, given = "The tensor" if hasattr(x, "detach") else "The array", tuple(x.shape)
-    x = _as_array(x)
+    x = as_array(x)
     while x.ndim > 3 and len(x) == 1: x = x[0]
     name = f"{what} {given}"
     if 0 in given: raise BadInput(f"{name} has no pixels.")
@@ -414,8 +424,9 @@ def _from_numbers(x):
     if first: x = x.transpose(1, 2, 0)
     return Image.fromarray(np.ascontiguousarray(x[..., 0] if x.ndim == 3 and x.shape[-1] == 1 else x))
 
-def _as_array(x):
-    "A tensor on any device, or anything with a dtype, as a NumPy array."
+def as_array(x  # a tensor on any device, or anything with a dtype
+            ):
+    "The numbers as a NumPy array; refused where they are of no kind that NumPy has."
     import numpy as np
     try:
         if not hasattr(x, "detach"): return np.asarray(x)
@@ -434,6 +445,9 @@ def open_image(source: Union[str, Path, "Image.Image"]  # a file, `example:dog`,
         path = _existing_file(source)
         name = repr(str(path))
         with _open(path) as image: image, deep = _decode(image, name)
+    elif isinstance(source, (bytes, bytearray, memoryview)) or hasattr(source, "read"):
+        what = "source" if hasattr(source, "read") else "io.BytesIO(source)"
+        raise BadInput(f"This {type(source).__name__} is no picture yet; open it with PIL, as in Image.open({what}), and give that.")
     else:
         raise BadInput("A picture is a file, a Pillow picture, a tensor (3, H, W) of floats from 0 to 1 or an array (H, W, 3) of bytes; "
                        f"this is a {type(source).__name__}.")

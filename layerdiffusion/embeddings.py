@@ -22,14 +22,23 @@ _PLACE = set("""in on at by near under beside behind inside outside along across
     into onto towards toward past beyond atop during next close opposite surrounded indoors outdoors underwater""".split())
 
 # %% ../nbs/04_embeddings.ipynb #a41aadb9
+_INVERTED = set("sits stands lies sit stand lie hangs hang waits wait sleeps sleep rests rest rises lives".split())  # on a hill stands a castle
+
 def _tidy(text: str) -> str:
     "The sentence without its frame: no leading \"a photo of\", no full stop, \"is jumping\" as \"jumping\"."
     text = re.sub(r"\s*(?:\.{2,}|…)\s*|\s+(?:[—–-]|--)\s+", ", ", re.sub(r"\s+", " ", text))
     text = re.sub(r"(?:\s*,)+\s*(?=[^\d\s])", ", ", text)
     text = text.strip("\"'.!?,:;- ") + ("." if re.search(r"\b\w\.\w\.[\"'!?, ]*$", text) else "")
-    text = re.sub(r"(?i)^(?:(?:a|an|the) )?(?:[\w-]+ ){0,2}(?:photo|photograph|picture|image|painting|drawing|portrait|close-up) (?:of|showing) ", "", text)
-    text = re.sub(r"(?i)^there (?:is|are) |^what (?=an? )", "", text)
-    text = re.sub(rf"(?i),?(?: that| which| who)?(?:['’]s| is| are| was| were) (?=\w+ing\b|(?:{'|'.join(_PLACE)})\b)", " ", text)
+    picture = "(?:photo|photograph|picture|image|painting|drawing|portrait|close[- ]?up|shot)"
+    text = re.sub(rf"(?i)^(?:in|on) (?:this|the) {picture},? |^(?:this|here|it)(?:'s| is| are) (?=(?:an?|the|my|his|her|our|two|three)\b)", "", text)
+    text = re.sub(rf"(?i)^(?:(?:a|an|the|this) )?(?:[\w-]+ ){{0,2}}{picture} (?:of|showing|shows|depicting|depicts|in which) ", "", text)
+    text = re.sub(r"(?i)^there(?:'s| is| are) |^what (?=an? )", "", text)
+    places = "|".join(_PLACE)
+    text = re.sub(rf"(?i),? ?\bbut (?=(?:{places})\b)", " ", text).strip()
+    text = re.sub(rf"(?i),?(?: that| which| who)?(?:(?<! it)(?<! he)(?<! she)(?<! they)(?: is| are| was| were) (?=\w+ing\b)"
+                  rf"|'s (?=\w+ing (?:an?|the|{places})\b)|(?:'s| is| are| was| were) (?=(?:{places})\b))", " ", text)
+    text = re.sub(rf"(?i)^((?:{places}) [^,]+?),? (?:(?:is|are)|({'|'.join(sorted(_INVERTED))})) ((?:an?|the|two|three) .+)$",
+                  lambda m: " ".join(filter(None, (m[3], m[2], m[1][0].lower() + m[1][1:]))), text)
     return re.sub(rf"(?i)^(?:a|an|the|two|three|with|{'|'.join(_PLACE)})(?= )", lambda m: m[0].lower(), text)
 
 # %% ../nbs/04_embeddings.ipynb #9edf7f4a
@@ -44,7 +53,9 @@ def _is_verb(word: str) -> bool:
 
 # %% ../nbs/04_embeddings.ipynb #dc6acbd3
 _DETERMINER = set("a an the my his her its their our your this these those some one two three four many".split())
-_ATTACHED = set("covered dressed wrapped painted written made looking looks staring stares smiling smiles barking barks gazing pointing".split())
+_ATTACHED = {**dict.fromkeys("covered dressed wrapped painted written made".split(), {"in", "on", "by", "with"}),
+             **dict.fromkeys("looking looks staring stares gazing pointing".split(), _PLACE | {"with"}),
+             **dict.fromkeys("smiling smiles barking barks growling growls waving".split(), {"at", "towards", "toward", "with"})}
 _FAR = re.compile(r"(in the (background|distance|backdrop)|behind (it|him|her|them))\b")
 
 # %% ../nbs/04_embeddings.ipynb #c9ad05c7
@@ -56,7 +67,7 @@ def _starts_piece(words: list, i: int) -> bool:
     if word in ("and", "while"): return _is_verb(after)
     if word in ("up", "down"): return after in _DETERMINER
     if word == "over" and after in _PLACE: return False
-    if word == "with" or word in _PLACE: return before not in _PLACE - {"over"} | _ATTACHED
+    if word == "with" or word in _PLACE: return before not in _PLACE - {"over"} and word not in _ATTACHED.get(before, ())
     return _is_verb(word) and before not in _DETERMINER | _PLACE
 
 # %% ../nbs/04_embeddings.ipynb #883a4ad6
@@ -76,9 +87,13 @@ def _pieces(text: str) -> list:
 
 # %% ../nbs/04_embeddings.ipynb #54915e09
 _WORN = set("""hat cap scarf coat suit dress jacket sweater shirt t-shirt glasses sunglasses costume uniform boots shoes socks collar tie helmet crown cape hoodie clothes armour armor
-    pyjamas apron white grey gray black brown orange pink blue purple red green yellow""".split())
+    pyjamas pajamas apron raincoat overcoat trenchcoat bathrobe robe robes gown nightgown sari kimono hijab veil tuxedo blazer blouse skirt
+    vest jeans denim trousers pants shorts overalls bikini swimsuit wetsuit spacesuit jumpsuit tracksuit tutu cloak poncho jumper cardigan
+    pullover turban beanie sombrero headscarf bandana headphones goggles mask gloves mittens sneakers sandals slippers heels leather silk
+    lace velvet white grey gray black brown orange pink blue purple red green yellow""".split())
 _BODY = set("mouth beak teeth nose back head neck tail leg legs paw paws hand hands arm arms feet knees belly side wings eyes ears hair".split())
-_STATE = set("air motion flight profile love fire leash top circles camera viewer lens it them him".split())
+_STATE = re.compile(r"(?:in (?:the |mid)?air|in (?:full |slow )?(?:motion|flight|profile|love|circles)|on fire|on top|(?:on|off) (?:an?|its|the|his|her) leash"
+                    r"|(?:at|to|towards?|into|in front of) (?:the |a )?(?:camera|viewer|lens)|.* (?:it|them|him|her))")
 _OBSTACLE = set("fence hurdle log rope hoop puddle wall ball frisbee".split())
 
 # %% ../nbs/04_embeddings.ipynb #69eb4cad
@@ -87,7 +102,7 @@ def _is_place(piece: str) -> bool:
     words = piece.replace(",", "").split()
     first, last = words[0], words[-1]
     if first in ("over", "through") and last in _OBSTACLE or first == "in" and last in _WORN: return False
-    return (len(words) > 1 or first in ("indoors", "outdoors", "underwater", "inside", "outside")) and last not in _BODY | _STATE and "style" not in words
+    return (len(words) > 1 or first in ("indoors", "outdoors", "underwater", "inside", "outside")) and last not in _BODY and not _STATE.fullmatch(" ".join(words)) and "style" not in words
 
 # %% ../nbs/04_embeddings.ipynb #f3feaf96
 _FAR_NOUNS = ("background", "backdrop", "distance", "behind it", "behind him", "behind her", "behind them")
@@ -114,12 +129,14 @@ class Split:
 
 # %% ../nbs/04_embeddings.ipynb #d569acd9
 _NO_ACTION = {"wearing", "holding", "carrying", "having"}
+_HELD = re.compile(rf"(?:in|on|around|round|over|under|between|across) (?:its|his|her|their|the) (?:{'|'.join(_BODY)}),?")  # with a stick in its mouth
 
 def _label(pieces: list) -> list:
     "Pair every piece with its kind."
     out, subject, action = [], False, False
     for piece in pieces:
         kind, first = _kind(piece, out[-1][1] if out else None, subject, action), piece.split()[0].lower()
+        if _HELD.fullmatch(piece.lower()) and out and out[-1][0].startswith("with "): out[-1] = (out[-1][0], kind)
         subject |= kind == "object"
         action |= kind == "object" and _is_verb(first) and first not in _NO_ACTION
         out.append((piece, kind))
@@ -154,11 +171,15 @@ _OTHER_TOOLS = [(re.compile(pattern), kind, way_out) for pattern, kind, way_out 
     (r"(?i)\b(?:negative[ _])?(?:prompt|caption|subject|object|background|place|scene|setting|style|text|title) ?:", "a label",
      "write the sentence alone; its parts go to --object and --background, what shall not be there to --negative-prompt"),
     (r"[(\[{]+[^()\[\]{}]*[)\]}]*|[)\]}]+", "in the brackets of another tool's weights", "write the words without brackets"),
-    (r"\S*::\S*|[A-Za-z][\w'-]* ?: ?[-+]?\d*\.?\d+(?![\w:])|\w+(?:\+\+|--)+(?!\w)", "a weight of another tool", "leave it out"),
+    (r"(?i)\b(?:embedding|lora|lyco|hypernet|wildcard):\w\S*", "the name of extra weights", "leave it out"),
+    (r"&#?\w+;", "a sign as web pages write it", "write the sign itself"),
+    (r"(?i)\b(?:cfg(?: scale)?|guidance scale|seed|clip skip) ?[:=]? ?\d[\d.]*", "a setting of another tool",
+     "settings stand outside the sentence, and --help shows those there are"),
+    (r"\S*::\S*|[A-Za-z][\w'-]* ?: ?[-+]?\d*\.?\d+(?![\w:])|\b(?!C\+\+(?!\+))\w+(?:\+\+|--)+(?!\w)", "a weight of another tool", "leave it out"),
     (r"\b(?:BREAK|AND|NOT|ADDCOMM|ADDBASE|ADDROW|ADDCOL)\b", "an operator of another tool", "write one plain sentence"),
     (r"\S*\|\S*", "another tool's sign between two texts", "give the two parts with --object and --background"),
     (r"[-=]+>|[←-⇿]", "an arrow", "describe the picture as it shall be afterwards"),
-    (r"\w+_\w*|(?<!\S)#[A-Za-z]\w*|[*]+\w+[*]*|\w+[*]+|[*]{2,}|\\\S*|\$[A-Za-z]\w*|%[sd]\b",
+    (r"\w+_\w*|(?<!\S)#(?![A-G]\b)[A-Za-z]\w*|(?<!\S)@\w+|[%~]{2,}|[*]+\w+[*]*|\w+[*]+|[*]{2,}|\\\S*|\$[A-Za-z]\w*|%[sd]\b",
      "a tag of another tool", "write plain words with blanks between them"))]
 
 def _check_signs(text: str, what: str):
@@ -182,6 +203,7 @@ def plain_words(text: str,  # as somebody typed or pasted it
     text = unicodedata.normalize("NFKC", _unquoted(text))
     kinds = [(c, unicodedata.category(c)) for c in text if not "\ufe00" <= c <= "\ufe0f"]
     text = re.sub(r"\s+", " ", "".join(" " if kind == "Cc" else c for c, kind in kinds if kind != "Cf")).strip()
+    text = re.sub(r"(?<=\w) @ (?=\w)", " at ", text)
     _check_signs(text, what)
     text = re.sub(r"(?i)\bw/ +", "with ", re.sub(r"(?i)\bw/o +", "without ", text))
     polite = r",? *\b(?:please|pls|plz|thanks|thank you)(?: very much| so much)?(?=[.!? ]*$)"
@@ -189,9 +211,9 @@ def plain_words(text: str,  # as somebody typed or pasted it
 
 # %% ../nbs/04_embeddings.ipynb #e358fa84
 _LITTLE = {name: set(words.split()) for name, words in dict(
-    German="""der das dem ein eine einen einem einer und im auf mit ist sind unter über neben zum zur beim vom hund hunde katze springt
+    German="""der das dem ein eine einen einem einer und im auf mit ist sind unter über neben zum zur beim vom am mein meine meinem unser unsere zwei drei hund hunde katze springt
         sitzt liegt steht""",
-    French="un une le la les du des dans sur avec est et qui sous chien chienne chatte saute assis assise",
+    French="mon deux un une le la les du des dans sur avec est et qui sous chien chienne chatte saute assis assise",
     Spanish="un una el la los las en con sobre del que está perro perra gato gata",
     Italian="un uno una il lo la gli nel nella nello sul sulla che gatto gatta cagnolino",
     Portuguese="um uma na nas nos em com sobre está cachorro cão gato",
@@ -224,7 +246,7 @@ def _language(text: str) -> str:
     "The language of a text, told by its letters or its little words; empty where it may be English."
     if script := _script(text): return script
     unnamed = text if text.isupper() else re.sub(r"\b[A-Z]{2,}\b|(?<=\w) [A-ZÀ-Þ][\w'-]*", " ", _NAME.sub("", text))
-    words = re.findall(r"[^\W\d_]+", unnamed.lower())
+    words = re.findall(r"[^\W\d_]+", re.sub(r"\d ?am\b", " ", unnamed.lower()))
     said = {name: sum(w in little for w in words) for name, little in _LITTLE.items()}
     nearest = [name for name, count in said.items() if count == max(said.values()) > 0]
     foreign = max(said.values()) + .5 * sum(not w.isascii() for w in words)
@@ -240,13 +262,13 @@ _COMMANDS = (r"make|turn|change|replace|put|let|let's|add|remove|edit|delete|era
              r"|generate|create|don't|do not")
 _PERHAPS = (r"move|place|set|give|show|draw|paint|render|keep|take|bring|get|have|cut|crop|rotate|flip|color|colour|dress|use|help|imagine"
             r"|picture|design|produce|switch|extend|fix|enhance|modify|adjust|apply|position|depict|visuali[sz]e|relocate|substitute|alter"
-            r"|try|do|describe|ensure|transfer|write|send|teleport")
+            r"|try|do|describe|ensure|transfer|write|send|teleport|blur|sharpen|upscale|brighten|darken|restore|undress|animate|restyle")
 _NO_PICTURES = [(re.compile(rf"(?i){pattern}"), what) for pattern, what in (
     (rf"^(?:{_HELPERS})(?:n't)? {_WHO}|\b(?:can|could|would|will) you\b"
      r"|^(?:why|how|when|where|who|whose|whom|who's|what's|where's|which)\b"
      rf"|^what\b(?! an? )|^(?:{_HELPERS}|what|has|have)\b.*\?$", "is a question"),
     (rf"^please\b|^(?:{_COMMANDS})(?![-'\w])|^(?:{_PERHAPS}) {_WHO}|\b(?:make|let|turn|put|change|move|place) (?:it|him|her|them)\b"
-     rf"|^(?:the )?same (?:picture|photo|image)\b", "asks for a change"),
+     rf"|^zoom (?:in|out)\b|\bplease\b|^(?:the )?same (?:picture|photo|image)\b", "asks for a change"),
     (r"^(?:i|we|you)(?:'\w+)? (?:\w+ ){0,2}(?:want|wish|like|love|need|prefer|hope|looking)\b"
      r"|^(?:want|wanna|wish|need|would|gimme|looking for|if|let us|maybe|perhaps|ideally)(?![-'\w])"
      rf"|^to {_DO}|^for {_WHO}.* to {_DO}|\b(?:should|must|shall|ought to|needs? to|would|could)(?![-'\w])"
@@ -254,7 +276,7 @@ _NO_PICTURES = [(re.compile(rf"(?i){pattern}"), what) for pattern, what in (
      rf"|^(?:the|my|this|that|an?) (?:\w+ ){{0,3}}(?!about|ready|set|eager|able|unable|keen|next|close|up|down|back)"
      rf"\w+(?<!ing) to {_DO}", "is a wish"),
     (r"^(?:i|we|you)(?:'\w+)?(?![\w'-])", "begins with a person whom no model knows"))]
-_NOT = re.compile(r"(?i)\b(?:not(?! only)|no(?! ?\.? ?\d)|never|without|none|nobody|nothing|neither|nor|cannot|except|instead of|rather than)"
+_NOT = re.compile(r"(?i)\b(?:not(?! only| far)|(?<![\w.] )no(?! ?\.? ?\d)|(?<=[\w.] )(?-i:no)(?! ?\.? ?\d)|(?<!\w )never|(?<=\w )(?-i:never)|without|none|nobody|nothing(?! but)|neither|nor|cannot|except|instead of|rather than)"
                   r"(?![-'\w])(?: (?:an?|the|any|its|his|her)(?= ))?(?: [\w'-]+)?|\b\w+n't\b")
 
 # %% ../nbs/04_embeddings.ipynb #41e33871
@@ -280,7 +302,7 @@ def _described(wish: str) -> str:
     "A wish as a description where that is easily done, else another sentence; in quotation marks."
     if re.search(r"(?i)\b(?:turn|change|replace|swap|transform|convert|remove|delete|erase|add|into)\b", wish): return _EXAMPLE
     found = re.search(r"(?i)\b(?:the|an?|my|his|her|our|their|this|that) .*\w", wish)
-    said = re.sub(r"(?i)\b(?:to|should|must|shall|could|would|needs to|can|will|may|might) (?=\w)", "", found[0] if found else "")
+    said = re.sub(r"(?i)\b(?:(?:has|have|needs?|ought) to|to|should|must|shall|could|would|needs to|can|will|may|might) (?=\w)", "", found[0] if found else "")
     said = re.sub(rf"(?i)\bbe |\b({'|'.join(_ING)})\b", lambda m: _ING[m[1].lower()] if m[1] else "", said)
     if not said or any(pattern.search(said) for pattern in (_NOT, *(p for p, _ in _NO_PICTURES))): return _EXAMPLE
     labelled = _label(_pieces(_tidy(said)))

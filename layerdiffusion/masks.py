@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Callable, Optional, Sequence, Union
 import torch
 import torch.nn.functional as F
 
-from .core import BadInput, Notice, grey_numbers, load_image, open_image, package_folder, shielded
+from .core import BadInput, Notice, as_array, grey_numbers, load_image, open_image, package_folder, shielded
 from .folders import check_weights, read_json
 
 if TYPE_CHECKING:
@@ -467,7 +467,7 @@ def _one_answer(mask):
     if isinstance(mask, (list, tuple)) and mask and all(isinstance(m, dict) or hasattr(m, "dtype") for m in mask):
         if len(mask) != 1: raise BadInput(f"There are {len(mask)} masks in a list; give one, such as the largest: max(masks, key=lambda m: m['area']).")
         mask, = mask
-    if isinstance(mask, dict) and "segmentation" in mask: mask = mask["segmentation"]
+    if isinstance(mask, dict): mask = next((mask[key] for key in ("segmentation", "mask") if key in mask), mask)
     if hasattr(mask, "dtype") or hasattr(mask, "convert") or isinstance(mask, (str, os.PathLike)): return mask
     if not isinstance(mask, dict): raise BadInput(f"A mask is a file, a Pillow picture, an array, a tensor or SAM's own dict; this is a {type(mask).__name__}.")
     if "counts" in mask and "size" in mask: return _unrolled(mask)
@@ -476,11 +476,9 @@ def _one_answer(mask):
 # %% ../nbs/03_masks.ipynb #f9949795
 def _array(x):
     "One mask (H, W) as numbers, or a Pillow picture where there are colours."
-    import numpy as np
     name, given = f"The mask {tuple(x.shape)}", x
-    if hasattr(x, "detach"): x = x.detach().cpu()
-    if str(x.dtype) == "torch.bfloat16": x = x.float()
-    x = np.asarray(x)
+    x = as_array(x)
+    x = x.astype(x.dtype.newbyteorder("="), copy=False)
     if not x.size: raise BadInput(f"{name} has no pixels.")
     while x.ndim > 2 and len(x) == 1: x = x[0]
     if x.ndim == 3 and x.shape[-1] in (1, 3) and (x == x[..., :1]).all(): x = x[..., 0]

@@ -88,6 +88,7 @@ def tensors(self: EditResult, rank: Optional[int] = None) -> dict:
 def settings(self: EditResult, rank: Optional[int] = None) -> dict:
     "Everything about the edit that is not a tensor."
     alpha = lora_rank(self.difference)  # of a LoRA: W + alpha / rank * up @ down, and both are the same here
+    if alpha is not None and rank is not None: alpha = min(alpha, rank)
     return dict(format=FORMAT, text=self.text, object=self.split.object, background=self.split.background, seeds=self.seeds, size=list(self.images.shape[-2:]),
                 rank=rank, **({} if alpha is None else dict(lora_alpha=alpha)), config=self.config.model_dump(), **self.record, seconds={k: round(v, 3) for k, v in self.times.items()})
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image, ImageCms, ImageFile, PngImagePlugin, features
 
-from layerdiffusion.core import BadInput, Notice, fit_points, load_image, open_image
+from layerdiffusion.core import _TURNS, BadInput, Notice, fit_points, load_image, open_image
 from layerdiffusion.masks import find_mask, load_sam, look, mask_from_file
 from layerdiffusion.saving import fitting_notes, photo_info
 
@@ -166,6 +166,7 @@ REFUSED = dict(
     bomb=(bomb, ["bomb.png", "150 million"]), large=(lambda: bomb(15_000, 12_000), ["bomb.png", "150 million"]),
     folder=(lambda: str(Path.cwd()), ["is a folder"]), missing=(lambda: "nowhere.png", ["nowhere.png"]), device=(lambda: "/dev/null", ["/dev/null"]),
     long=(lambda: "x" * 300, ["name of a file"]), address=(lambda: "https://example.org/a.png", ["web address"]), number=(lambda: 3, ["a int"]),
+    content=(lambda: Path(saved(PICTURE, "a.png")).read_bytes(), ["bytes", "Image.open(io.BytesIO(source))"]), stream=(lambda: io.BytesIO(b"x"), ["BytesIO", "Image.open(source)"]), nameless=(lambda: " ", ["is empty"]),
     lazy=(lambda: Image.open(half_of("a.png")), ["a.png", "damaged"]), no_pixels=(lambda: Image.new("RGB", (0, 0)), ["0 x 0"]),
     flat=(lambda: Image.new("L", (9, 0)), ["no pixels"]), pillow_ints=(lambda: PICTURE.convert("I"), ["int32"]), pillow_floats=(lambda: PICTURE.convert("F"), ["divide by 255"]))
 
@@ -275,6 +276,22 @@ def test_turned_tiff():
     assert off(image) == 0 and dict(left) == {271: "A camera"}
 
 
+MODES = dict(grey=Image.fromarray(GREY), palette=PICTURE.quantize(16), rgb=PICTURE, clear=PICTURE.convert("RGBA"), print=PICTURE.convert("CMYK"), sixteen=deep(65535), bits=PICTURE.convert("1"))
+
+@pytest.mark.parametrize("turn", range(2, 9))
+@pytest.mark.parametrize("mode", MODES)
+def test_turned_tiff_of_every_mode(mode, turn):
+    "Pillow maps some modes into memory, and scrambles what lies on its side; given as a path, a picture not read yet, or a mask, it is upright."
+    upright, note = MODES[mode], Image.Exif()
+    note[0x0112] = turn
+    undo = {6: 8, 8: 6}.get(turn, turn)
+    upright.transpose(getattr(Image.Transpose, _TURNS[undo])).save("a.tif", exif=note)
+    for source in ("a.tif", Image.open("a.tif")): assert off(load_image(source), pixels(load_image(upright))) <= 1
+    if mode in ("grey", "sixteen"):
+        WHITE.transpose(getattr(Image.Transpose, _TURNS[undo])).save("m.tif", exif=note)
+        assert (mask_from_file("m.tif", (H, W))[0].numpy() == TRUTH).all()
+
+
 @pytest.mark.parametrize("note", [b"Exif\0\0garbage", b"Exif\0\0II*\0\xff\xff\xff\xff", b"Exif\0\0II*\0\x08\0\0\0\xff\xff"])
 def test_notes_that_cannot_be_read(note):
     PICTURE.save("a.png", exif=note)
@@ -318,7 +335,7 @@ FLOAT = RGB.astype("float32") / 255
 ARRAYS = dict(
     bytes=RGB, floats=FLOAT, doubles=FLOAT.astype("float64"), sixteen=RGB.astype("uint16") * 257, first=RGB.transpose(2, 0, 1), one=RGB[None], rgba=np.dstack([RGB, HALF]),
     tensor=torch.from_numpy(FLOAT).permute(2, 0, 1), tensor_bytes=torch.from_numpy(RGB).permute(2, 0, 1), tensor_last=torch.from_numpy(FLOAT), batch=torch.from_numpy(FLOAT).permute(2, 0, 1)[None],
-    grad=torch.from_numpy(FLOAT).permute(2, 0, 1).requires_grad_(), half=torch.from_numpy(FLOAT).half(), reversed=RGB[::-1][::-1])
+    grad=torch.from_numpy(FLOAT).permute(2, 0, 1).requires_grad_(), half=torch.from_numpy(FLOAT).half(), reversed=RGB[::-1][::-1], big_end=(RGB.astype("uint16") * 257).astype(">u2"))
 
 
 @pytest.mark.parametrize("name", ARRAYS)
@@ -383,7 +400,7 @@ MASKS = dict(
     bool=TRUTH, ones=ONE, bytes=ONE * 255, floats=ONE * 1., floats_of_bytes=ONE * 255., ints=ONE.astype(int), sixteen=ONE.astype("uint16") * 65535, sixteen_ones=ONE.astype("uint16"),
     tensor=torch.from_numpy(TRUTH), tensor_one=torch.from_numpy(TRUTH)[None], tensor_batch=torch.from_numpy(ONE * 1.)[None, None], half=torch.from_numpy(ONE).half(), last=ONE[..., None],
     colours=np.stack([ONE * 255] * 3, -1), colours_ones=np.stack([ONE] * 3, -1), large=TRUTH.repeat(3, 0).repeat(3, 1), sam=dict(segmentation=TRUTH, area=900, bbox=[20, 10, 30, 30]),
-    sam_list=[dict(segmentation=TRUTH)], rle=RLE, sam_rle=dict(segmentation=RLE), sam_packed=dict(segmentation=dict(RLE, counts=packed(RLE["counts"]))),
+    sam_list=[dict(segmentation=TRUTH)], pipeline=[dict(mask=WHITE, label="dog", score=.9)], big_end=(ONE.astype("uint16") * 65000).astype(">u2"), rle=RLE, sam_rle=dict(segmentation=RLE), sam_packed=dict(segmentation=dict(RLE, counts=packed(RLE["counts"]))),
     packed_bytes=dict(RLE, counts=packed(RLE["counts"]).encode()), pillow=WHITE, pillow_ones=Image.fromarray(ONE), pillow_ints=Image.fromarray(ONE.astype("int32")))
 FILES = dict(
     white=lambda: saved(WHITE, "m.png"), ones=lambda: saved(Image.fromarray(ONE), "m.png"), one_bit=lambda: saved(WHITE.convert("1"), "m.png"), rgb=lambda: saved(WHITE.convert("RGB"), "m.png"),
@@ -417,7 +434,7 @@ def contradiction():
 NO_MASKS = dict(
     empty=(ONE * 0, ["empty"]), full=(ONE * 0 + 1, ["full"]), labels=(ONE * 2 + (X < 5), ["numbers 0, 1, 2", "one of 0 and 1"]), two_labels=(ONE + 1, ["numbers 1, 2"]), three=(np.stack([TRUTH] * 3), ["3 masks", "argmax"]),
     many=([dict(segmentation=TRUTH)] * 2, ["2 masks"]), logits=(np.where(TRUTH, 3., -4.), ["logits > 0"]), nan=(np.where(TRUTH, np.nan, 0), ["NaN"]), turned=(TRUTH.T, ["48 x 64", "64 x 48"]), wide=(np.eye(48, 100) > 0, ["100 x 48"]),
-    dim=(ONE * 100 + (X // 9).astype("uint8"), ["nothing is white"]), bright=(ONE.astype(int) * 999 + X, ["what is white"]), nothing=(np.zeros((0, 0)), ["no pixels"]), number=(3, ["a int"]), nested=([[0, 1], [1, 0]], ["a list"]),
+    dim=(ONE * 100 + (X // 9).astype("uint8"), ["nothing is white"]), bright=(ONE.astype(int) * 999 + X, ["what is white"]), nothing=(np.zeros((0, 0)), ["no pixels"]), sparse=(torch.from_numpy(ONE).to_sparse(), ["plain tensor"]), tiny_floats=(torch.zeros(H, W).to(torch.float8_e4m3fn), ["plain tensor"]), number=(3, ["a int"]), nested=([[0, 1], [1, 0]], ["a list"]),
     keys=(dict(masks=1), ["'segmentation'", "'masks'"]), polygon=(dict(segmentation=[[1, 2, 3, 4]]), ["a list"]), lengths=(dict(size=[H, W], counts=[3, 4]), ["run lengths"]), lengths_text=(dict(size=[H, W], counts="?"), ["run lengths"]),
     negative=(dict(size=[H, W], counts=[-1, H * W + 1]), ["run lengths"]), photo=(PICTURE, ["has colours"]), grey_photo=(Image.fromarray(GREY), ["grey"]), missing=("nowhere.png", ["nowhere.png"]), words=(np.full((H, W), "x"), ["<U1"]))
 

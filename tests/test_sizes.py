@@ -51,6 +51,14 @@ def test_a_lora_is_kept_as_its_factors(method, thin, whole, tmp_path):
     assert torch.equal(loaded.images, thin.images) and off(thin.images, drawn_without(method, thin)) > .005
 
 
+@pytest.mark.parametrize("rank, kept", [(1, 1), (4, 4), (5000, 4)])
+def test_alpha_is_the_rank_of_the_file(method, thin, tmp_path, rank, kept):
+    "A LoRA saved with fewer directions than it has: whoever multiplies by alpha / rank multiplies by 1."
+    folder = thin.save(tmp_path / "thin", rank=rank)
+    ranks = {x.shape[1] for name, x in load_file(folder / "edit.safetensors").items() if name.endswith(".up")}
+    assert ranks == {kept} and json.loads((folder / "edit.json").read_text())["lora_alpha"] == kept
+
+
 def test_a_dense_file_of_an_older_version_is_read(method, thin, tmp_path):
     "Its LoRA was multiplied out; the pictures are those of the factors but for rounding."
     file = thin.save(tmp_path / "old") / "edit.safetensors"

@@ -44,6 +44,20 @@ def test_understood(text, split):
 
 
 @pytest.mark.parametrize("text, split", [
+    ("My sister's wedding cake on a table", "My sister's wedding cake | on a table"), ("a kid's drawing of a house on a fridge", "a kid's drawing of a house | on a fridge"),
+    ("the dog's running in a park", "the dog running | in a park"), ("a close up of a cat's eye in the dark", "a cat's eye | in the dark"), ("A black Labrador swimming in a lake with a stick in its mouth", "a black Labrador swimming with a stick in its mouth | in a lake"),
+    ("A girl in a yellow raincoat jumping in puddles", "a girl in a yellow raincoat jumping | in puddles"), ("a woman in a red sari in Mumbai", "a woman in a red sari | in Mumbai"), ("A woman smiling in a kitchen", "a woman smiling | in a kitchen"),
+    ("a dog barking in a yard", "a dog barking | in a yard"), ("a girl smiling at the camera in a garden", "a girl smiling at the camera | in a garden"), ("a cat by the fire", "a cat | by the fire"), ("a cat next to a camera", "a cat | next to a camera"),
+    ("a house on fire in a forest", "a house on fire | in a forest"), ("A goat on a mountain top", "a goat | on a mountain top"), ("There's a dog in the garden", "a dog | in the garden"), ("This is a photo of my dog in the park", "my dog | in the park"),
+    ("This image shows a dog in a park", "a dog | in a park"), ("In this photo, a dog sits on a sofa", "a dog sits | on a sofa"), ("On a hill stands a castle", "a castle stands | on a hill"), ("In the garden is a small cat", "a small cat | in the garden"),
+    ("a dog stands in the snow while it is snowing", "a dog stands | in the snow while it is snowing"), ("My dog, but on a beach", "My dog | on a beach"), ("a dog @ the beach", "a dog | at the beach"), ("a C++ book on a desk", "a C++ book | on a desk"),
+    ("a man in the style of Dr. No on an island", "a man in the style of Dr. No | on an island"), ("Peter Pan in Never Land", "Peter Pan | in Never Land"), ("soldiers in No Man's Land", "soldiers | in No Man's Land"), ("a dog not far off in a field", "a dog not far off | in a field")])
+def test_plain_english(text, split):
+    "Captions as people write them."
+    assert str(split_text(text)) == split
+
+
+@pytest.mark.parametrize("text, split", [
     ("a can of soda on a table", "a can of soda | on a table"), ("Will Smith standing in a forest", "Will Smith standing | in a forest"), ("set of cups on a table", "set of cups | on a table"),
     ("a place of worship on a hill", "a place of worship | on a hill"), ("show dog jumping in a forest", "show dog jumping | in a forest"), ("make-up artist standing in a studio", "make-up artist standing | in a studio"),
     ("I-beam on a building site", "I-beam | on a building site"), ("a dog about to jump in a pool", "a dog about to jump | in a pool"), ("a dog can be seen jumping in a forest", "a dog can be seen jumping | in a forest"),
@@ -65,7 +79,8 @@ TOOLS = [("a (dog:1.3) jumping in a forest", "(dog:1.3)"), ("a (dog) jumping in 
          ("/imagine a dog jumping in a forest", "/imagine"), ("a dog jumping in a forest <lora:x:1>", "<lora:x:1>"), ("a <cat-toy> in a forest", "<cat-toy>"), ("a dog BREAK in a forest", "BREAK"), ("a dog AND a cat in a forest", "AND"),
          ("a dog jumping | in a forest", "|"), ("a dog|cat in a forest", "dog|cat"), ("prompt: a dog jumping in a forest", "prompt:"), ("subject: a dog, background: in a forest", "subject:"), ("a dog in a forest, Negative prompt: hat", "Negative prompt:"),
          ("a dog -> a cat in a forest", "->"), ("a dog → a cat in a forest", "→"), ("1girl, long_hair in a forest", "long_hair"), ("a dog in a forest #art", "#art"), ("a **dog** in a forest", "**dog**"), ("a dog \\(brown\\) in a forest", "\\"),
-         ("a dog in a forest :)", ":)"), ("a dog in https://a.b/c.png", "https://a.b/c.png"), ("a $subject in a forest", "$subject"), ("a __animal__ in a forest", "__animal__")]
+         ("a dog in a forest :)", ":)"), ("a dog in https://a.b/c.png", "https://a.b/c.png"), ("a $subject in a forest", "$subject"), ("a __animal__ in a forest", "__animal__"),
+         ("embedding:toy dog in a forest", "embedding:toy"), ("a dog in a forest, cfg scale 7", "cfg scale 7"), ("a dog in a forest seed 42", "seed 42"), ("@dog in a forest", "@dog"), ("a dog in a forest ~~", "~~"), ("a dog &amp; a cat in a forest", "&amp;"), ("a dog in a forest&nbsp;", "&nbsp;")]
 
 @pytest.mark.parametrize("text, found", TOOLS)
 def test_other_tools(text, found):
@@ -89,7 +104,7 @@ QUESTIONS = ["Can you make the dog jump in a forest?", "could you put it on a be
              "Why not a dog in a forest?", "Can the dog jump in a forest?", "Are dogs in a forest?", "a dog in a forest, can you do that?"]
 CHANGES = ["make it jump", "make the dog jump in a forest", "please put the cat on a beach", "Put the cat on a beach", "turn the dog into a cat in a forest", "let's put the dog on a beach", "Please write a name on a wall", "hey, move the cat to a beach",
            "replace the background with a forest", "add a hat in a forest", "remove the collar in a forest", "change the place to a beach", "draw a dog in a forest", "Show me a dog in a forest", "Place the dog in a forest", "generate a dog in a forest",
-           "give the dog a hat in a forest", "a dog, make it jump in a forest", "the same picture but in a forest", "don't show the dog in a forest", "imagine a dog in a forest", "Kindly turn the dog in a forest"]
+           "give the dog a hat in a forest", "a dog, make it jump in a forest", "the same picture but in a forest", "don't show the dog in a forest", "imagine a dog in a forest", "Kindly turn the dog in a forest", "Zoom in on the dog in a forest", "Upscale the dog in a forest", "blur the background in a forest", "dog please be in a forest"]
 WISHES = ["I want the dog to jump in a forest", "I'd like a dog jumping in a forest", "i’d really love a dog in a forest", "We need a dog on a beach", "I'm looking for a dog in a forest", "I wish the dog was on a beach", "want a dog in a forest",
           "The dog should be jumping in a forest", "the dog must lie on a beach", "the dog needs to sit in the snow", "the dog will be on a beach", "it would be nice if the dog sat in the snow", "the dog to jump in a forest", "to jump in a forest",
           "if possible, a dog in a forest", "maybe a dog in a forest", "the dog is supposed to be in a forest", "Hello, I want a dog in a forest"]
@@ -117,7 +132,7 @@ def test_persons(text): refused(text, "no model knows")
 def test_negations(text, found): refused(text, found, "--negative-prompt")
 
 
-LANGUAGES = {"German": ["Ein Hund springt im Wald", "ein brauner Hund in einem Wald", "Hund im Wald", "EIN HUND IM WALD", "Die Katze liegt auf dem Sofa", "der Hund steht unter einem Baum"],
+LANGUAGES = {"German": ["Ein Hund springt im Wald", "ein brauner Hund in einem Wald", "Hund im Wald", "EIN HUND IM WALD", "mein Hund am Strand", "zwei Hunde am Strand", "Die Katze liegt auf dem Sofa", "der Hund steht unter einem Baum"],
              "French": ["un chien qui saute dans une forêt", "Le chien est assis sur la plage", "une femme avec un chapeau dans les montagnes"], "Spanish": ["un perro saltando en el bosque", "perro en la playa", "el gato está en el sofá"],
              "Italian": ["un gatto che dorme sul divano", "il cane che salta nella foresta"], "Portuguese": ["um cachorro pulando na floresta", "um gato em uma praia"], "Dutch": ["een hond springt in het bos", "een man met een hoed op het strand"],
              "Swedish": ["en hund som hoppar i skogen", "katten på soffan"], "Polish": ["pies skacze w lesie"], "Turkish": ["ormanda zıplayan bir köpek"], "Finnish": ["koira hyppää metsässä", "kissa istuu talossa"],
