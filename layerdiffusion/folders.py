@@ -369,8 +369,8 @@ def check_folder(folder: Path  # a model's
                 ) -> list:  # notes, for `say_once` when it is loaded
     "Refuse a folder that is no Stable Diffusion 1 or 2, naming the file and the way out."
     names, where = _names(folder), f"The model folder {folder}"
-    deeper = [p.parent for p in (*folder.glob("*/unet"), *folder.glob("*/*/unet")) if (p / "config.json").is_file()]
-    if deeper and _parts_missing(names): raise BadInput(f"{where} holds no model itself; give {min(deeper)}, which does.")
+    below = (*folder.glob("*/unet/config.json"), *folder.glob("*/*/unet/config.json")) if _parts_missing(names) else ()
+    if below: raise BadInput(f"{where} holds no model itself; give {min(below).parent.parent}, which does.")
     needed_files(names, where)
     notes = check_settings(folder)
     for part in WEIGHTS: weight_files(folder, part)
