@@ -637,7 +637,7 @@ def explain(error: BaseException) -> tuple:  # (sentence, exit code)
     if isinstance(error, BadInput): return str(error) + left, 2
     if isinstance(error, (KeyboardInterrupt, typer.Abort, Stopped)): return str(error) or "Stopped by Ctrl-C.", 130
     if hasattr(error, "format_message"): return usage(error.format_message()), 2  # typer's own
-    if "out of memory" in str(error).lower(): return "The device ran out of memory; try --memory low, fewer --seeds, or --device cpu." + left, 1
+    if isinstance(error, MemoryError) or re.search("out of memory|can't allocate memory", str(error), re.I): return "The device ran out of memory; try --memory low, fewer --seeds, or --device cpu." + left, 1
     what = " ".join(str(error).split())[:200]
     return f"This should not have happened ({type(error).__name__}: {what}); run it again with --debug and report what it shows at {REPORT}.{left}", 1
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Iterable, Optional, Sequence, Union
 
 # %% ../nbs/01_folders.ipynb #f612b7f2
-from .core import BadInput, package_folder
+from .core import BadInput, as_path, package_folder
 
 # %% ../nbs/01_folders.ipynb #9683ce47
 @dataclass(frozen=True)
@@ -123,6 +123,10 @@ def _parts_missing(names: Sequence[str]) -> str:
     gone, roots = [f"{part}/{PARTS[part].settings}" for part in missing], [n for n in names if "/" not in n]
     said = f"has no {', '.join(missing)} ({', '.join(gone)}); a model is a folder with {', '.join(PARTS)}"
     if len(missing) == len(PARTS): said = f"holds no model, which is a folder with {', '.join(PARTS)}"
+    if {"edit.json", "edit.safetensors"} & set(roots):
+        return f"{said}; it holds a saved edit: load_edit(folder) draws it, and its edit.json names the model"
+    if {"embeddings.safetensors", "draw.py"} <= set(roots):
+        return f"{said}; it holds an exported edit: its draw.py draws it, and its settings.json names the model"
     whole = [n for n in roots if n.endswith((".safetensors", ".ckpt"))]
     lora = [n for n in roots if "lora" in n.lower() or n == "adapter_config.json"]
     if lora:
@@ -365,6 +369,8 @@ def check_folder(folder: Path  # a model's
                 ) -> list:  # notes, for `say_once` when it is loaded
     "Refuse a folder that is no Stable Diffusion 1 or 2, naming the file and the way out."
     names, where = _names(folder), f"The model folder {folder}"
+    below = (*folder.glob("*/unet/config.json"), *folder.glob("*/*/unet/config.json")) if _parts_missing(names) else ()
+    if below: raise BadInput(f"{where} holds no model itself; give {min(below).parent.parent}, which does.")
     needed_files(names, where)
     notes = check_settings(folder)
     for part in WEIGHTS: weight_files(folder, part)
@@ -454,12 +460,20 @@ def resolve_model(name: Union[str, Path] = "mini",  # "mini", a folder, or a rep
                   offline: bool = False  # never ask the hub; what it gave before is still used
                  ) -> Path:
     "The folder that holds the model `name`."
-    folder = package_folder() / "weights" / "mini" if str(name) == "mini" else Path(name).expanduser()
-    if not folder.exists() and re.fullmatch(r"\w[\w.-]*/[\w.-]+", str(name)): return fetch(str(name), offline)
+    if not isinstance(name, (str, Path)) or not str(name).strip():
+        raise BadInput(f"The model is {name!r:.60}; give its name: 'mini', a folder, or a hub name such as "
+                       "'CompVis/stable-diffusion-v1-4'.")
+    folder = package_folder() / "weights" / "mini" if str(name) == "mini" else as_path(name, "The model")
+    one_file = folder.suffix.lower() in (".safetensors", ".ckpt", ".bin", ".pt", ".gguf", ".onnx")
+    on_hub = re.fullmatch(r"\w[\w.-]*/[\w.-]+", str(name)) and not one_file
+    if on_hub and not folder.exists(): return fetch(str(name), offline)
     if folder.is_dir(): return folder
     if folder.exists():
         raise BadInput(f"The model {str(name)!r} is a file; a model is a folder with {', '.join(PARTS)}; "
                        f"with diffusers, {ONE_FILE.format(folder.name)} makes one.")
+    if page := re.fullmatch(r"https?://(?:www\.)?(?:huggingface\.co|hf\.co)/([\w.-]+/[\w.-]+)(/.*)?", str(name)):
+        raise BadInput(f"The model {str(name)!r} is a web address; give the name on it, {page[1]!r}.")
+    if one_file: raise BadInput(f"There is no file {str(name)!r}, and a model is a folder with {', '.join(PARTS)}.")
     raise BadInput(f"There is no model folder {str(name)!r}; give 'mini', a folder, or a hub name such as "
                    "'CompVis/stable-diffusion-v1-4'.")
 

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 
 # %% ../nbs/07_identity.ipynb #9c0cacd4
-from .core import BadInput, Event, package_folder, shielded
+from .core import BadInput, Event, one_loader, package_folder, shielded
 from .embeddings import subject_phrase
 from .fine_tuning import apply_difference
 from .folders import check_weights, fetch, read_json
@@ -380,6 +380,7 @@ def _clip_folder(name: str) -> Path:
 CLIPS = "give 'mini', a folder, or a name such as 'ViT-B-32:laion2b_s34b_b79k'"
 
 @shielded
+@one_loader
 def load_clip(name: str = "mini",  # "mini", a folder for open_clip, or "ViT-B-32:laion2b_s34b_b79k" and the like
               offline: bool = False  # never ask the hub
              ) -> tuple:  # model, preprocess, tokenizer

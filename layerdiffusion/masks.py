@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Callable, Optional, Sequence, Union
 import torch
 import torch.nn.functional as F
 
-from .core import BadInput, Notice, as_array, grey_numbers, load_image, open_image, package_folder, shielded
+from .core import BadInput, Notice, as_array, grey_numbers, load_image, one_loader, open_image, package_folder
+from .core import shielded
 from .folders import check_weights, read_json
 
 if TYPE_CHECKING:
@@ -216,6 +217,7 @@ def _sam_parts(name, checkpoint):
 
 # %% ../nbs/03_masks.ipynb #03911500
 @shielded
+@one_loader
 def load_sam(name: Union[str, Path, "Sam"] = "mini",  # "mini", a file of published weights, "vit_b", "vit_l", "vit_h", a folder (transformers' too), or a loaded `Sam`, `SamPredictor` or `SamModel`
              checkpoint: Union[str, Path, None] = None,  # file of weights for the published sizes; None: the one in the current folder
              device: str = "cpu"  # where it will run

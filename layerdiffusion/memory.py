@@ -290,6 +290,8 @@ def run_in(level: str,  # to begin with, of `LEVELS`
            say: Callable = print  # told when a level is left
           ):
     "The result of `work` on the first level, from one downwards, that has enough memory."
+    if level == "8bit" and not has_8bit():  # before anything is learnt
+        raise BadInput("Adam in eight bits needs bitsandbytes, which is not installed: pip install bitsandbytes, or give another --memory.")
     while True:
         use(method.models, LEVELS[level])
         try: return work(settings_for(level, config, method.models.card))

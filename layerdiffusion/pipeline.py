@@ -12,13 +12,13 @@ import ctypes, functools, inspect, sys, time, warnings
 from collections import OrderedDict
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
-from numbers import Integral
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, Callable, Optional, Sequence, Union
 
 import torch
 
-from .core import BadInput, Event, Notice, content_hash, environment, fit_image, fit_points, join_callbacks
+from .core import BadInput, Event, Notice, as_path, content_hash, environment, fit_image, fit_points, join_callbacks
 from .core import live_preview, load_image, one_writer, pick_device, shielded, to_pil, write_atomic
 from .embeddings import Split, embedding_objective, plain_words, split_text, subject_action, subject_phrase
 from .fine_tuning import apply_difference, fine_tune, trainable, union, weight_difference
@@ -26,7 +26,8 @@ from .guidance import turns
 from .identity import ACTIONS, PLACES, change_coat, encode_with, first_vectors, known, load_clip, prior_pictures, prior_texts, propose_source, search_target, typical_coat, with_words, word_objective
 from .masks import check_labels, check_mask, composite, dilate, find_mask, load_sam, mask_from_file, move_subject, to_latent
 from .method import interpolate
-from .saving import EditResult, beside, clear_checkpoints, patch, photo_info, pixels, read_edit, same_model
+from .saving import EditResult, beside, check_tensors, clear_checkpoints, patch, photo_info, pixels, read_edit
+from .saving import same_model
 from .sd import PRECISIONS, Models, awake, check_text, ddim_sample, decode_latents, encode_image, encode_text, half, initial_latents, load_models, optimise, parked, pick_precision, vae_psnr, with_scheduler
 from .settings import EditConfig, near
 
@@ -58,6 +59,8 @@ class LayerDiffusion:
                  models: Models,  # from `load_models`
                  sam: Any = None  # a loaded `Sam`, `SamPredictor` or `SamModel`, "mini", a folder, or a file such as sam_vit_h_4b8939.pth; None: the model folder's own, mini beside mini, else vit_h
                 ):
+        if not isinstance(models, Models):
+            raise BadInput(f"LayerDiffusion takes loaded models, not {models!r:.60}; LayerDiffusion.from_pretrained(name) loads them.")
         self.models = models
         if sam is None: self._sam = self.own("sam", "config.json", "vit_h")
         else: self._sam = sam if isinstance(sam, (str, Path)) else load_sam(sam, device=str(models.device))
@@ -709,7 +712,7 @@ def load_edit(path: Union[str, Path],  # edit.safetensors or its folder
               **changes  # settings of the drawing to change, see `DRAWN`
              ) -> EditResult:
     "Draw a saved edit again: with nothing changed, the same pictures, on the same device in the same precision."
-    path = Path(path).expanduser()
+    path = as_path(path, "The saved edit")
     path = path / "edit.safetensors" if path.is_dir() else path
     tensors, settings = read_edit(path)
     if fixed := [name for name in changes if name in EditConfig.model_fields and name not in DRAWN]:
@@ -717,8 +720,9 @@ def load_edit(path: Union[str, Path],  # edit.safetensors or its folder
     config, split = EditConfig(**settings["config"] | changes), Split(settings["object"], settings["background"])
     precision = next((name for name, dtype in PRECISIONS.items() if str(dtype) == f"torch.{settings.get('precision')}"), "auto")
     if method is None or isinstance(method, (str, Path)): method = LayerDiffusion.from_pretrained(method or settings["model"], precision=precision)
-    method = LayerDiffusion(method) if isinstance(method, Models) else method
+    method = method if isinstance(method, LayerDiffusion) else LayerDiffusion(method)
     same_model(settings, method.models, repr(str(path)))
+    check_tensors(tensors, method.models.unet, repr(str(path)))
     words = tuple(tensors[k].to(method.models.device) for k in ("e_a", "e_b"))
     change, seeds = {k[5:]: v for k, v in tensors.items() if k.startswith("unet.")}, check_seeds(settings["seeds"] if seeds is None else seeds)
     images = method.sample(words, change, tuple(settings["size"]), seeds, config, callback) if draw else torch.zeros(0, 3, *settings["size"])
@@ -757,7 +761,8 @@ def reuse(self: LayerDiffusion,
          ) -> EditResult:
     "Another text or place for a subject that was learnt, by a short tuning instead of a whole edit."
     if not isinstance(result, EditResult): raise BadInput(f"reuse takes an edit, not {result!r}; load_edit(path) reads one from a folder.")
-    if not 0 <= keep <= 1: raise BadInput(f"keep is {keep}; it must be between 0 (the U-Net begins anew) and 1 (with all its change).")
+    if not isinstance(keep, Real) or not 0 <= keep <= 1: raise BadInput(f"keep is {keep!r}; it must be between 0 (the U-Net begins anew) and 1 (with all its change).")
+    if not isinstance(draws, Integral) or draws < 1: raise BadInput(f"draws is {draws!r}; it must be a whole number, at least 1.")
     check_reusable(result, self.models)
     old, seeds = result.config, check_seeds(seeds)
     config = shorter(old, steps, learning_rate, sampling_steps, draws)

@@ -18,9 +18,10 @@ from typing import Any, Callable, Optional, Sequence, Union
 
 # %% ../nbs/02_sd.ipynb #0722c54e
 import torch
-from .core import BadInput, Event, shielded
-from .folders import check_folder, read_json, resolve_model, say_once, weight_files, weights_hash
+from .core import LOADING, BadInput, Event, one_loader, shielded
+from .folders import PARTS, check_folder, read_json, resolve_model, say_once, weight_files, weights_hash
 from .method import denoise, each_loss, embed_text, gradients, initial_noise, signal_and_noise, to_latents, to_pictures
+
 
 # %% ../nbs/02_sd.ipynb #668fee59
 @dataclass(frozen=True)
@@ -67,16 +68,17 @@ class Models:
 # %% ../nbs/02_sd.ipynb #71a357e7
 @contextmanager
 def quiet():
-    "No progress bars and warnings from diffusers and transformers inside the `with`."
+    "No progress bars and warnings from diffusers and transformers inside the `with`, and one thread there at a time."
     from diffusers.utils import logging as a
     from transformers.utils import logging as b
-    before = [(m, m.get_verbosity(), m.is_progress_bar_enabled()) for m in (a, b)]
-    for m in (a, b): m.set_verbosity_error(); m.disable_progress_bar()
-    try: yield
-    finally:
-        for m, level, bar in before:
-            m.set_verbosity(level)
-            if bar: m.enable_progress_bar()
+    with LOADING:
+        before = [(m, m.get_verbosity(), m.is_progress_bar_enabled()) for m in (a, b)]
+        for m in (a, b): m.set_verbosity_error(); m.disable_progress_bar()
+        try: yield
+        finally:
+            for m, level, bar in before:
+                m.set_verbosity(level)
+                if bar: m.enable_progress_bar()
 
 # %% ../nbs/02_sd.ipynb #2a8e956c
 PRECISIONS = dict(fp32=torch.float32, bf16=torch.bfloat16, fp16=torch.float16)
@@ -85,7 +87,7 @@ def pick_precision(name: str = "auto",  # "auto", "fp32", "bf16" or "fp16"
                    device: str = "cpu"  # where the model will be
                   ) -> torch.dtype:
     "The precision to compute in; auto: bf16 on a GPU that has it, fp16 on another one of NVIDIA's, else fp32."
-    if name in PRECISIONS: return PRECISIONS[name]
+    if isinstance(name, str) and name in PRECISIONS: return PRECISIONS[name]
     if name != "auto": raise BadInput(f"The precision {name!r} is unknown; give auto, {', '.join(PRECISIONS)}.")
     if not str(device).startswith("cuda"): return torch.float32
     return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
@@ -117,6 +119,7 @@ def load_scheduler(folder: Path):  # model folder
     from diffusers import DDIMScheduler
     file = folder / "scheduler" / "scheduler_config.json"
     settings = read_json(file)
+    _check_kinds(DDIMScheduler, file)
     try:
         scheduler = DDIMScheduler.from_config(settings, clip_sample=False)
         copy.deepcopy(scheduler).set_timesteps(2)
@@ -143,6 +146,20 @@ def _check_keys(model, info: dict, where: Path):
     if wrong: raise BadInput(f"The weights in {where} do not fit {where / 'config.json'}: {'; '.join(wrong)}. "
                              "Get both files from one model, saved with diffusers' save_pretrained.")
 
+    lost = [name for name, p in model.named_parameters() if not p.isfinite().all()]
+    if lost:
+        raise BadInput(f"The weights in {where} hold numbers that are not finite (NaN or infinite), first in {lost[0]}; "
+                       "get them again, or in full precision.")
+
+def _check_kinds(cls, file: Path):
+    "Refuse text where a class of diffusers takes a number or yes and no: \"false\" would count as yes."
+    known = inspect.signature(cls.__init__).parameters
+    for name, value in read_json(file).items():
+        default = known[name].default if name in known else None
+        if isinstance(value, str) and isinstance(default, (bool, int, float)):
+            raise BadInput(f"{file}: {name} is the text {value!r}; it must be like {json.dumps(default)}, without "
+                           "quotation marks.")
+
 def _unknown(cls, file: Path) -> list:
     "A note about settings that a part's class does not know."
     known = inspect.signature(cls.__init__).parameters
@@ -153,11 +170,13 @@ def _unknown(cls, file: Path) -> list:
 def _load_part(cls, folder, part, device, dtype):
     "One part, frozen, in `dtype` whatever it is stored in."
     variant = weight_files(folder, part)[1]
+    _check_kinds(cls, folder / part / PARTS[part].settings)
     try:
         model, info = cls.from_pretrained(folder, subfolder=part, use_safetensors=True, variant=variant, dtype=dtype,
                                           output_loading_info=True, ignore_mismatched_sizes=True)
     except (MemoryError, torch.OutOfMemoryError): raise
     except Exception as e:  # whatever it is, it comes of these files
+        if "allocate memory" in str(e) or "out of memory" in str(e): raise
         why = " ".join(str(e).split())[:200]
         raise BadInput(f"{cls.__name__} cannot be made of {folder / part / 'config.json'} and the weights beside it "
                        f"({type(e).__name__}: {why}); get both again from where the model came from.") from e
@@ -188,16 +207,17 @@ def _load_tokenizer(folder: Path, text_encoder):
     if len(tokenizer) > size:
         raise BadInput(f"The tokenizer in {where} knows {len(tokenizer)} tokens, but text_encoder has vectors for "
                        f"{size}; take both from one model.")
-    if tokenizer("").input_ids != [tokenizer.bos_token_id, tokenizer.eos_token_id]:
-        raise BadInput(f"The tokenizer in {where} does not put one mark before a text and one after it, as CLIP's "
-                       "does.")
     length = tokenizer.model_max_length
     if not isinstance(length, (int, float)) or length < 3:
         raise BadInput(f"{where / 'tokenizer_config.json'}: model_max_length is {length!r}; it must be 3 or more.")
+    if tokenizer("").input_ids != [tokenizer.bos_token_id, tokenizer.eos_token_id]:
+        raise BadInput(f"The tokenizer in {where} does not put one mark before a text and one after it, as CLIP's "
+                       "does.")
     return tokenizer
 
 # %% ../nbs/02_sd.ipynb #fc15410d
 @shielded
+@one_loader
 def load_models(name: Union[str, Path] = "mini",  # "mini", a folder, or a hub name
                 device: Union[str, torch.device] = "cpu",  # "cpu", "cuda", "mps"
                 dtype: torch.dtype = torch.float32,  # of all weights, see `pick_precision`

@@ -95,6 +95,8 @@ class EditConfig(BaseModel):
 
     def change(self, **changes) -> "EditConfig":
         "The same settings with some others; those that nobody asked for stay open to a model's own numbers."
+        if changes.get("preset") and self.preset is None:
+            raise BadInput(f"These settings are all named already, so the preset {changes['preset']!r} would change none; begin with EditConfig(preset={changes['preset']!r}).")
         return EditConfig(**{name: getattr(self, name) for name in self.model_fields_set} | changes)
 
     def resolve(self, card: dict) -> "EditConfig":

@@ -303,6 +303,16 @@ def test_unexpected_errors_ask_for_a_report(run, monkeypatch):
     with pytest.raises(KeyError): main(["edit", "example:dog", TEXT, "--debug"])
 
 
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 640000000000 bytes.")])
+def test_memory_that_is_not_there(run, monkeypatch, error):
+    "On a CPU too: what to do about it, and no request for a report."
+    import layerdiffusion.cli as cli
+    def breaks(*a): raise error
+    monkeypatch.setattr(cli, "read_request", breaks)
+    code, out, err = run("edit", "example:dog", TEXT)
+    assert code == 1 and "ran out of memory" in err and "--memory low" in err and len(err.splitlines()) == 1
+
+
 PRESSED = """
 import os, signal, sys
 from layerdiffusion.cli import main

@@ -148,3 +148,37 @@ def test_the_door_lets_back_out():
         assert state() == before
     with plain_torch(), torch.autocast("cpu", torch.bfloat16): assert shielded(lambda: torch.is_autocast_enabled("cpu"))()
     with torch.autocast("cpu", torch.bfloat16): assert not shielded(lambda: torch.is_autocast_enabled("cpu"))()
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.float64])
+def test_several_threads_at_once(kind, photo):
+    "Each thread loads and edits on its own; nobody's default dtype is lost, and torch.nn is as it was."
+    from concurrent.futures import ThreadPoolExecutor
+    how = dict(mask=photo[1], object_picture="input", reference=photo[0], seeds=[0], **SHORT)
+    def work(_): return LayerDiffusion.from_pretrained("mini", "cpu", sam="mini").edit(photo[0], TEXT, **how).images
+    there = work(0)
+    with dtype(kind), ThreadPoolExecutor(3) as pool:
+        found = list(pool.map(work, range(3)))
+        assert torch.get_default_dtype() == kind
+    assert all(torch.equal(images, there) for images in found)
+    assert not torch.nn.Linear(1, 1).weight.is_meta
+
+
+def test_the_last_one_out_puts_it_back():
+    "Two threads inside at once: when the first leaves, the second still has plain numbers, and then the caller has theirs."
+    import threading
+    inside, leave, seen = threading.Event(), threading.Event(), []
+    def other():
+        with plain_torch():
+            inside.set()
+            leave.wait(10)
+            seen.append(torch.get_default_dtype())
+    with dtype(torch.float64):
+        thread = threading.Thread(target=other)
+        with plain_torch():
+            thread.start()
+            assert inside.wait(10)
+        assert torch.get_default_dtype() == torch.float32, "the other thread is inside"
+        leave.set()
+        thread.join()
+        assert seen == [torch.float32] and torch.get_default_dtype() == torch.float64

@@ -132,6 +132,20 @@ def eight_bits(tensors): tensors["conv_in.weight"] = tensors["conv_in.weight"].t
 def taller(tensors): tensors["conv_out.weight"] = tensors["conv_out.weight"][:8].contiguous()
 
 
+def not_finite(number):
+    def change(tensors):
+        name = sorted(tensors)[0]
+        tensors[name] = tensors[name].clone()
+        tensors[name].view(-1)[0] = number
+    return change
+
+
+def one_deeper(folder):
+    "The model in a folder of the folder, as an archive or the hub's cache has it."
+    (folder / "snapshots" / "abc").mkdir(parents=True)
+    for path in [p for p in folder.iterdir() if p.name != "snapshots"]: path.rename(folder / "snapshots" / "abc" / path.name)
+
+
 UNET, VAE, TEXT = f"unet/{DPM}.safetensors", f"vae/{DPM}.safetensors", "text_encoder/model.safetensors"
 CONFIG, SCHEDULE = "unet/config.json", "scheduler/scheduler_config.json"
 
@@ -228,6 +242,13 @@ REFUSED = [
     ("one file",
      both(gone("unet", "vae", "text_encoder", "tokenizer", "scheduler", "model_index.json"), add("dream.safetensors")),
      ["dream.safetensors", "from_single_file", "save_pretrained"]),
+    ("a saved edit",
+     both(gone("unet", "vae", "text_encoder", "tokenizer", "scheduler", "model_index.json"), add("edit.safetensors"),
+          add("edit.json")),
+     ["holds a saved edit", "load_edit"]),
+    ("an exported edit",
+     both(gone("vae", "text_encoder", "tokenizer", "model_index.json"), add("embeddings.safetensors"), add("draw.py")),
+     ["holds an exported edit", "draw.py"]),
     ("a LoRA alone",
      both(gone("unet", "vae", "text_encoder", "tokenizer", "scheduler", "model_index.json"),
           add("pytorch_lora_weights.safetensors")),
@@ -316,6 +337,18 @@ REFUSED = [
     ("an adapter", add("text_encoder/adapter_config.json"), ["text_encoder/adapter_config.json", "merge_and_unload"]),
     ("an unknown spacing", settings(SCHEDULE, timestep_spacing="sideways"), [SCHEDULE, "sideways"]),
     ("a broken tokenizer", add("tokenizer/tokenizer.json", '{"model": {}}'), ["tokenizer"]),
+    ("NaN in the U-Net", weights("unet", not_finite(float("nan"))), ["unet", "not finite"]),
+    ("NaN in the VAE", weights("vae", not_finite(float("nan"))), ["vae", "not finite"]),
+    ("infinite in the text encoder", weights("text_encoder", not_finite(float("inf"))), ["text_encoder", "not finite"]),
+    ("one folder too high", one_deeper, ["holds no model itself", os.path.join("snapshots", "abc")]),
+    ("no as text", settings(CONFIG, center_input_sample="false"), [CONFIG, "center_input_sample", "'false'", "false"]),
+    ("a number as text", settings(CONFIG, norm_eps="1e-5"), [CONFIG, "norm_eps", "'1e-5'"]),
+    ("groups as text", settings("vae/config.json", norm_num_groups="8"), ["vae/config.json", "norm_num_groups"]),
+    ("yes as text in the scheduler", settings(SCHEDULE, rescale_betas_zero_snr="false"),
+     [SCHEDULE, "rescale_betas_zero_snr", "'false'"]),
+    ("an offset as text", settings(SCHEDULE, steps_offset="1"), [SCHEDULE, "steps_offset", "'1'"]),
+    ("a length as text", settings("tokenizer/tokenizer_config.json", model_max_length="20"),
+     ["tokenizer/tokenizer_config.json", "model_max_length", "'20'"]),
     ("a text of no length", settings("tokenizer/tokenizer_config.json", model_max_length=1),
      ["tokenizer/tokenizer_config.json", "model_max_length"]),
 ]
@@ -383,6 +416,28 @@ def said(function, *args):
     "The sentence of a refusal."
     with pytest.raises(BadInput) as refused: function(*args)
     return str(refused.value)
+
+
+NAMES = [
+    (None, ["None", "hub name"]), (5, ["5"]), ("", ["''"]), (" ", ["' '"]), (b"mini", ["mini"]), (["mini"], ["mini"]),
+    ("a" * 5000, ["too long"]), ("a\0b", ["null"]), ("~nobody-of-this-name/model", ["~nobody-of-this-name"]),
+    ("https://huggingface.co/CompVis/stable-diffusion-v1-4/tree/main", ["web address", "'CompVis/stable-diffusion-v1-4'"]),
+    ("models/dream.safetensors", ["no file", "folder"]), ("models/dream.ckpt", ["no file", "folder"])]
+
+
+@pytest.mark.parametrize("name, words", NAMES, ids=[repr(row[0])[:20] for row in NAMES])
+def test_what_is_no_name_of_a_model(name, words, monkeypatch):
+    "Refused in one sentence before anybody asks the hub."
+    from layerdiffusion import LayerDiffusion, folders
+    monkeypatch.setattr(folders, "fetch", lambda *args: pytest.fail("asked the hub"))
+    sentence = said(LayerDiffusion.from_pretrained, name, "cpu")
+    assert not [w for w in words if w not in sentence] and len(sentence) < 400, sentence
+
+
+def test_models_that_are_none():
+    from layerdiffusion import LayerDiffusion
+    for models in ("mini", None, MINI): assert "from_pretrained" in said(LayerDiffusion, models)
+    assert "precision" in said(LayerDiffusion.from_pretrained, "mini", "cpu", None, ["fp32"])
 
 
 @pytest.fixture(scope="module")

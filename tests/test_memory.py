@@ -122,6 +122,7 @@ def test_eight_bits(tmp_path):
     if not memory.has_8bit():
         from layerdiffusion.fine_tuning import adam
         assert "bitsandbytes" in refusal(adam, [torch.nn.Parameter(torch.ones(2))], 1e-3, True)
+        assert "bitsandbytes" in refusal(memory.run_in, "8bit", None, None, pytest.fail), "refused before anything is learnt"
         return
     whole, interrupted = run(Full(), "8bit")[0], Full(("tuning", 4))
     from layerdiffusion import LayerDiffusion

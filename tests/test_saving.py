@@ -208,6 +208,49 @@ def test_a_foreign_format_is_refused(method, edit, tmp_path):
     save_file({k: v for k, v in tensors.items() if k != "e_a"}, file, {"edit": json.dumps(settings)})
     with pytest.raises(BadInput, match="damaged"): load_edit(file, method)
 
+def first_weight(change):
+    def alter(tensors, settings):
+        name = next(n for n in sorted(tensors) if n.startswith("unet."))
+        change(tensors, name)
+    return alter
+
+DAMAGED = [
+    ("a weight that the U-Net has not", first_weight(lambda t, n: t.update({"unet.nothing.weight": t[n].clone()})), "nothing.weight"),
+    ("a weight of another size", first_weight(lambda t, n: t.update({n: t[n].flatten()[:3].clone()})), "no change of this model's U-Net"),
+    ("half of a product", first_weight(lambda t, n: t.update({f"{n}.up": torch.ones(3, 2)})), "no change of this model's U-Net"),
+    ("whole numbers", first_weight(lambda t, n: t.update({n: t[n].to(torch.int8)})), "no change of this model's U-Net"),
+    ("settings of no kind", lambda t, s: s.update(config=5), "config is 5"),
+    ("a setting gone", lambda t, s: s["config"].pop("alpha"), "lack alpha"),
+    ("no settings", lambda t, s: s.update(config={}), "lack alpha"),
+    ("a size of text", lambda t, s: s.update(size="large"), "size is 'large'"),
+    ("half a size", lambda t, s: s.update(size=[64]), r"size is \[64\]"),
+    ("seeds of none", lambda t, s: s.update(seeds=None), "seeds is None"),
+    ("no subject", lambda t, s: s.update(object=None), "object is None"),
+    ("no model", lambda t, s: s.update(model=5), "model is 5")]
+
+@pytest.mark.parametrize("name, change, said", DAMAGED, ids=[row[0] for row in DAMAGED])
+def test_a_damaged_edit_is_refused(method, edit, tmp_path, name, change, said):
+    "Never a traceback, and never another picture."
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+    file = edit.save(tmp_path)/"edit.safetensors"
+    with safe_open(file, "pt") as f: settings = json.loads(f.metadata()["edit"])
+    tensors = load_file(file)
+    change(tensors, settings)
+    save_file(tensors, file, {"edit": json.dumps(settings)})
+    with pytest.raises(BadInput, match=f"damaged.*{said}"): load_edit(file, method)
+
+def test_a_rank_beyond_every_matrix_costs_nothing(method, edit, tmp_path):
+    "A LoRA has no more directions than its largest matrix: a million of them would fill the memory with zeros."
+    folder = export(edit, method, tmp_path, "lora", 10**6)
+    assert max(x.shape[0] for n, x in load_file(folder/"pytorch_lora_weights.safetensors").items() if "lora_A" in n or "lora.down" in n) <= 1280
+
+def test_calls_of_another_kind(method, edit, tmp_path):
+    edit.save(tmp_path)
+    for call in (lambda: load_edit(None), lambda: load_edit(5), lambda: load_edit(tmp_path, 5), lambda: load_edit(tmp_path, [1]), lambda: export(None, method, tmp_path/"x"),
+                 lambda: export(edit, "mini", tmp_path/"x"), lambda: method.reuse(edit, "a dog lying in the snow", keep="x"), lambda: method.reuse(edit, "a dog lying in the snow", draws="x")):
+        with pytest.raises(BadInput): call()
+
 def test_calls_that_cannot_be_meant(method, edit):
     call = lambda **kw: method.edit("example:dog", "a dog jumping in a forest", **kw)
     for kw, said in ((dict(mask=edit.mask, point=(1, 1)), "Both a mask"), (dict(config=dict(alpha=.5)), "config is a dict"), (dict(seeds=None), "seeds are None")):

@@ -178,3 +178,11 @@ def test_words_are_refused_before_a_model_is_loaded(text, tmp_path, monkeypatch,
     assert main(["edit", "example:dog", text, "--model", "nowhere", "--out", "out"]) == 2
     said = capsys.readouterr().err
     assert len(said.strip().splitlines()) == 1 and "nowhere" not in said and not list(tmp_path.iterdir())
+
+
+def test_a_preset_never_goes_unheard():
+    "Settings that are all named, such as those of an edit, have no room for one: refused, not ignored."
+    done = EditConfig().resolve({})
+    with pytest.raises(BadInput, match="all named already.*begin with EditConfig"): done.change(preset="best")
+    assert done.change(alpha=.5).alpha == .5
+    assert EditConfig().change(preset="best").resolve({}) == EditConfig(preset="best").resolve({})
