@@ -35,7 +35,7 @@ def _tidy(text: str) -> str:
     text = re.sub(r"(?i)^there(?:'s| is| are) |^what (?=an? )", "", text)
     places = "|".join(_PLACE)
     text = re.sub(rf"(?i),? ?\bbut (?=(?:{places})\b)", " ", text).strip()
-    text = re.sub(rf"(?i),?(?: that| which| who)?(?:(?<! it)(?<! he)(?<! she)(?<! they)(?: is| are| was| were) (?=\w+ing\b)"
+    text = re.sub(rf"(?i),?(?: that| which| who)?(?:(?<! it)(?<! he)(?<! she)(?<! they)(?<! and)(?: is| are| was| were) (?=\w+ing\b)"
                   rf"|'s (?=\w+ing (?:an?|the|{places})\b)|(?:'s| is| are| was| were) (?=(?:{places})\b))", " ", text)
     text = re.sub(rf"(?i)^((?:{places}) [^,]+?),? (?:(?:is|are)|({'|'.join(sorted(_INVERTED))})) ((?:an?|the|two|three) .+)$",
                   lambda m: " ".join(filter(None, (m[3], m[2], m[1][0].lower() + m[1][1:]))), text)
@@ -89,7 +89,7 @@ def _pieces(text: str) -> list:
 _WORN = set("""hat cap scarf coat suit dress jacket sweater shirt t-shirt glasses sunglasses costume uniform boots shoes socks collar tie helmet crown cape hoodie clothes armour armor
     pyjamas pajamas apron raincoat overcoat trenchcoat bathrobe robe robes gown nightgown sari kimono hijab veil tuxedo blazer blouse skirt
     vest jeans denim trousers pants shorts overalls bikini swimsuit wetsuit spacesuit jumpsuit tracksuit tutu cloak poncho jumper cardigan
-    pullover turban beanie sombrero headscarf bandana headphones goggles mask gloves mittens sneakers sandals slippers heels leather silk
+    pullover turban beanie sombrero headscarf bandana headphones goggles mask gloves mittens sneakers sandals slippers heels braids pigtails handcuffs wheelchair leather silk
     lace velvet white grey gray black brown orange pink blue purple red green yellow""".split())
 _BODY = set("mouth beak teeth nose back head neck tail leg legs paw paws hand hands arm arms feet knees belly side wings eyes ears hair".split())
 _STATE = re.compile(r"(?:in (?:the |mid)?air|in (?:full |slow )?(?:motion|flight|profile|love|circles)|on fire|on top|(?:on|off) (?:an?|its|the|his|her) leash"
@@ -168,12 +168,12 @@ _OTHER_TOOLS = [(re.compile(pattern), kind, way_out) for pattern, kind, way_out 
     (r"(?<!\S)--+[A-Za-z][\w-]*(?: +[\d.:]+)?|(?<!\S)-[A-Za-z]+ +\d\S*|\b(?:ar|aspect|aspect ratio) +\d+:\d+|^/[A-Za-z]\w*"
      r"|[—–]+(?:ar|v|q|s|c|w|h|iw|style|stylize|seed|chaos|niji|tile|aspect|quality)\b(?: +[\d.:]+)?",
      "an option of another tool", "options stand outside the sentence, and --help shows those there are"),
-    (r"(?i)\b(?:negative[ _])?(?:prompt|caption|subject|object|background|place|scene|setting|style|text|title) ?:", "a label",
+    (r"(?i)\b(?:negative[ _])?(?:prompt|caption|subject|object|background|place|scene|setting|style|text|title) ?[:=]", "a label",
      "write the sentence alone; its parts go to --object and --background, what shall not be there to --negative-prompt"),
     (r"[(\[{]+[^()\[\]{}]*[)\]}]*|[)\]}]+", "in the brackets of another tool's weights", "write the words without brackets"),
     (r"(?i)\b(?:embedding|lora|lyco|hypernet|wildcard):\w\S*", "the name of extra weights", "leave it out"),
     (r"&#?\w+;", "a sign as web pages write it", "write the sign itself"),
-    (r"(?i)\b(?:cfg(?: scale)?|guidance scale|seed|clip skip) ?[:=]? ?\d[\d.]*", "a setting of another tool",
+    (r"(?i)\b(?:cfg(?: scale)?|guidance scale|(?:denoising )?strength|seed|clip skip) ?[:=]? ?\d[\d.]*|\bsampler ?[:=] ?\w+|\b\d{3,4}x\d{3,4}\b", "a setting of another tool",
      "settings stand outside the sentence, and --help shows those there are"),
     (r"\S*::\S*|[A-Za-z][\w'-]* ?: ?[-+]?\d*\.?\d+(?![\w:])|\b(?!C\+\+(?!\+))\w+(?:\+\+|--)+(?!\w)", "a weight of another tool", "leave it out"),
     (r"\b(?:BREAK|AND|NOT|ADDCOMM|ADDBASE|ADDROW|ADDCOL)\b", "an operator of another tool", "write one plain sentence"),
