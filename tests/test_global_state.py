@@ -108,15 +108,18 @@ def test_threads(threads, photo, expected, tmp_path):
 
 @pytest.mark.parametrize("name", [n for n in STATES if n != "nothing"])
 def test_training_alone(name, photo):
-    "Eq. 2 and Eq. 6 called by themselves learn the same."
+    "Eq. 2 in a loop of one's own behind `shielded`, and Eq. 6 by itself, learn the same."
     models = load_models("mini")
     e_a, e_b = encode_text(models, ["a dog jumping", "in a forest"]).split(1)
     latents, mask = encode_image(models, photo[0]), torch.ones(1, 1, 8, 8)
     mask[..., :4] = 0
-    def learn():
+    @shielded
+    def own_loop(e_a, e_b):
         words = [e.clone().requires_grad_() for e in (e_a, e_b)]
         losses = optimise(embedding_objective(models, *words, latents, mask), words, 2, 1e-3, "embeddings")
-        words = [e.detach() for e in words]
+        return [e.detach() for e in words], losses
+    def learn():
+        words, losses = own_loop(e_a, e_b)
         tuned, more = fine_tune(models, words[0], latents, mask, None, mask, steps=2, learning_rate=1e-4)
         return [*words, *tuned.state_dict().values()], [*losses, *more]
     there = learn()
