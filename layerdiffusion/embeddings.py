@@ -115,6 +115,7 @@ def _kind(piece: str, before: Optional[str], subject: bool, action: bool) -> str
     if first in _PLACE | {"up", "down"}: return "background" if _is_place(piece) else "object"
     if first in ("and", "while") or (_is_verb(first) and not action): return "object"
     if first == "with" and last in _WORN: return "object"
+    if first == "with" and before and not subject: return "background"
     return before if before and subject else "object"
 
 # %% ../nbs/04_embeddings.ipynb #ea3cc1e9
