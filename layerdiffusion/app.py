@@ -9,16 +9,42 @@ __all__ = ['FLAGS', 'DIALS', 'TEXTS', 'QUICK', 'LOOKS', 'STAGES', 'COPY', 'NOWHE
            'figure', 'begin', 'write_page', 'free_port', 'serve']
 
 # %% ../nbs/23_app.ipynb #a0937fcf
-import base64, contextlib, html, importlib.util, os, re, shlex, signal, subprocess, sys, tempfile, threading, time, traceback, warnings
+import base64
+import contextlib
+import html
+import importlib.util
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import traceback
+import warnings
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Callable, Optional
+from typing import Any, Optional
+from collections.abc import Callable
 
 import torch
 
 # %% ../nbs/23_app.ipynb #44c6b370
 from .canvas import Marks, PromptCanvas, picture_bytes
-from .core import BadInput, Event, Preview, join_callbacks, list_examples, load_image, package_folder, to_pil, write_atomic, write_json
+from layerdiffusion.core import (
+    BadInput,
+    Event,
+    Preview,
+    join_callbacks,
+    list_examples,
+    load_image,
+    package_folder,
+    to_pil,
+    write_atomic,
+    write_json,
+)
 from .embeddings import split_text
 from .judge import ask, load_judge
 from .masks import propose_subject
@@ -37,7 +63,7 @@ class Order:
     text: str  # T
     parts: dict = field(default_factory=dict)  # object, background: T_a and T_b where they are not the rule's
     marks: dict = field(default_factory=dict)  # point, box, mask (a file), move, scale
-    reference: Optional[str] = None  # a file; None: drawn from T_b
+    reference: str | None = None  # a file; None: drawn from T_b
     seeds: tuple = (0, 4)  # the first and how many
     preset: str = "best"  # "best" or "paper"
     changes: dict = field(default_factory=dict)  # settings that differ from the preset
@@ -52,211 +78,429 @@ def span(seeds: tuple) -> range: return range(seeds[0], sum(seeds))
 # %% ../nbs/23_app.ipynb #5eff9bdd
 def short(value):
     "A value as it is typed: 40 for 40.0, a list for a tuple of points."
-    if isinstance(value, float): return brief if float(brief := f"{value:.10g}") == value else repr(value)
-    if isinstance(value, (tuple, list)): return ("[{}]" if value and isinstance(value[0], (tuple, list)) else "({})").format(", ".join(map(short, value)))
+    if isinstance(value, float):
+        return brief if float(brief := f"{value:.10g}") == value else repr(value)
+    if isinstance(value, (tuple, list)):
+        return ("[{}]" if value and isinstance(value[0], (tuple, list)) else "({})").format(
+            ", ".join(map(short, value))
+        )
     return repr(value)
 
-def arguments(**values) -> str: return "".join(f", {k}={short(v)}" for k, v in values.items())
 
-def python_lines(order: Order,
-                 redraw: Optional[dict] = None  # what was changed after the edit: seeds, and settings of the drawing
-                ) -> str:
+def arguments(**values) -> str:
+    return "".join(f", {k}={short(v)}" for k, v in values.items())
+
+
+def python_lines(
+    order: Order,
+    redraw: dict | None = None,  # what was changed after the edit: seeds, and settings of the drawing
+) -> str:
     "An edit as Python."
     names = {"model": "mini"} | order.model
     reference = {"reference": order.reference} if order.reference else {}
     said = arguments(**order.parts, **order.marks, **reference) + f", seeds={span(order.seeds)!r}"
-    lines = ["from layerdiffusion import LayerDiffusion, preset", f"pipe = LayerDiffusion.from_pretrained({names.pop('model')!r}{arguments(**names)})",
-             f"config = preset({order.preset!r}, pipe.models.card{arguments(**order.changes)})", f"result = pipe.edit({order.image!r}, {order.text!r}{said}, config=config)"]
+    lines = [
+        "from layerdiffusion import LayerDiffusion, preset",
+        f"pipe = LayerDiffusion.from_pretrained({names.pop('model')!r}{arguments(**names)})",
+        f"config = preset({order.preset!r}, pipe.models.card{arguments(**order.changes)})",
+        f"result = pipe.edit({order.image!r}, {order.text!r}{said}, config=config)",
+    ]
     if redraw:
         change = arguments(**{k: v for k, v in redraw.items() if k != "seeds"})[2:]
         config = f"result.config.model_copy(update=dict({change}))" if change else "result.config"
-        lines.append(f"images = pipe.sample(result.embeddings, result.difference, result.images.shape[-2:], {span(redraw['seeds'])!r}, {config})")
+        lines.append(
+            f"images = pipe.sample(result.embeddings, result.difference, result.images.shape[-2:], {span(redraw['seeds'])!r}, {config})"
+        )
     return "\n".join(lines)
 
 # %% ../nbs/23_app.ipynb #f99210a2
 FLAGS = {"sampling_steps": "--steps"}  # the others follow from their names
 
-def shell_line(order: Order, redraw: Optional[dict] = None,
-               folder: str = "edits/1"  # where the results go
-              ) -> str:
+
+def shell_line(
+    order: Order,
+    redraw: dict | None = None,
+    folder: str = "edits/1",  # where the results go
+) -> str:
     "An edit for a terminal."
     words, numbers = ["layerdiffusion", "edit", order.image, order.text], lambda row: ",".join(map(short, row))
-    for name, value in ({**order.parts, **order.marks} | ({"reference": order.reference} if order.reference else {})).items():
-        for one in value if name == "point" else [value]: words += [f"--{name}", one if isinstance(one, str) else numbers(one) if isinstance(one, tuple) else short(one)]
-    for name, value in order.changes.items(): words += [FLAGS.get(name, "--" + name.replace("_", "-")), short(value)]
-    words += ["--preset", order.preset, "--seeds", f"{order.seeds[0]}-{sum(order.seeds) - 1}", *(w for k, v in order.model.items() for w in (f"--{k}", str(v))), "--out", folder]
-    if not redraw: return shlex.join(words)
+    for name, value in (
+        {**order.parts, **order.marks} | ({"reference": order.reference} if order.reference else {})
+    ).items():
+        for one in value if name == "point" else [value]:
+            words += [
+                f"--{name}",
+                one if isinstance(one, str) else numbers(one) if isinstance(one, tuple) else short(one),
+            ]
+    for name, value in order.changes.items():
+        words += [FLAGS.get(name, "--" + name.replace("_", "-")), short(value)]
+    words += [
+        "--preset",
+        order.preset,
+        "--seeds",
+        f"{order.seeds[0]}-{sum(order.seeds) - 1}",
+        *(w for k, v in order.model.items() for w in (f"--{k}", str(v))),
+        "--out",
+        folder,
+    ]
+    if not redraw:
+        return shlex.join(words)
     again = f"from layerdiffusion import load_edit; load_edit({folder!r}, seeds={span(redraw['seeds'])!r}{arguments(**{k: v for k, v in redraw.items() if k != 'seeds'})}).save({folder + '-redrawn'!r})"
     return f"{shlex.join(words)} && python -c {shlex.quote(again)}"
 
 # %% ../nbs/23_app.ipynb #c25f1631
 def sentence(error: BaseException) -> str:
     "What a person should read instead of a traceback."
-    if isinstance(error, BadInput): return str(error)
-    if isinstance(error, KeyboardInterrupt): return str(error).replace("the same call on this object goes on", "Resume goes on") or "Stopped; what was done before this stage is kept."
-    if "out of memory" in str(error).lower(): return "The device ran out of memory; take fewer pictures, or close what else uses it."
+    if isinstance(error, BadInput):
+        return str(error)
+    if isinstance(error, KeyboardInterrupt):
+        return (
+            str(error).replace("the same call on this object goes on", "Resume goes on")
+            or "Stopped; what was done before this stage is kept."
+        )
+    if "out of memory" in str(error).lower():
+        return "The device ran out of memory; take fewer pictures, or close what else uses it."
     return f"This should not have happened ({type(error).__name__}: {' '.join(str(error).split())[:160]}); app.trace holds the details."
 
 # %% ../nbs/23_app.ipynb #f0326b3f
 class Job:
     "Work in a thread, that stops when it is asked to."
-    def __init__(self, work: Callable,  # gets the job; calls it between steps
-                 done: Callable  # gets the job when it has ended, with its `value` or its `error`
-                ):
+
+    def __init__(
+        self,
+        work: Callable,  # gets the job; calls it between steps
+        done: Callable,  # gets the job when it has ended, with its `value` or its `error`
+    ):
         self.work, self.done, self.stopping, self.value, self.error = work, done, False, None, None
         self.thread = threading.Thread(target=self.run, daemon=True)
 
-    def start(self) -> "Job": self.thread.start(); return self
+    def start(self) -> "Job":
+        self.thread.start()
+        return self
 
     def run(self):
-        try: self.value = self.work(self)
-        except BaseException as error: self.error = error
+        try:
+            self.value = self.work(self)
+        except BaseException as error:
+            self.error = error
         self.done(self)
 
-    def __call__(self, event: Optional[Event] = None):
+    def __call__(self, event: Event | None = None):
         "Between two steps: the place to stop."
-        if self.stopping: raise KeyboardInterrupt
+        if self.stopping:
+            raise KeyboardInterrupt
 
-    def stop(self, seconds: float = 30.):
+    def stop(self, seconds: float = 30.0):
         "Ask it to stop, and wait until it has."
         self.stopping = True
-        if self.thread is not threading.current_thread(): self.thread.join(seconds)
+        if self.thread is not threading.current_thread():
+            self.thread.join(seconds)
 
     @property
-    def alive(self) -> bool: return self.thread.is_alive()
+    def alive(self) -> bool:
+        return self.thread.is_alive()
 
 # %% ../nbs/23_app.ipynb #40a42e64
 def asked_for(text: str) -> dict:
     "Colour, species, pose and place that a text of mini's world names."
-    words = set(re.findall(r"[a-z]+", text.lower())) | ({"snow"} if "snowy" in text else set()) | ({"forest"} if "woods" in text else set()) | ({"beach"} if "sea" in text.split() else set())
+    words = (
+        set(re.findall(r"[a-z]+", text.lower()))
+        | ({"snow"} if "snowy" in text else set())
+        | ({"forest"} if "woods" in text else set())
+        | ({"beach"} if "sea" in text.split() else set())
+    )
     return {k: v for k in ("colour", "species", "pose", "place") for v in VALUES[k] if v in words}
+
 
 @torch.no_grad()
 def scores(method: LayerDiffusion, result: EditResult) -> list:  # a dict for each picture; empty for other models
     "CLIP score, likeness of the subject and the judge's answers."
-    if method.models.card.get("name") != "mini": return []
-    clip, judge = method.once("app clip", [], lambda _: Clip("mini")), method.once("app judge", [], lambda _: load_judge())
+    if method.models.card.get("name") != "mini":
+        return []
+    clip, judge = (
+        method.once("app clip", [], lambda _: Clip("mini")),
+        method.once("app judge", [], lambda _: load_judge()),
+    )
     masks = []
     for x in result.images:
-        try: masks.append(propose_subject(method.sam, x).mask)
-        except BadInput: masks.append(None)
+        try:
+            masks.append(propose_subject(method.sam, x).mask)
+        except BadInput:
+            masks.append(None)
     fits, answers = clip_score(clip, result.images, result.text).cosine, ask(judge, result.images)
     like = subject_likeness(clip.pictures, result.images, masks, result.image, result.mask)
     whole = answers.get("whole", answers["present"])  # older judges ask only whether one is there
     seen = lambda k, i: "nobody" if not answers["present"][i] else VALUES[k][answers[k][i]] if whole[i] else "broken"
-    return [dict(clip=fits[i].item(), likeness=like[i].item(), seen={k: (seen(k, i), seen(k, i) == v) for k, v in asked_for(result.text).items()}) for i in range(len(masks))]
+    return [
+        dict(
+            clip=fits[i].item(),
+            likeness=like[i].item(),
+            seen={k: (seen(k, i), seen(k, i) == v) for k, v in asked_for(result.text).items()},
+        )
+        for i in range(len(masks))
+    ]
 
 # %% ../nbs/23_app.ipynb #8b954318
-def caption(seed: int, score: Optional[dict]) -> str:
+def caption(seed: int, score: dict | None) -> str:
     "A picture's seed and scores, as HTML."
-    if not score: return f"<b>seed {seed}</b>"
-    seen = " ".join(f'<span class="{"ld-right" if right else "ld-not"}">{"✓" if right else "✗"} {html.escape(what)}</span>' for what, right in score["seen"].values())
-    return (f'<b>seed {seed}</b> <span title="cosine of picture and text, by mini\'s CLIP">CLIP {score["clip"]:.2f}</span> · '
-            f'<span title="cosine of the subject here and in your picture, by mini\'s CLIP">like yours {max(score["likeness"], 0):.2f}</span><br>{seen}')
+    if not score:
+        return f"<b>seed {seed}</b>"
+    seen = " ".join(
+        f'<span class="{"ld-right" if right else "ld-not"}">{"✓" if right else "✗"} {html.escape(what)}</span>'
+        for what, right in score["seen"].values()
+    )
+    return (
+        f'<b>seed {seed}</b> <span title="cosine of picture and text, by mini\'s CLIP">CLIP {score["clip"]:.2f}</span> · '
+        f'<span title="cosine of the subject here and in your picture, by mini\'s CLIP">like yours {max(score["likeness"], 0):.2f}</span><br>{seen}'
+    )
 
 # %% ../nbs/23_app.ipynb #47d40ee8
 @dataclass(frozen=True)
 class Dial:
     "A slider of the editor."
+
     name: str  # of the setting
     label: str
     low: float
     high: float
     step: float
-    paper: Optional[float]  # the paper's value
+    paper: float | None  # the paper's value
     help: str
     at_once: bool = False  # only the drawing depends on it
 
+
 DIALS = [
     Dial("count", "Pictures", 1, 20, 1, 20, "How many, one for each seed. The paper draws 20.", True),
-    Dial("first", "First seed", 0, 100, 1, None, "The noise that each picture begins with: another seed, another picture.", True),
-    Dial("alpha", "α", 0., 1., .05, .7, "How much of the words is the subject's, and how much the place's (Eq. 3). After a run it changes the drawing only; a new run also learns with it.", True),
-    Dial("guidance_scale", "Guidance", 1., 12., .1, PAPER["guidance_scale"], "How closely the drawing follows the words; 1 is not at all. Each model has its own best value.", True),
-    Dial("sampling_steps", "Steps", 5, 100, 1, 50, "Steps from noise to picture (Eq. 7): fewer are quicker, more are finer.", True),
-    Dial("lambda_obj", "λ₁ subject", 0., 6., .1, 2., "Weight of the subject in the tuning (Eq. 6); the paper takes 3 for small subjects."),
-    Dial("lambda_bg", "λ₂ place", 0., 6., .1, 1., "Weight of the new place in the tuning (Eq. 6)."),
-    Dial("embedding_steps", "Word steps", 0, 1000, 10, 500, "Steps that fit the words to the picture (Eq. 2); 0 leaves it out."),
-    Dial("tuning_steps", "Tuning steps", 10, 1500, 10, 250, "Steps that teach the model the subject and the place (Eq. 4-6)."),
+    Dial(
+        "first",
+        "First seed",
+        0,
+        100,
+        1,
+        None,
+        "The noise that each picture begins with: another seed, another picture.",
+        True,
+    ),
+    Dial(
+        "alpha",
+        "α",
+        0.0,
+        1.0,
+        0.05,
+        0.7,
+        "How much of the words is the subject's, and how much the place's (Eq. 3). After a run it changes the drawing only; a new run also learns with it.",
+        True,
+    ),
+    Dial(
+        "guidance_scale",
+        "Guidance",
+        1.0,
+        12.0,
+        0.1,
+        PAPER["guidance_scale"],
+        "How closely the drawing follows the words; 1 is not at all. Each model has its own best value.",
+        True,
+    ),
+    Dial(
+        "sampling_steps",
+        "Steps",
+        5,
+        100,
+        1,
+        50,
+        "Steps from noise to picture (Eq. 7): fewer are quicker, more are finer.",
+        True,
+    ),
+    Dial(
+        "lambda_obj",
+        "λ₁ subject",
+        0.0,
+        6.0,
+        0.1,
+        2.0,
+        "Weight of the subject in the tuning (Eq. 6); the paper takes 3 for small subjects.",
+    ),
+    Dial("lambda_bg", "λ₂ place", 0.0, 6.0, 0.1, 1.0, "Weight of the new place in the tuning (Eq. 6)."),
+    Dial(
+        "embedding_steps",
+        "Word steps",
+        0,
+        1000,
+        10,
+        500,
+        "Steps that fit the words to the picture (Eq. 2); 0 leaves it out.",
+    ),
+    Dial(
+        "tuning_steps",
+        "Tuning steps",
+        10,
+        1500,
+        10,
+        250,
+        "Steps that teach the model the subject and the place (Eq. 4-6).",
+    ),
 ]
+
 
 def widgets():
     "ipywidgets, or the sentence that says how to get it."
-    try: import ipywidgets
-    except ImportError: raise BadInput("The editor needs ipywidgets; install it with: pip install 'layerdiffusion[app]'") from None
+    try:
+        import ipywidgets
+    except ImportError:
+        raise BadInput("The editor needs ipywidgets; install it with: pip install 'layerdiffusion[app]'") from None
     return ipywidgets
 
 # %% ../nbs/23_app.ipynb #1072be86
 class Slider:
     "A dial as a row: name, slider with the paper's value marked, number."
+
     def __init__(self, dial: Dial, value: float):
         w, self.dial = widgets(), dial
-        kind, text = (w.IntSlider, w.BoundedIntText) if isinstance(dial.step, int) else (w.FloatSlider, w.BoundedFloatText)
+        kind, text = (
+            (w.IntSlider, w.BoundedIntText) if isinstance(dial.step, int) else (w.FloatSlider, w.BoundedFloatText)
+        )
         span = dict(min=dial.low, max=dial.high, step=dial.step)
         self.slider = kind(value, **span, readout=False, continuous_update=False, tooltip=dial.help)
         self.number = text(value, **span, tooltip=dial.help)
         w.link((self.slider, "value"), (self.number, "value"))
         at = None if dial.paper is None else 100 * (dial.paper - dial.low) / (dial.high - dial.low)
-        mark = w.HTML("" if at is None else f'<span class="{"ld-late" if at > 70 else ""}" style="left:{at:.1f}%" title="the paper takes {dial.paper:g}"></span>')
-        self.view = w.Box([w.HTML(f'<span title="{html.escape(dial.help)}">{dial.label}</span>'), w.VBox([self.slider, mark]), self.number])
-        for part, name in ((self.view, "ld-row"), (mark, "ld-mark")): part.add_class(name)
+        mark = w.HTML(
+            ""
+            if at is None
+            else f'<span class="{"ld-late" if at > 70 else ""}" style="left:{at:.1f}%" title="the paper takes {dial.paper:g}"></span>'
+        )
+        self.view = w.Box(
+            [
+                w.HTML(f'<span title="{html.escape(dial.help)}">{dial.label}</span>'),
+                w.VBox([self.slider, mark]),
+                self.number,
+            ]
+        )
+        for part, name in ((self.view, "ld-row"), (mark, "ld-mark")):
+            part.add_class(name)
 
     @property
-    def value(self): return round(self.slider.value, 6)
+    def value(self):
+        return round(self.slider.value, 6)
 
 # %% ../nbs/23_app.ipynb #eddf9cb4
-TEXTS = dict(dog="a brown dog jumping in a forest", cat="an orange cat lying on a beach", rabbit="a grey rabbit sitting in the snow")
+TEXTS = dict(
+    dog="a brown dog jumping in a forest",
+    cat="an orange cat lying on a beach",
+    rabbit="a grey rabbit sitting in the snow",
+)
 QUICK = dict(target_draws=16, embedding_steps=0, tuning_steps=40, sampling_steps=20)
 LOOKS = {"best": "Best", "paper": "The paper's", "quick": "Quick look"}
 
+
 class LayerDiffusionApp:
     "The editor; shown in a notebook as the last thing of a cell."
-    def __init__(self,
-                 image="example:dog",  # a file, `example:dog`, or a Pillow picture
-                 text: Optional[str] = None,  # T; None: one that fits the example
-                 model: Any = "mini",  # a name as for `LayerDiffusion.from_pretrained`, or a loaded `LayerDiffusion`
-                 sam: Any = None, device: Optional[str] = None):  # see `LayerDiffusion.from_pretrained`
-        self.w, self.method = widgets(), model if isinstance(model, LayerDiffusion) else LayerDiffusion.from_pretrained(model, device, sam)
-        self.names = {k: v for k, v in dict(model=self.method.models.name, sam=sam, device=device).items() if v is not None and v != "mini"}
+
+    def __init__(
+        self,
+        image="example:dog",  # a file, `example:dog`, or a Pillow picture
+        text: str | None = None,  # T; None: one that fits the example
+        model: Any = "mini",  # a name as for `LayerDiffusion.from_pretrained`, or a loaded `LayerDiffusion`
+        sam: Any = None,
+        device: str | None = None,
+    ):  # see `LayerDiffusion.from_pretrained`
+        self.w, self.method = (
+            widgets(),
+            model if isinstance(model, LayerDiffusion) else LayerDiffusion.from_pretrained(model, device, sam),
+        )
+        self.names = {
+            k: v
+            for k, v in dict(model=self.method.models.name, sam=sam, device=device).items()
+            if v is not None and v != "mini"
+        }
         self.canvas = self.job = self.shown = self.stopped = self.reference = self.saved = None
-        self.history, self.stages, self.picked, self.trace, self.quiet, self.roll, self.kind, self.draft = [], {}, 0, "", False, 0, "", None
+        self.history, self.stages, self.picked, self.trace, self.quiet, self.roll, self.kind, self.draft = (
+            [],
+            {},
+            0,
+            "",
+            False,
+            0,
+            "",
+            None,
+        )
         self.make_widgets(text)
         self.view = self.layout()
         self.open_picture(image)
-        if not self.canvas: self.open_picture("example:dog", said=self.says["picture"].value)
+        if not self.canvas:
+            self.open_picture("example:dog", said=self.says["picture"].value)
         self.set_preset()
         self.connect()
         self.refresh()
 
     def _ipython_display_(self):
         from IPython.display import display
+
         display(self.view)
 
     @property
-    def card(self) -> dict: return self.method.models.card
+    def card(self) -> dict:
+        return self.method.models.card
 
 # %% ../nbs/23_app.ipynb #0289cbdd
 @patch
-def make_widgets(self: LayerDiffusionApp, text: Optional[str]):
+def make_widgets(self: LayerDiffusionApp, text: str | None):
     "Everything that can be touched or read."
     w, hidden = self.w, dict(layout=dict(display="none"))
-    self.example = w.ToggleButtons(options=[(n, n) for n in list_examples()], value=None, tooltips=[f"The shipped {n}" for n in list_examples()])
-    self.upload = w.FileUpload(accept="image/*", description="Upload", tooltip="A picture from this computer, up to 10 MB; open larger ones by their path")
-    self.path = w.Text(placeholder="or a file: photo.jpg", continuous_update=False, tooltip="The path of a picture beside the kernel; press Enter")
-    self.text = w.Text(text or "", placeholder=TEXTS["dog"], continuous_update=False, tooltip="The picture you want, in one sentence: subject, what it does, where")
-    self.object, self.background = (w.Text(continuous_update=False, tooltip=f"{what}; change it if the sentence was split in the wrong place") for what in ("T_a: who, and what it does", "T_b: where"))
-    self.own_place = w.FileUpload(accept="image/*", description="Use a picture", tooltip="A picture of the new place from this computer")
-    self.reroll = w.Button(description="Draw it", icon="random", tooltip="Draw the new place from its words; again for another one")
+    self.example = w.ToggleButtons(
+        options=[(n, n) for n in list_examples()], value=None, tooltips=[f"The shipped {n}" for n in list_examples()]
+    )
+    self.upload = w.FileUpload(
+        accept="image/*",
+        description="Upload",
+        tooltip="A picture from this computer, up to 10 MB; open larger ones by their path",
+    )
+    self.path = w.Text(
+        placeholder="or a file: photo.jpg",
+        continuous_update=False,
+        tooltip="The path of a picture beside the kernel; press Enter",
+    )
+    self.text = w.Text(
+        text or "",
+        placeholder=TEXTS["dog"],
+        continuous_update=False,
+        tooltip="The picture you want, in one sentence: subject, what it does, where",
+    )
+    self.object, self.background = (
+        w.Text(continuous_update=False, tooltip=f"{what}; change it if the sentence was split in the wrong place")
+        for what in ("T_a: who, and what it does", "T_b: where")
+    )
+    self.own_place = w.FileUpload(
+        accept="image/*", description="Use a picture", tooltip="A picture of the new place from this computer"
+    )
+    self.reroll = w.Button(
+        description="Draw it", icon="random", tooltip="Draw the new place from its words; again for another one"
+    )
     self.no_place = w.Button(description="Draw it instead", **hidden)
     self.place = w.Image(**hidden)
-    self.preset = w.ToggleButtons(options=[(v, k) for k, v in LOOKS.items()], value="best", tooltips=["What kept the subject best when measured", "The paper's numbers, with those readings of it that did best", "A rough result in a few seconds"])
+    self.preset = w.ToggleButtons(
+        options=[(v, k) for k, v in LOOKS.items()],
+        value="best",
+        tooltips=[
+            "What kept the subject best when measured",
+            "The paper's numbers, with those readings of it that did best",
+            "A rough result in a few seconds",
+        ],
+    )
     self.dials = {d.name: Slider(d, 4 if d.name == "count" else d.low if d.paper is None else d.paper) for d in DIALS}
     self.go = w.Button(description="Run", icon="play", button_style="primary", tooltip="Make the edit")
-    self.halt = w.Button(description="Stop", icon="stop", disabled=True, tooltip="Stop after this step; what was learnt is kept")
-    self.folder, self.keep = w.Text(tooltip="Where pictures, settings and the edit go"), w.Button(description="Save", icon="save", tooltip="Write the pictures, the sheet and the edit")
+    self.halt = w.Button(
+        description="Stop", icon="stop", disabled=True, tooltip="Stop after this step; what was learnt is kept"
+    )
+    self.folder, self.keep = (
+        w.Text(tooltip="Where pictures, settings and the edit go"),
+        w.Button(description="Save", icon="save", tooltip="Write the pictures, the sheet and the edit"),
+    )
     self.preview, self.sheet, self.lines, self.log = w.HTML(**hidden), w.Box(), w.HTML(), w.Box()
     self.chosen = w.HTML()
     self.says = {name: w.HTML() for name in ("picture", "text", "place", "run", "save", "stages", "settings")}
-    for each in self.says.values(): each.add_class("ld-says")
+    for each in self.says.values():
+        each.add_class("ld-says")
 
 # %% ../nbs/23_app.ipynb #757547c5
 @patch
@@ -266,17 +510,60 @@ def layout(self: LayerDiffusionApp):
     style = w.HTML(f"<style>{(package_folder() / 'static' / 'app.css').read_text(encoding='utf-8')}</style>")
     self.canvas_box = w.Box()
     dials = lambda at_once: [s.view for s in self.dials.values() if s.dial.at_once == at_once]
-    left = [self.card_of("1", "Picture", box("ld-flow", self.example, self.upload, self.path), says["picture"]), self.card_of("2", "Subject", self.canvas_box),
-            self.card_of("3", "Words", self.field("The picture you want", self.text), self.field("Subject, and what it does", self.object), self.field("Place", self.background), says["text"])]
-    right = [self.card_of("4", "New place", box("ld-flow", self.reroll, self.own_place, self.no_place), self.place, says["place"]),
-             self.card_of("5", "Settings", self.preset, says["settings"], self.head("Drawing", "redraws at once after a run"), *dials(True), self.head("Learning", "takes a new run"), *dials(False)),
-             self.card_of("6", "Run", box("ld-flow", self.go, self.halt), says["run"], says["stages"], self.preview)]
-    self.result_card = self.card_of("7", "Results", box("ld-results", self.chosen, self.sheet), box("ld-flow", self.keep, self.folder), says["save"], self.head("The same again", "as Python, and in a terminal"), self.lines)
+    left = [
+        self.card_of("1", "Picture", box("ld-flow", self.example, self.upload, self.path), says["picture"]),
+        self.card_of("2", "Subject", self.canvas_box),
+        self.card_of(
+            "3",
+            "Words",
+            self.field("The picture you want", self.text),
+            self.field("Subject, and what it does", self.object),
+            self.field("Place", self.background),
+            says["text"],
+        ),
+    ]
+    right = [
+        self.card_of(
+            "4", "New place", box("ld-flow", self.reroll, self.own_place, self.no_place), self.place, says["place"]
+        ),
+        self.card_of(
+            "5",
+            "Settings",
+            self.preset,
+            says["settings"],
+            self.head("Drawing", "redraws at once after a run"),
+            *dials(True),
+            self.head("Learning", "takes a new run"),
+            *dials(False),
+        ),
+        self.card_of("6", "Run", box("ld-flow", self.go, self.halt), says["run"], says["stages"], self.preview),
+    ]
+    self.result_card = self.card_of(
+        "7",
+        "Results",
+        box("ld-results", self.chosen, self.sheet),
+        box("ld-flow", self.keep, self.folder),
+        says["save"],
+        self.head("The same again", "as Python, and in a terminal"),
+        self.lines,
+    )
     self.history_card = self.card_of("8", "History", self.log)
-    for card in (self.result_card, self.history_card): card.layout.display = "none"
+    for card in (self.result_card, self.history_card):
+        card.layout.display = "none"
     columns = w.Box([box("ld-stack", *left), box("ld-stack", *right)])
-    parts = [(columns, "ld-columns"), (self.canvas_box, "ld-canvas"), (self.sheet, "ld-sheet"), (self.log, "ld-sheet"), (self.preview, "ld-preview"), (self.place, "ld-place"), (self.chosen, "ld-chosen"), (self.upload, "ld-upload"), (self.own_place, "ld-upload-place")]
-    for part, name in parts: part.add_class(name)
+    parts = [
+        (columns, "ld-columns"),
+        (self.canvas_box, "ld-canvas"),
+        (self.sheet, "ld-sheet"),
+        (self.log, "ld-sheet"),
+        (self.preview, "ld-preview"),
+        (self.place, "ld-place"),
+        (self.chosen, "ld-chosen"),
+        (self.upload, "ld-upload"),
+        (self.own_place, "ld-upload-place"),
+    ]
+    for part, name in parts:
+        part.add_class(name)
     return box("ld-app", style, self.title(), columns, self.result_card, self.history_card)
 
 # %% ../nbs/23_app.ipynb #971a64d5
@@ -286,27 +573,37 @@ def box(name: str, *inside):
     made.add_class(name)
     return made
 
+
 @patch
 def card_of(self: LayerDiffusionApp, number: str, title: str, *inside):
     "A card with its step."
     return box("ld-card", self.w.HTML(f"<h3><span>{number}</span>{title}</h3>"), *inside)
+
 
 @patch
 def field(self: LayerDiffusionApp, label: str, widget):
     "A label over a field."
     return box("ld-field", self.w.HTML(f"<label>{label}</label>"), widget)
 
+
 @patch
 def head(self: LayerDiffusionApp, title: str, note: str):
     "A small heading."
     return self.w.HTML(f'<div class="ld-head"><b>{title}</b> {note}</div>')
 
+
 @patch
 def title(self: LayerDiffusionApp):
     "What this is, and what it runs on."
     words = self.card.get("words")
-    known = f"<details><summary>mini knows {len(words)} words</summary>{', '.join(words)}. For photos use a full model: <code>layerdiffusion app photo.jpg --model CompVis/stable-diffusion-v1-4 --sam sam_vit_h_4b8939.pth</code></details>" if words else ""
-    return self.w.HTML(f'<div class="ld-title"><h2>LayerDiffusion</h2><p>Change what the subject of a picture does and where it is, while it stays the same subject.</p><p>Model <b>{html.escape(str(self.method.models.name))}</b> on {self.method.models.device}</p>{known}</div>')
+    known = (
+        f"<details><summary>mini knows {len(words)} words</summary>{', '.join(words)}. For photos use a full model: <code>layerdiffusion app photo.jpg --model CompVis/stable-diffusion-v1-4 --sam sam_vit_h_4b8939.pth</code></details>"
+        if words
+        else ""
+    )
+    return self.w.HTML(
+        f'<div class="ld-title"><h2>LayerDiffusion</h2><p>Change what the subject of a picture does and where it is, while it stays the same subject.</p><p>Model <b>{html.escape(str(self.method.models.name))}</b> on {self.method.models.device}</p>{known}</div>'
+    )
 
 # %% ../nbs/23_app.ipynb #c0b3b7fa
 @patch
@@ -314,46 +611,65 @@ def title(self: LayerDiffusionApp):
 def silence(self: LayerDiffusionApp):
     "Inside, widgets are set without anything following from it."
     self.quiet, before = True, self.quiet
-    try: yield
-    finally: self.quiet = before
+    try:
+        yield
+    finally:
+        self.quiet = before
+
 
 @patch
 def tell(self: LayerDiffusionApp, where: str, what, wrong: bool = False):
     "Say a sentence under a card."
     if isinstance(what, BaseException):
-        self.trace, what, wrong = "".join(traceback.format_exception(what)), sentence(what), not isinstance(what, KeyboardInterrupt)
-    self.says[where].value = f'<span class="{"ld-error" if wrong else "ld-note"}" role="status">{html.escape(what)}</span>' if what else ""
+        self.trace, what, wrong = (
+            "".join(traceback.format_exception(what)),
+            sentence(what),
+            not isinstance(what, KeyboardInterrupt),
+        )
+    self.says[where].value = (
+        f'<span class="{"ld-error" if wrong else "ld-note"}" role="status">{html.escape(what)}</span>' if what else ""
+    )
+
 
 @patch
-def open_picture(self: LayerDiffusionApp, image, name: Optional[str] = None, said: str = ""):
+def open_picture(self: LayerDiffusionApp, image, name: str | None = None, said: str = ""):
     "Show a picture on a new canvas."
-    try: self.canvas = PromptCanvas(image, self.method.sam, self.method.models.size)
-    except Exception as error: self.tell("picture", error); return
+    try:
+        self.canvas = PromptCanvas(image, self.method.sam, self.method.models.size)
+    except Exception as error:
+        self.tell("picture", error)
+        return
     self.image = name or (str(image) if isinstance(image, (str, Path)) else "picture.png")
     self.canvas.listeners.append(lambda _: self.refresh())
     self.canvas_box.children = (self.canvas.widget,)
     known = self.image.removeprefix("example:") if self.image.startswith("example:") else None
     with self.silence():
         self.example.value = known
-        if known in TEXTS and self.text.value in ("", *TEXTS.values()): self.text.value = TEXTS[known]
+        if known in TEXTS and self.text.value in ("", *TEXTS.values()):
+            self.text.value = TEXTS[known]
     self.folder.value = free_folder(self.image)
     self.tell("picture", "" if known else f"{self.image}, {self.canvas.picture.width} x {self.canvas.picture.height}")
     self.says["picture"].value += said
     self.split()
+
 
 def free_folder(image: str) -> str:
     "edits/NAME-1, or the first such folder that is free."
     stem = Path(image.removeprefix("example:")).stem or "picture"
     return next(f"edits/{stem}-{n}" for n in range(1, 10**6) if not Path(f"edits/{stem}-{n}").exists())
 
-def read_upload(file: dict  # of a `FileUpload`
-               ) -> tuple:  # name, picture
+
+def read_upload(
+    file: dict,  # of a `FileUpload`
+) -> tuple:  # name, picture
     "A picture that was uploaded."
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / Path(file["name"]).name
         path.write_bytes(file["content"])
-        try: return path.name, load_image(path)
-        except BadInput as refused: raise BadInput(str(refused).replace(str(path), path.name)) from None
+        try:
+            return path.name, load_image(path)
+        except BadInput as refused:
+            raise BadInput(str(refused).replace(str(path), path.name)) from None
 
 # %% ../nbs/23_app.ipynb #300e7704
 @patch
@@ -363,34 +679,51 @@ def split(self: LayerDiffusionApp):
         try:
             parts = split_text(self.text.value)
             self.object.value, self.background.value = parts.object, parts.background
-        except BadInput as refused: self.tell("text", app_words(refused) if self.text.value else "")
-        else: self.check_words()
+        except BadInput as refused:
+            self.tell("text", app_words(refused) if self.text.value else "")
+        else:
+            self.check_words()
     self.no_draft()
+
 
 @patch
 def check_words(self: LayerDiffusionApp):
     "Say which words the model does not know."
-    try: encode_text(self.method.models, [p for p in (self.text.value, self.object.value, self.background.value) if p]); self.tell("text", "")
-    except BadInput as refused: self.tell("text", refused)
+    try:
+        encode_text(self.method.models, [p for p in (self.text.value, self.object.value, self.background.value) if p])
+        self.tell("text", "")
+    except BadInput as refused:
+        self.tell("text", refused)
 
-_APP_WORDS = {" (in Python object= and background=)": "", "give the two parts with --object and --background": "fill in the two fields below",
-              ", and give the rest to --negative-prompt": "", "its parts go to --object and --background, what shall not be there to --negative-prompt": "its parts go into the two fields below",
-              "what shall not be there goes to --negative-prompt": "say only what is there", "options stand outside the sentence, and --help shows those there are": "leave it out",
-              "a picture of the place goes to --reference": "a picture of the place can be uploaded below"}
+
+_APP_WORDS = {
+    " (in Python object= and background=)": "",
+    "give the two parts with --object and --background": "fill in the two fields below",
+    ", and give the rest to --negative-prompt": "",
+    "its parts go to --object and --background, what shall not be there to --negative-prompt": "its parts go into the two fields below",
+    "what shall not be there goes to --negative-prompt": "say only what is there",
+    "options stand outside the sentence, and --help shows those there are": "leave it out",
+    "a picture of the place goes to --reference": "a picture of the place can be uploaded below",
+}
+
 
 def app_words(refused: BadInput) -> BadInput:
     "A sentence about options of the command line, as the editor would say it."
     said = str(refused)
-    for there, here in _APP_WORDS.items(): said = said.replace(there, here)
+    for there, here in _APP_WORDS.items():
+        said = said.replace(there, here)
     return BadInput(said)
+
 
 @patch
 def parts(self: LayerDiffusionApp) -> dict:
     "T_a and T_b, where they are not what the rule says."
     typed = dict(object=self.object.value.strip(), background=self.background.value.strip())
-    try: rule = split_text(self.text.value)
+    try:
+        rule = split_text(self.text.value)
     except BadInput:
-        if not all(typed.values()): raise
+        if not all(typed.values()):
+            raise
         return typed
     return {k: v for k, v in typed.items() if v and v != getattr(rule, k)}
 
@@ -400,12 +733,26 @@ def order(self: LayerDiffusionApp) -> Order:
     "What the editor is set to, refused where it cannot be meant."
     name, changes = ("best", dict(QUICK)) if self.preset.value == "quick" else (self.preset.value, {})
     usual = preset(name, self.card).resolve(self.card)
-    dials = {n: s.value for n, s in self.dials.items() if n not in ("count", "first")} | ({"seed": self.roll} if self.roll else {})
+    dials = {n: s.value for n, s in self.dials.items() if n not in ("count", "first")} | (
+        {"seed": self.roll} if self.roll else {}
+    )
     changes = {k: v for k, v in (changes | dials).items() if v != getattr(usual, k)}
     marks = self.canvas.arguments()
-    if "mask" in marks: marks["mask"] = f"{self.folder.value}/mask.png"
+    if "mask" in marks:
+        marks["mask"] = f"{self.folder.value}/mask.png"
     seeds = self.dials["first"].value, self.dials["count"].value
-    return Order(self.image, self.text.value.strip(), self.parts(), marks, self.reference and self.reference[0], seeds, name, changes, self.names)
+    return Order(
+        self.image,
+        self.text.value.strip(),
+        self.parts(),
+        marks,
+        self.reference and self.reference[0],
+        seeds,
+        name,
+        changes,
+        self.names,
+    )
+
 
 @patch
 def set_preset(self: LayerDiffusionApp):
@@ -414,8 +761,13 @@ def set_preset(self: LayerDiffusionApp):
     config = preset("best" if quick else self.preset.value, self.card, **(QUICK if quick else {})).resolve(self.card)
     with self.silence():
         for name, slider in self.dials.items():
-            if name not in ("count", "first"): slider.slider.value = getattr(config, name)
-    beyond = f"Looks for a target picture among {config.target_draws} (beyond the paper)." if config.target_draws > 1 else "Nothing beyond the paper."
+            if name not in ("count", "first"):
+                slider.slider.value = getattr(config, name)
+    beyond = (
+        f"Looks for a target picture among {config.target_draws} (beyond the paper)."
+        if config.target_draws > 1
+        else "Nothing beyond the paper."
+    )
     self.tell("settings", beyond)
     self.refresh()
 
@@ -424,49 +776,81 @@ def set_preset(self: LayerDiffusionApp):
 def connect(self: LayerDiffusionApp):
     "What happens when something is touched."
     loud = lambda act, where="run": lambda change: None if self.quiet else self.guard(act, where)
-    self.example.observe(loud(lambda: self.example.value and self.open_picture(f"example:{self.example.value}"), "picture"), "value")
-    self.upload.observe(loud(lambda: self.upload.value and self.open_picture(*read_upload(self.upload.value[-1])[::-1]), "picture"), "value")
+    self.example.observe(
+        loud(lambda: self.example.value and self.open_picture(f"example:{self.example.value}"), "picture"), "value"
+    )
+    self.upload.observe(
+        loud(lambda: self.upload.value and self.open_picture(*read_upload(self.upload.value[-1])[::-1]), "picture"),
+        "value",
+    )
     self.path.observe(loud(lambda: self.path.value and self.open_picture(self.path.value), "picture"), "value")
     self.text.observe(loud(self.split), "value")
-    for each in (self.object, self.background): each.observe(loud(lambda: (self.check_words(), self.no_draft())), "value")
-    self.own_place.observe(loud(lambda: self.own_place.value and self.use_place(*read_upload(self.own_place.value[-1])), "place"), "value")
+    for each in (self.object, self.background):
+        each.observe(loud(lambda: (self.check_words(), self.no_draft())), "value")
+    self.own_place.observe(
+        loud(lambda: self.own_place.value and self.use_place(*read_upload(self.own_place.value[-1])), "place"), "value"
+    )
     self.preset.observe(loud(self.set_preset), "value")
-    for s in self.dials.values(): s.slider.observe(loud(self.redraw if s.dial.at_once else self.refresh), "value")
-    buttons = [(self.reroll, self.draw_place, "place"), (self.no_place, self.use_place, "place"), (self.go, self.run, "run"), (self.halt, self.stop, "run"), (self.keep, self.save, "save")]
-    for button, act, where in buttons: button.on_click(lambda _, act=act, where=where: self.guard(act, where))
+    for s in self.dials.values():
+        s.slider.observe(loud(self.redraw if s.dial.at_once else self.refresh), "value")
+    buttons = [
+        (self.reroll, self.draw_place, "place"),
+        (self.no_place, self.use_place, "place"),
+        (self.go, self.run, "run"),
+        (self.halt, self.stop, "run"),
+        (self.keep, self.save, "save"),
+    ]
+    for button, act, where in buttons:
+        button.on_click(lambda _, act=act, where=where: self.guard(act, where))
+
 
 @patch
 def guard(self: LayerDiffusionApp, act: Callable, where: str = "run"):
     "Do something; whatever goes wrong is said in the card `where`, not raised."
-    try: act()
-    except Exception as error: self.tell(where, error)
+    try:
+        act()
+    except Exception as error:
+        self.tell(where, error)
+
 
 @patch
 def start(self: LayerDiffusionApp, work: Callable, done: Callable, kind: str) -> bool:
     "Begin a job; one that only redraws gives way."
-    if self.running: return False
+    if self.running:
+        return False
     before, self.job = self.job, None
     if before:
         before.stop()
-        if before.alive: self.job = before; self.tell("run", "The last drawing is still stopping; try again in a moment."); return False
+        if before.alive:
+            self.job = before
+            self.tell("run", "The last drawing is still stopping; try again in a moment.")
+            return False
     self.kind, self.stages = kind, {}
     self.job = Job(work, lambda job: self.ended(job, done))
     self.refresh()
     self.job.start()
     return True
 
+
 @patch
 def ended(self: LayerDiffusionApp, job: Job, done: Callable):
     "In the job's thread, at its end."
-    if self.job is not job: return  # another has taken its place
+    if self.job is not job:
+        return  # another has taken its place
     where = "place" if self.kind == "place" else "run"
-    if job.error is None: self.guard(lambda: done(job.value), where)
-    else: self.tell(where, job.error)
-    if self.job is not job: return  # `done` began another
-    if job.error and self.kind == "redraw": self.show(self.shown, keep=True)
-    if not isinstance(job.error, (KeyboardInterrupt, type(None))): self.stopped = None
+    if job.error is None:
+        self.guard(lambda: done(job.value), where)
+    else:
+        self.tell(where, job.error)
+    if self.job is not job:
+        return  # `done` began another
+    if job.error and self.kind == "redraw":
+        self.show(self.shown, keep=True)
+    if not isinstance(job.error, (KeyboardInterrupt, type(None))):
+        self.stopped = None
     self.job, self.preview.layout.display, self.says["stages"].value = None, "none", ""
     self.refresh()
+
 
 LayerDiffusionApp.running = property(lambda self: self.job is not None and self.kind == "run")
 
@@ -474,27 +858,40 @@ LayerDiffusionApp.running = property(lambda self: self.job is not None and self.
 @patch
 def run(self: LayerDiffusionApp):
     "Make the edit; after a stop with the same settings, go on with it."
-    if self.folder.value == self.saved: self.folder.value = free_folder(self.image)
+    if self.folder.value == self.saved:
+        self.folder.value = free_folder(self.image)
     try:
         order, *was = wish = self.wish()
-        given = dict(self.canvas.arguments(), image=self.canvas.picture, reference=self.reference and self.reference[1], **order.parts)
-    except BadInput as refused: self.tell("run", app_words(refused)); return
+        given = dict(
+            self.canvas.arguments(),
+            image=self.canvas.picture,
+            reference=self.reference and self.reference[1],
+            **order.parts,
+        )
+    except BadInput as refused:
+        self.tell("run", app_words(refused))
+        return
     going_on, self.stopped = self.stopped == wish, wish
     self.tell("run", "Going on ..." if going_on else "Starting ...")
     self.start(lambda job: self.make(order, given, was, job), self.finish, "run")
+
 
 @patch
 def wish(self: LayerDiffusionApp) -> tuple:
     "All that the editor is set to; a run that was stopped goes on where it is the same as then."
     return self.order(), self.canvas, self.canvas.marks, self.reference
 
+
 @patch
 @contextlib.contextmanager
 def hushed(self: LayerDiffusionApp):
     "The pipeline need not print what the canvas shows."
     before, self.method.say = self.method.say, lambda said: None
-    try: yield
-    finally: self.method.say = before
+    try:
+        yield
+    finally:
+        self.method.say = before
+
 
 @patch
 def make(self: LayerDiffusionApp, order: Order, given: dict, was: list, job: Job) -> tuple:
@@ -502,9 +899,17 @@ def make(self: LayerDiffusionApp, order: Order, given: dict, was: list, job: Job
     config, begin = order.config(self.card), time.monotonic()
     with self.hushed(), warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        result = self.method.edit(text=order.text, seeds=span(order.seeds), config=config, callback=self.watch(job), look_every=max(5, config.tuning_steps // 8), **given)
+        result = self.method.edit(
+            text=order.text,
+            seeds=span(order.seeds),
+            config=config,
+            callback=self.watch(job),
+            look_every=max(5, config.tuning_steps // 8),
+            **given,
+        )
     notes = [str(s.message) for s in said if "mini knows" in str(s.message)]
     return Shown(order, result, scores(self.method, result), time.monotonic() - begin, *was), notes
+
 
 @patch
 def finish(self: LayerDiffusionApp, made: tuple):
@@ -512,41 +917,50 @@ def finish(self: LayerDiffusionApp, made: tuple):
     shown, notes = made
     self.stopped = None
     self.history = [shown, *self.history][:12]
-    for old in self.history[4:]: old.result = replace(old.result, difference={})  # a tuned U-Net can be gigabytes
+    for old in self.history[4:]:
+        old.result = replace(old.result, difference={})  # a tuned U-Net can be gigabytes
     self.tell("run", " ".join([f"Done in {shown.seconds:.0f} s.", *notes]), wrong=bool(notes))
     self.show(shown)
+
 
 @dataclass
 class Shown:
     "A result with what it was made of."
+
     order: Order
     result: EditResult
     scores: list
     seconds: float
     canvas: PromptCanvas
     marks: Marks  # on the canvas
-    reference: Optional[tuple] = None  # name and picture
-    redraw: Optional[dict] = None  # what was changed afterwards
+    reference: tuple | None = None  # name and picture
+    redraw: dict | None = None  # what was changed afterwards
 
 # %% ../nbs/23_app.ipynb #abc75f65
 @patch
 def stop(self: LayerDiffusionApp):
     "Stop after the present step."
-    if not self.running: return
+    if not self.running:
+        return
     self.tell("run", "Stopping ...")
     self.job.stopping = True
 
+
 @patch
-def wait(self: LayerDiffusionApp, seconds: float = 600.):
+def wait(self: LayerDiffusionApp, seconds: float = 600.0):
     "Until the job has ended; for scripts."
-    if job := self.job: job.thread.join(seconds)
+    if job := self.job:
+        job.thread.join(seconds)
+
 
 @patch
 def refresh(self: LayerDiffusionApp):
     "Names and states of the buttons."
     running = self.running
-    try: resumes = self.stopped is not None and self.wish() == self.stopped
-    except BadInput: resumes = False
+    try:
+        resumes = self.stopped is not None and self.wish() == self.stopped
+    except BadInput:
+        resumes = False
     self.go.description, self.go.icon = ("Resume", "step-forward") if resumes and not running else ("Run", "play")
     self.go.disabled, self.halt.disabled = running, not running
     self.reroll.disabled = self.own_place.disabled = running
@@ -557,9 +971,16 @@ def refresh(self: LayerDiffusionApp):
 def enlarged(picture, size: int = 256) -> bytes:
     "A picture (tensor or Pillow) as a file, its longer side `size` pixels."
     from PIL import Image
+
     image = to_pil(picture) if hasattr(picture, "detach") else picture
     k = size / max(image.size)
-    return picture_bytes(image.resize([max(1, round(n * k)) for n in image.size], Image.Resampling.BICUBIC if k > 1 else Image.Resampling.LANCZOS), size)
+    return picture_bytes(
+        image.resize(
+            [max(1, round(n * k)) for n in image.size], Image.Resampling.BICUBIC if k > 1 else Image.Resampling.LANCZOS
+        ),
+        size,
+    )
+
 
 def figure(picture, size: int = 320, what: str = "") -> str:
     "A picture as HTML, with no file behind it."
@@ -568,8 +989,15 @@ def figure(picture, size: int = 320, what: str = "") -> str:
     return f'<figure><img src="data:image/{kind};base64,{base64.b64encode(data).decode()}" alt="{what}"><figcaption>{what}</figcaption></figure>'
 
 # %% ../nbs/23_app.ipynb #c5291800
-STAGES = dict(reference="Drawing the new place", target="Looking for a target picture (Eq. 4)", words="Learning words (Eq. 2)", embeddings="Fitting the words (Eq. 2)",
-              tuning="Teaching subject and place (Eq. 4-6)", drawing="Drawing the pictures (Eq. 7, 8)")
+STAGES = dict(
+    reference="Drawing the new place",
+    target="Looking for a target picture (Eq. 4)",
+    words="Learning words (Eq. 2)",
+    embeddings="Fitting the words (Eq. 2)",
+    tuning="Teaching subject and place (Eq. 4-6)",
+    drawing="Drawing the pictures (Eq. 7, 8)",
+)
+
 
 @patch
 def progress(self: LayerDiffusionApp, event: Event, line: str, sheet):
@@ -578,70 +1006,107 @@ def progress(self: LayerDiffusionApp, event: Event, line: str, sheet):
     rows = []
     for stage, (step, total, left) in self.stages.items():
         done = step >= total
-        rows.append(f'<div class="ld-stage{" ld-done" if done else ""}"><span>{STAGES.get(stage, stage)}</span><progress value="{step}" max="{total}"></progress><span>{"✓" if done else left}</span></div>')
+        rows.append(
+            f'<div class="ld-stage{" ld-done" if done else ""}"><span>{STAGES.get(stage, stage)}</span><progress value="{step}" max="{total}"></progress><span>{"✓" if done else left}</span></div>'
+        )
     self.says["stages"].value = "".join(rows)
-    if self.kind == "run": self.tell("run", "")
+    if self.kind == "run":
+        self.tell("run", "")
     pictures = self.draft if event.image is None and event.x0 is not None else event.image
-    if pictures is None: return
-    if self.kind == "redraw":  # in the places of those that are drawn again
-        for x, (cell, _) in zip(pictures, self.cells): cell.children[0].value = enlarged(x)
+    if pictures is None:
         return
-    self.preview.value = "".join(figure(x, 160) for x in pictures[:4]) + f"<p>{STAGES.get(event.stage, event.stage)}, step {event.step}</p>"
+    if self.kind == "redraw":  # in the places of those that are drawn again
+        for x, (cell, _) in zip(pictures, self.cells):
+            cell.children[0].value = enlarged(x)
+        return
+    self.preview.value = (
+        "".join(figure(x, 160) for x in pictures[:4])
+        + f"<p>{STAGES.get(event.stage, event.stage)}, step {event.step}</p>"
+    )
     self.preview.layout.display = ""
+
 
 @patch
 def watch(self: LayerDiffusionApp, job: Job) -> Callable:
     "A callback that shows where a job is, and stops it when it shall."
+
     def decode(latents):
         self.draft = decode_latents(self.method.models, latents)
         return self.draft
-    return join_callbacks(Preview(decode, self.progress, .3), job)
+
+    return join_callbacks(Preview(decode, self.progress, 0.3), job)
 
 # %% ../nbs/23_app.ipynb #171ef8c2
 @patch
 def redraw(self: LayerDiffusionApp):
     "Draw again with what was learnt."
     self.refresh()
-    if not self.shown: self.no_draft()
-    if not self.shown or self.running: return
-    if self.too_old(): self.tell("run", "What this edit learnt is no longer kept; run it once more to draw it again."); return
+    if not self.shown:
+        self.no_draft()
+    if not self.shown or self.running:
+        return
+    if self.too_old():
+        self.tell("run", "What this edit learnt is no longer kept; run it once more to draw it again.")
+        return
     shown, names = self.shown, ("alpha", "guidance_scale", "sampling_steps")
     changes = {n: v for n in names if (v := self.dials[n].value) != getattr(shown.order.config(self.card), n)}
     again = dict(seeds=(self.dials["first"].value, self.dials["count"].value), **changes)
     self.start(lambda job: self.draw_again(shown, again, job), lambda new: self.show(new, keep=True), "redraw")
+
 
 @patch
 def too_old(self: LayerDiffusionApp) -> bool:
     "Whether the U-Net of the shown edit was let go."
     return not self.shown.result.difference and self.shown.result.config.tuning_steps > 0
 
+
 @patch
 def draw_again(self: LayerDiffusionApp, shown: "Shown", again: dict, job: Job) -> "Shown":
     "In the job's thread: other pictures of the same edit."
     result, seeds = shown.result, span(again["seeds"])
     config = shown.order.config(self.card).model_copy(update={k: v for k, v in again.items() if k != "seeds"})
-    images = self.method.sample(result.embeddings, result.difference, result.images.shape[-2:], seeds, config, self.watch(job))
+    images = self.method.sample(
+        result.embeddings, result.difference, result.images.shape[-2:], seeds, config, self.watch(job)
+    )
     result = replace(result, images=images, seeds=list(seeds), config=config)
-    return replace(shown, result=result, scores=scores(self.method, result), redraw=again if again != dict(seeds=shown.order.seeds) else None)
+    return replace(
+        shown,
+        result=result,
+        scores=scores(self.method, result),
+        redraw=again if again != dict(seeds=shown.order.seeds) else None,
+    )
 
 # %% ../nbs/23_app.ipynb #72847ade
 @patch
 def draw_place(self: LayerDiffusionApp):
     "Draw the new place from its words; when there is one, another."
-    if self.place.layout.display != "none" and not self.reference: self.roll += 1
+    if self.place.layout.display != "none" and not self.reference:
+        self.roll += 1
     self.reference = None
     order = self.order()
-    words, config = split_text(order.text, order.parts.get("object"), order.parts.get("background")), order.config(self.card)
-    self.start(lambda job: self.method.background(None, words, self.canvas.image, config, self.watch(job))[0], lambda x: self.show_place(x, f"Drawn from the words, seed {self.roll}."), "place")
+    words, config = (
+        split_text(order.text, order.parts.get("object"), order.parts.get("background")),
+        order.config(self.card),
+    )
+    self.start(
+        lambda job: self.method.background(None, words, self.canvas.image, config, self.watch(job))[0],
+        lambda x: self.show_place(x, f"Drawn from the words, seed {self.roll}."),
+        "place",
+    )
+
 
 @patch
-def use_place(self: LayerDiffusionApp, name: Optional[str] = None, picture=None):
+def use_place(self: LayerDiffusionApp, name: str | None = None, picture=None):
     "Take an uploaded picture for the new place, or none."
     self.reference = name and (name, picture)
     with self.silence():
-        if not name: self.own_place.value = ()
-    if name: self.show_place(picture, name)
-    else: self.no_draft()
+        if not name:
+            self.own_place.value = ()
+    if name:
+        self.show_place(picture, name)
+    else:
+        self.no_draft()
+
 
 @patch
 def show_place(self: LayerDiffusionApp, picture, what: str):
@@ -650,10 +1115,13 @@ def show_place(self: LayerDiffusionApp, picture, what: str):
     self.tell("place", what)
     self.refresh()
 
+
 @patch
 def no_draft(self: LayerDiffusionApp):
     "Forget a drawn place whose words were changed."
-    if not self.reference: self.place.layout.display = "none"; self.tell("place", "Drawn from the words of the place, unless you give a picture.")
+    if not self.reference:
+        self.place.layout.display = "none"
+        self.tell("place", "Drawn from the words of the place, unless you give a picture.")
     self.refresh()
 
 # %% ../nbs/23_app.ipynb #d48602d8
@@ -661,17 +1129,24 @@ def no_draft(self: LayerDiffusionApp):
 def show(self: LayerDiffusionApp, shown: "Shown", keep: bool = False):
     "Show a result, with its best picture picked, or the same seed as before."
     seed = self.shown.result.seeds[self.picked] if keep else None
-    best = max(range(len(shown.scores)), key=lambda i: (all(ok for _, ok in shown.scores[i]["seen"].values()), shown.scores[i]["likeness"]), default=0)
-    if seed in shown.result.seeds: best = shown.result.seeds.index(seed)
+    best = max(
+        range(len(shown.scores)),
+        key=lambda i: (all(ok for _, ok in shown.scores[i]["seen"].values()), shown.scores[i]["likeness"]),
+        default=0,
+    )
+    if seed in shown.result.seeds:
+        best = shown.result.seeds.index(seed)
     self.shown = shown
     self.cells = [self.cell(i) for i in range(len(shown.result.seeds))]
     self.sheet.children = tuple(c for c, _ in self.cells)
     self.result_card.layout.display = ""
-    if shown.order.reference is None: self.show_place(shown.result.reference, f"Drawn from the words, seed {shown.order.changes.get('seed', 0)}.")
+    if shown.order.reference is None:
+        self.show_place(shown.result.reference, f"Drawn from the words, seed {shown.order.changes.get('seed', 0)}.")
     self.pick(best)
     self.tell("save", "")
     self.write_lines()
     self.show_history()
+
 
 @patch
 def cell(self: LayerDiffusionApp, i: int) -> tuple:
@@ -680,9 +1155,12 @@ def cell(self: LayerDiffusionApp, i: int) -> tuple:
     score = shown.scores[i] if shown.scores else None
     button = w.Button(description="Pick", tooltip=f"Show seed {shown.result.seeds[i]} beside your picture")
     button.on_click(lambda _: self.guard(lambda: self.pick(i)))
-    box = w.VBox([w.Image(value=enlarged(shown.result.images[i])), w.HTML(caption(shown.result.seeds[i], score)), button])
+    box = w.VBox(
+        [w.Image(value=enlarged(shown.result.images[i])), w.HTML(caption(shown.result.seeds[i], score)), button]
+    )
     box.add_class("ld-cell")
     return box, button
+
 
 @patch
 def pick(self: LayerDiffusionApp, i: int):
@@ -691,34 +1169,53 @@ def pick(self: LayerDiffusionApp, i: int):
     for k, (box, button) in enumerate(self.cells):
         button.description, button.icon = ("Picked", "check") if k == i else ("Pick", "")
         (box.add_class if k == i else box.remove_class)("ld-picked")
-    both = [(self.canvas.picture if result.image is None else result.image, "before"), (result.images[i], f"after, seed {result.seeds[i]}")]
+    both = [
+        (self.canvas.picture if result.image is None else result.image, "before"),
+        (result.images[i], f"after, seed {result.seeds[i]}"),
+    ]
     self.chosen.value = "".join(figure(x, what=what) for x, what in both)
 
 # %% ../nbs/23_app.ipynb #37d46c29
 @patch
 def save(self: LayerDiffusionApp):
     "Write the shown result, and the picked picture once more by that name."
-    if not self.shown: return
-    if self.too_old(): self.tell("save", BadInput("What this edit learnt is no longer kept; run it once more to save it.")); return
+    if not self.shown:
+        return
+    if self.too_old():
+        self.tell("save", BadInput("What this edit learnt is no longer kept; run it once more to save it."))
+        return
     try:
         folder = self.shown.result.save(self.folder.value.strip() or free_folder(self.image))
         write_atomic(folder / "picked.png", to_pil(self.shown.result.images[self.picked]).save)
-    except BadInput as refused: self.tell("save", refused); return
+    except BadInput as refused:
+        self.tell("save", refused)
+        return
     self.saved = self.folder.value
     self.tell("save", f"Saved in {folder.absolute()}: {', '.join(sorted(p.name for p in folder.iterdir()))}.")
 
+
 COPY = "navigator.clipboard.writeText(this.parentElement.querySelector('pre').innerText); this.textContent = 'Copied'; setTimeout(() => this.textContent = 'Copy', 1500)"
+
 
 @patch
 def write_lines(self: LayerDiffusionApp):
     "The lines that repeat the shown result."
     shown = self.shown
     texts = [python_lines(shown.order, shown.redraw), shell_line(shown.order, shown.redraw, self.folder.value)]
-    blocks = "".join(f'<div class="ld-line"><pre>{html.escape(t)}</pre><button type="button" onclick="{html.escape(COPY)}">Copy</button></div>' for t in texts)
-    files = [f for f in (shown.order.image, shown.order.reference) if f and not f.startswith("example:") and not Path(f).exists()]
+    blocks = "".join(
+        f'<div class="ld-line"><pre>{html.escape(t)}</pre><button type="button" onclick="{html.escape(COPY)}">Copy</button></div>'
+        for t in texts
+    )
+    files = [
+        f
+        for f in (shown.order.image, shown.order.reference)
+        if f and not f.startswith("example:") and not Path(f).exists()
+    ]
     notes = [f"The lines look for {html.escape(f)} where they are run." for f in files]
-    if "mask" in shown.order.marks: notes.append("The mask was drawn by hand: save first, and the lines will find it.")
+    if "mask" in shown.order.marks:
+        notes.append("The mask was drawn by hand: save first, and the lines will find it.")
     self.lines.value = blocks + "".join(f'<p class="ld-note">{n}</p>' for n in notes)
+
 
 @patch
 def show_history(self: LayerDiffusionApp):
@@ -737,13 +1234,20 @@ def show_history(self: LayerDiffusionApp):
 @patch
 def back_to(self: LayerDiffusionApp, old: "Shown"):
     "Show an earlier result, with the settings it was made by."
-    if self.running: return
+    if self.running:
+        return
     config, order = old.order.config(self.card), old.order
     with self.silence():
-        self.text.value, self.object.value, self.background.value = order.text, old.result.split.object, old.result.split.background
+        self.text.value, self.object.value, self.background.value = (
+            order.text,
+            old.result.split.object,
+            old.result.split.background,
+        )
         self.preset.value = "quick" if order.changes.get("target_draws") == QUICK["target_draws"] else order.preset
         for name, slider in self.dials.items():
-            slider.slider.value = dict(first=order.seeds[0], count=order.seeds[1]).get(name, getattr(config, name, None))
+            slider.slider.value = dict(first=order.seeds[0], count=order.seeds[1]).get(
+                name, getattr(config, name, None)
+            )
         self.roll = order.changes.get("seed", 0)
     self.canvas, self.reference, self.image = old.canvas, old.reference, order.image
     self.canvas_box.children = (self.canvas.widget,)
@@ -755,47 +1259,92 @@ def back_to(self: LayerDiffusionApp, old: "Shown"):
 # %% ../nbs/23_app.ipynb #12e00e63
 NOWHERE_ELSE = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:"
 
-def begin(folder: str,  # where relative paths begin
-          **options):  # of `LayerDiffusionApp`
+
+def begin(
+    folder: str,  # where relative paths begin
+    **options,
+):  # of `LayerDiffusionApp`
     "The one cell of the page: the editor, or the sentence that says why there is none."
     from IPython.display import HTML, display
+
     os.chdir(folder)
-    try: display(LayerDiffusionApp(**options))
-    except Exception as error: display(HTML(f"<p>{html.escape(sentence(error))}</p>"))
+    try:
+        display(LayerDiffusionApp(**options))
+    except Exception as error:
+        display(HTML(f"<p>{html.escape(sentence(error))}</p>"))
+
 
 def write_page(folder: Path, options: dict) -> Path:
     "The notebook for Voila, and its settings beside it."
     code = f"from layerdiffusion.app import begin\nbegin({str(Path.cwd())!r}{arguments(**options)})"
     cell = dict(cell_type="code", id="editor", metadata={}, execution_count=None, outputs=[], source=code)
     kernel = dict(kernelspec=dict(name="python3", display_name="Python 3", language="python"))
-    write_json(folder / "voila.json", {"Voila": {"tornado_settings": {"headers": {"Content-Security-Policy": NOWHERE_ELSE}}}})
-    return write_json(folder / "layerdiffusion.ipynb", dict(cells=[cell], metadata=kernel, nbformat=4, nbformat_minor=5))
+    write_json(
+        folder / "voila.json", {"Voila": {"tornado_settings": {"headers": {"Content-Security-Policy": NOWHERE_ELSE}}}}
+    )
+    return write_json(
+        folder / "layerdiffusion.ipynb", dict(cells=[cell], metadata=kernel, nbformat=4, nbformat_minor=5)
+    )
 
 # %% ../nbs/23_app.ipynb #9e450c87
-def free_port(port: Optional[int] = None) -> int:
+def free_port(port: int | None = None) -> int:
     "The port that was asked for, or the first free one from 8866."
     import socket
+
     for one in [port] if port else range(8866, 8966):
         with socket.socket() as s:
-            with contextlib.suppress(OSError): s.bind(("127.0.0.1", one)); return one
-    raise BadInput(f"The port {port or 'from 8866 to 8965'} is taken; give another one, or none for the first that is free.")
+            with contextlib.suppress(OSError):
+                s.bind(("127.0.0.1", one))
+                return one
+    raise BadInput(
+        f"The port {port or 'from 8866 to 8965'} is taken; give another one, or none for the first that is free."
+    )
 
-def serve(theme: str = "light",  # "light" or "dark"
-          port: Optional[int] = None,  # None: the first free one from 8866
-          browser: bool = True,  # open it in the browser
-          say: Callable = print,
-          **options):  # of `LayerDiffusionApp`
+
+def serve(
+    theme: str = "light",  # "light" or "dark"
+    port: int | None = None,  # None: the first free one from 8866
+    browser: bool = True,  # open it in the browser
+    say: Callable = print,
+    **options,
+):  # of `LayerDiffusionApp`
     "Serve the editor on this machine until Ctrl-C."
     missing = [name for name in ("voila", "anywidget", "ipywidgets") if not importlib.util.find_spec(name)]
-    if missing: raise BadInput(f"The editor needs {' and '.join(missing)}; install what it needs with: pip install 'layerdiffusion[app]'")
+    if missing:
+        raise BadInput(
+            f"The editor needs {' and '.join(missing)}; install what it needs with: pip install 'layerdiffusion[app]'"
+        )
     port = free_port(port)
     with tempfile.TemporaryDirectory() as folder:
         page = write_page(Path(folder), options)
-        command = [sys.executable, "-m", "voila", page.name, "--Voila.ip=127.0.0.1", f"--port={port}", f"--theme={theme}", "--Voila.log_level=ERROR", *([] if browser else ["--no-browser"])]
+        command = [
+            sys.executable,
+            "-m",
+            "voila",
+            page.name,
+            "--Voila.ip=127.0.0.1",
+            f"--port={port}",
+            f"--theme={theme}",
+            "--Voila.log_level=ERROR",
+            *([] if browser else ["--no-browser"]),
+        ]
         say(f"The editor is at http://127.0.0.1:{port}; it takes a few seconds to appear, and Ctrl-C ends it.")
-        if threading.current_thread() is threading.main_thread(): signal.signal(signal.SIGTERM, signal.default_int_handler)  # ended like by Ctrl-C
-        server = subprocess.Popen(command, cwd=folder, env=dict(os.environ, PYTHONPATH=os.pathsep.join(filter(None, [str(package_folder().parent), os.environ.get("PYTHONPATH")]))))
-        try: server.wait()
-        except KeyboardInterrupt: say("The editor is closed.")
-        finally: server.terminate(); server.wait()
-    if server.returncode > 0: raise BadInput("Voila could not serve the editor; what it said stands above.")
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, signal.default_int_handler)  # ended like by Ctrl-C
+        server = subprocess.Popen(
+            command,
+            cwd=folder,
+            env=dict(
+                os.environ,
+                PYTHONPATH=os.pathsep.join(filter(None, [str(package_folder().parent), os.environ.get("PYTHONPATH")])),
+            ),
+        )
+        try:
+            server.wait()
+        except KeyboardInterrupt:
+            say("The editor is closed.")
+        finally:
+            server.terminate()
+            server.wait()
+    if server.returncode > 0:
+        raise BadInput("Voila could not serve the editor; what it said stands above.")

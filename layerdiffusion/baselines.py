@@ -12,7 +12,8 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MethodType, SimpleNamespace
-from typing import Any, Callable, Optional, Sequence
+from typing import Any, Optional
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -21,7 +22,17 @@ from .core import BadInput, Event, content_hash, fit_image, to_pil
 from .fine_tuning import fine_tune
 from .scores import Task, append_line, read_record, scorer_of
 from .method import add_noise, noise_loss, sample_noise_and_t, stream
-from .sd import Models, ddim_sample, decode_latents, encode_image, encode_text, initial_latents, optimise, quiet, timesteps
+from layerdiffusion.sd import (
+    Models,
+    ddim_sample,
+    decode_latents,
+    encode_image,
+    encode_text,
+    initial_latents,
+    optimise,
+    quiet,
+    timesteps,
+)
 from .settings import PAPER
 
 # %% ../nbs/16_baselines.ipynb #5e24221b
@@ -37,127 +48,204 @@ def last_steps(models: Models,
     return replace(models, scheduler=scheduler)
 
 # %% ../nbs/16_baselines.ipynb #ff37a686
-def guidance_of(models: Models, guidance_scale: Optional[float]) -> float:
+def guidance_of(models: Models, guidance_scale: float | None) -> float:
     "The guidance asked for, else the model's own, else 7.5."
     return models.card.get("guidance_scale", PAPER["guidance_scale"]) if guidance_scale is None else guidance_scale
 
 # %% ../nbs/16_baselines.ipynb #bad0c2ad
-def sdedit(models: Models,
-           image: torch.Tensor,  # (3, H, W), 0-1
-           text: str,  # what the picture shall show
-           *,
-           strength: float = .8,  # how far up the photo is noised, 0-1
-           seeds: Sequence[int] = range(4),  # one picture each
-           num_inference_steps: int = 50,  # of which the share `strength` is taken
-           guidance_scale: Optional[float] = None,  # None: the model's own, else 7.5
-           callback: Optional[Callable[[Event], None]] = None  # called after each step
-          ) -> torch.Tensor:  # (B, 3, H, W), 0-1
+def sdedit(
+    models: Models,
+    image: torch.Tensor,  # (3, H, W), 0-1
+    text: str,  # what the picture shall show
+    *,
+    strength: float = 0.8,  # how far up the photo is noised, 0-1
+    seeds: Sequence[int] = range(4),  # one picture each
+    num_inference_steps: int = 50,  # of which the share `strength` is taken
+    guidance_scale: float | None = None,  # None: the model's own, else 7.5
+    callback: Callable[[Event], None] | None = None,  # called after each step
+) -> torch.Tensor:  # (B, 3, H, W), 0-1
     "SDEdit (Meng et al. 2021): noise the photo, then draw from there under the new words."
-    if not 0 <= strength <= 1: raise BadInput(f"strength is {strength}; it must be between 0 (the photo) and 1 (the words alone).")
+    if not 0 <= strength <= 1:
+        raise BadInput(f"strength is {strength}; it must be between 0 (the photo) and 1 (the words alone).")
     steps = int(num_inference_steps * strength)
-    if not steps: raise BadInput(f"A strength of {strength:g} leaves none of {num_inference_steps} steps; give at least {1 / num_inference_steps:g}, or more steps.")
+    if not steps:
+        raise BadInput(
+            f"A strength of {strength:g} leaves none of {num_inference_steps} steps; give at least {1 / num_inference_steps:g}, or more steps."
+        )
     late, generators = last_steps(models, steps), [torch.Generator().manual_seed(int(s)) for s in seeds]
     clean = torch.cat([encode_image(models, image, g) for g in generators])
     noise = torch.cat([torch.randn(1, *clean.shape[1:], generator=g) for g in generators]).to(clean)
-    noisy = add_noise(models.scheduler, clean, noise, timesteps(copy.deepcopy(late.scheduler), num_inference_steps, models.device)[0])
-    latents = ddim_sample(late, encode_text(models, text), None, noisy, num_inference_steps, guidance_of(models, guidance_scale), callback=callback, stage="SDEdit")
+    noisy = add_noise(
+        models.scheduler, clean, noise, timesteps(copy.deepcopy(late.scheduler), num_inference_steps, models.device)[0]
+    )
+    latents = ddim_sample(
+        late,
+        encode_text(models, text),
+        None,
+        noisy,
+        num_inference_steps,
+        guidance_of(models, guidance_scale),
+        callback=callback,
+        stage="SDEdit",
+    )
     return decode_latents(models, latents).cpu()
 
 # %% ../nbs/16_baselines.ipynb #cf283e77
-RECIPES = dict(paper=dict(embedding_steps=1000, embedding_lr=2e-3, tuning_steps=1500, tuning_lr=5e-7, eta=.7),
-               community=dict(embedding_steps=500, embedding_lr=1e-3, tuning_steps=1000, tuning_lr=2e-6, eta=1.2))
+RECIPES = dict(
+    paper=dict(embedding_steps=1000, embedding_lr=2e-3, tuning_steps=1500, tuning_lr=5e-7, eta=0.7),
+    community=dict(embedding_steps=500, embedding_lr=1e-3, tuning_steps=1000, tuning_lr=2e-6, eta=1.2),
+)
 
-def imagic_recipe(name: str = "community",  # "paper" or "community"
-                  card: Optional[dict] = None,  # None: the published rates; `models.card`: scaled by its rates, which stand for 1e-3 and 2e-6
-                  **changes  # numbers that shall differ
-                 ) -> dict:
+
+def imagic_recipe(
+    name: str = "community",  # "paper" or "community"
+    card: dict | None = None,  # None: the published rates; `models.card`: scaled by its rates, which stand for 1e-3 and 2e-6
+    **changes,  # numbers that shall differ
+) -> dict:
     "Steps, learning rates and η of a recipe."
-    if name not in RECIPES: raise BadInput(f"There is no recipe {name!r} for Imagic; there are {' and '.join(RECIPES)}.")
+    if name not in RECIPES:
+        raise BadInput(f"There is no recipe {name!r} for Imagic; there are {' and '.join(RECIPES)}.")
     recipe = dict(RECIPES[name])
-    if unknown := [k for k in changes if k not in recipe]: raise BadInput(f"Imagic has no setting {unknown[0]!r}; there are {', '.join(recipe)}.")
-    for rate in ("embedding_lr", "tuning_lr"): recipe[rate] *= (card or {}).get(rate, PAPER[rate]) / PAPER[rate]
+    if unknown := [k for k in changes if k not in recipe]:
+        raise BadInput(f"Imagic has no setting {unknown[0]!r}; there are {', '.join(recipe)}.")
+    for rate in ("embedding_lr", "tuning_lr"):
+        recipe[rate] *= (card or {}).get(rate, PAPER[rate]) / PAPER[rate]
     return recipe | changes
 
 # %% ../nbs/16_baselines.ipynb #905d6c20
 @dataclass
 class ImagicFit:
     "What Imagic learnt from one photo and one sentence."
+
     e_tgt: torch.Tensor  # (1, L, D) the sentence
     e_opt: torch.Tensor  # (1, L, D) fitted to the photo
     unet: Any  # a tuned copy
     size: tuple  # height and width of the photo, px
     losses: dict  # of the words and of the U-Net
 
-def imagic_fit(models: Models,
-               image: torch.Tensor,  # (3, H, W), 0-1
-               text: str,  # the whole target sentence
-               recipe: dict,  # from `imagic_recipe`
-               seed: int = 0,  # of the latents, and of noise and timesteps
-               callback: Optional[Callable[[Event], None]] = None  # called after each step
-              ) -> ImagicFit:
+
+def imagic_fit(
+    models: Models,
+    image: torch.Tensor,  # (3, H, W), 0-1
+    text: str,  # the whole target sentence
+    recipe: dict,  # from `imagic_recipe`
+    seed: int = 0,  # of the latents, and of noise and timesteps
+    callback: Callable[[Event], None] | None = None,  # called after each step
+) -> ImagicFit:
     "Imagic (Kawar et al. 2022), stages 1 and 2: fit the words, then a copy of the U-Net."
     latents, e_tgt = encode_image(models, image, stream("imagic latents", seed)), encode_text(models, text)
     e, whole = e_tgt.float().clone().requires_grad_(), torch.ones_like(latents[:, :1])
+
     def loss_fn(step, generator):
         noise, t = sample_noise_and_t(models.scheduler, latents.shape, generator)
         return noise_loss(models.unet, models.scheduler, latents, noise, t, e)
-    words = optimise(loss_fn, [e], recipe["embedding_steps"], recipe["embedding_lr"], "imagic words", callback, seed=seed)
-    unet, tuning = fine_tune(models, e.detach(), latents, whole, None, whole, recipe["tuning_steps"], recipe["tuning_lr"], 1., 0., seed=seed, callback=callback)
+
+    words = optimise(
+        loss_fn, [e], recipe["embedding_steps"], recipe["embedding_lr"], "imagic words", callback, seed=seed
+    )
+    unet, tuning = fine_tune(
+        models,
+        e.detach(),
+        latents,
+        whole,
+        None,
+        whole,
+        recipe["tuning_steps"],
+        recipe["tuning_lr"],
+        1.0,
+        0.0,
+        seed=seed,
+        callback=callback,
+    )
     return ImagicFit(e_tgt, e.detach().to(e_tgt), unet, tuple(image.shape[-2:]), dict(words=words, tuning=tuning))
 
 # %% ../nbs/16_baselines.ipynb #8e9467f7
-def imagic_draw(models: Models,
-                fit: ImagicFit,  # from `imagic_fit`
-                eta: float,  # 0: the photo's words, 1: the sentence's; may be more
-                seeds: Sequence[int] = range(4),  # one picture each
-                num_inference_steps: int = 50,
-                guidance_scale: Optional[float] = None,  # None: the model's own, else 7.5
-                callback: Optional[Callable[[Event], None]] = None  # called after each step
-               ) -> torch.Tensor:  # (B, 3, H, W), 0-1
+def imagic_draw(
+    models: Models,
+    fit: ImagicFit,  # from `imagic_fit`
+    eta: float,  # 0: the photo's words, 1: the sentence's; may be more
+    seeds: Sequence[int] = range(4),  # one picture each
+    num_inference_steps: int = 50,
+    guidance_scale: float | None = None,  # None: the model's own, else 7.5
+    callback: Callable[[Event], None] | None = None,  # called after each step
+) -> torch.Tensor:  # (B, 3, H, W), 0-1
     "Imagic, stage 3: draw under the mixed words with the tuned U-Net."
     tuned, start = replace(models, unet=fit.unet), initial_latents(models, seeds, *fit.size)
-    latents = ddim_sample(tuned, torch.lerp(fit.e_opt, fit.e_tgt, eta), None, start, num_inference_steps, guidance_of(models, guidance_scale), callback=callback, stage="Imagic")
+    latents = ddim_sample(
+        tuned,
+        torch.lerp(fit.e_opt, fit.e_tgt, eta),
+        None,
+        start,
+        num_inference_steps,
+        guidance_of(models, guidance_scale),
+        callback=callback,
+        stage="Imagic",
+    )
     return decode_latents(models, latents).cpu()
 
-def imagic(models: Models,
-           image: torch.Tensor,  # (3, H, W), 0-1
-           text: str,  # what the picture shall show
-           *,
-           recipe: str = "community",  # "paper" or "community"
-           seeds: Sequence[int] = range(4),  # one picture each
-           num_inference_steps: int = 50,
-           guidance_scale: Optional[float] = None,  # None: the model's own, else 7.5
-           callback: Optional[Callable[[Event], None]] = None,  # called after each step
-           **changes  # of the recipe: eta, embedding_steps, tuning_lr, ...
-          ) -> torch.Tensor:  # (B, 3, H, W), 0-1
+
+def imagic(
+    models: Models,
+    image: torch.Tensor,  # (3, H, W), 0-1
+    text: str,  # what the picture shall show
+    *,
+    recipe: str = "community",  # "paper" or "community"
+    seeds: Sequence[int] = range(4),  # one picture each
+    num_inference_steps: int = 50,
+    guidance_scale: float | None = None,  # None: the model's own, else 7.5
+    callback: Callable[[Event], None] | None = None,  # called after each step
+    **changes,  # of the recipe: eta, embedding_steps, tuning_lr, ...
+) -> torch.Tensor:  # (B, 3, H, W), 0-1
     "Imagic (Kawar et al. 2022): fit words and U-Net to the photo, then mix the words."
     numbers = imagic_recipe(recipe, **changes)
     fit = imagic_fit(models, image, text, numbers, callback=callback)
     return imagic_draw(models, fit, numbers["eta"], seeds, num_inference_steps, guidance_scale, callback)
 
 # %% ../nbs/16_baselines.ipynb #7e511140
-def invert(models: Models,
-           image: torch.Tensor,  # (3, H, W), 0-1
-           num_inference_steps: int = 50,  # the more, the more exact
-           source: str = "",  # words for the photo; "": none, as in the published code
-           callback: Optional[Callable[[Event], None]] = None  # called after each step
-          ) -> dict:  # timestep -> latents (1, C, h, w)
+def invert(
+    models: Models,
+    image: torch.Tensor,  # (3, H, W), 0-1
+    num_inference_steps: int = 50,  # the more, the more exact
+    source: str = "",  # words for the photo; "": none, as in the published code
+    callback: Callable[[Event], None] | None = None,  # called after each step
+) -> dict:  # timestep -> latents (1, C, h, w)
     "DDIM inversion (Song et al. 2020): the photo's latents (the posterior's mean) at every noise level."
     from diffusers import DDIMInverseScheduler
-    with quiet(): up = DDIMInverseScheduler.from_config(models.scheduler.config)
+
+    with quiet():
+        up = DDIMInverseScheduler.from_config(models.scheduler.config)
     visited, path, words = timesteps(up, num_inference_steps).tolist(), {}, encode_text(models, source)
+
     def keep(event):
         path[visited[event.step - 1]] = event.latents
-        if callback: callback(replace(event, x0=None))
-    ddim_sample(replace(models, scheduler=up), words, words, encode_image(models, image), num_inference_steps, 1., callback=keep, stage="inversion")
+        if callback:
+            callback(replace(event, x0=None))
+
+    ddim_sample(
+        replace(models, scheduler=up),
+        words,
+        words,
+        encode_image(models, image),
+        num_inference_steps,
+        1.0,
+        callback=keep,
+        stage="inversion",
+    )
     return path
 
 # %% ../nbs/16_baselines.ipynb #8313494d
 def injection_layers(unet) -> tuple:
     "The residual block whose output is lent, and the self-attention layers whose queries and keys are: from a third of the decoder on."
-    decoder = [pair for block in unet.up_blocks for pair in zip(block.resnets, getattr(block, "attentions", [None] * len(block.resnets)))]
-    deep = decoder[len(decoder) // 3:]
-    return deep[0][0], [layer.attn1 for _, attention in deep if attention is not None for layer in attention.transformer_blocks]
+    decoder = [
+        pair
+        for block in unet.up_blocks
+        for pair in zip(block.resnets, getattr(block, "attentions", [None] * len(block.resnets)))
+    ]
+    deep = decoder[len(decoder) // 3 :]
+    return deep[0][0], [
+        layer.attn1 for _, attention in deep if attention is not None for layer in attention.transformer_blocks
+    ]
+
 
 def _places(unet):
     "The names of the layers, for looking at."
@@ -166,55 +254,83 @@ def _places(unet):
 
 # %% ../nbs/16_baselines.ipynb #1eec23ec
 @contextmanager
-def lend_features(unet,  # it gets hooks for as long as the `with` lasts
-                  path: dict,  # from `invert`
-                  source_embeds: torch.Tensor,  # (1, L, D) the words of the inversion
-                  features: Sequence[int],  # timesteps at which the residual block's output is lent
-                  attention: Sequence[int]  # timesteps at which queries and keys are
-                 ):  # stands in for the U-Net in `ddim_sample`
+def lend_features(
+    unet,  # it gets hooks for as long as the `with` lasts
+    path: dict,  # from `invert`
+    source_embeds: torch.Tensor,  # (1, L, D) the words of the inversion
+    features: Sequence[int],  # timesteps at which the residual block's output is lent
+    attention: Sequence[int],  # timesteps at which queries and keys are
+):  # stands in for the U-Net in `ddim_sample`
     "Plug-and-Play's injection (Tumanyan et al. 2022)."
     now, (resnet, layers) = {}, injection_layers(unet)
-    def lend(when): return lambda module, args, output: output[:1].expand_as(output) if now["t"] in when else None
+
+    def lend(when):
+        return lambda module, args, output: output[:1].expand_as(output) if now["t"] in when else None
+
     def ask(latents, t, embeds):
         now["t"] = int(t)
-        return SimpleNamespace(sample=unet(torch.cat([path[int(t)], latents]), t, torch.cat([source_embeds, embeds])).sample[1:])
+        return SimpleNamespace(
+            sample=unet(torch.cat([path[int(t)], latents]), t, torch.cat([source_embeds, embeds])).sample[1:]
+        )
+
     with ExitStack() as hooks:
-        for module, when in [(resnet.conv2, features), *[(m, attention) for layer in layers for m in (layer.to_q, layer.to_k)]]:
+        for module, when in [
+            (resnet.conv2, features),
+            *[(m, attention) for layer in layers for m in (layer.to_q, layer.to_k)],
+        ]:
             hooks.callback(module.register_forward_hook(lend(when)).remove)
         yield ask
 
 # %% ../nbs/16_baselines.ipynb #399b0f47
-def plug_and_play(models: Models,
-                  image: torch.Tensor,  # (3, H, W), 0-1
-                  text: str,  # what the picture shall show
-                  *,
-                  features: float = .8,  # share of the steps, from the first on, that the residual block's output is lent, 0-1
-                  attention: float = .5,  # the same for queries and keys
-                  source: str = "",  # words of the inversion
-                  seeds: Sequence[int] = range(4),  # only counted: there is no randomness, all pictures are the same
-                  num_inference_steps: int = 50,
-                  inversion_steps: Optional[int] = None,  # None: as many as `num_inference_steps`
-                  guidance_scale: Optional[float] = None,  # None: the model's own, else 7.5
-                  callback: Optional[Callable[[Event], None]] = None  # called after each step
-                 ) -> torch.Tensor:  # (B, 3, H, W), 0-1
+def plug_and_play(
+    models: Models,
+    image: torch.Tensor,  # (3, H, W), 0-1
+    text: str,  # what the picture shall show
+    *,
+    features: float = 0.8,  # share of the steps, from the first on, that the residual block's output is lent, 0-1
+    attention: float = 0.5,  # the same for queries and keys
+    source: str = "",  # words of the inversion
+    seeds: Sequence[int] = range(4),  # only counted: there is no randomness, all pictures are the same
+    num_inference_steps: int = 50,
+    inversion_steps: int | None = None,  # None: as many as `num_inference_steps`
+    guidance_scale: float | None = None,  # None: the model's own, else 7.5
+    callback: Callable[[Event], None] | None = None,  # called after each step
+) -> torch.Tensor:  # (B, 3, H, W), 0-1
     "Plug-and-Play (Tumanyan et al. 2022): draw from the photo's own noise, with the photo's features and attention."
-    path, visited = invert(models, image, inversion_steps or num_inference_steps, source, callback), timesteps(copy.deepcopy(models.scheduler), num_inference_steps).tolist()
-    if not set(visited) <= set(path): raise BadInput(f"An inversion of {inversion_steps} steps does not pass all timesteps that {num_inference_steps} steps visit; take a multiple of {num_inference_steps}, or {models.scheduler.config.num_train_timesteps}.")
-    first = lambda share: visited[:int(share * num_inference_steps)]
+    path, visited = (
+        invert(models, image, inversion_steps or num_inference_steps, source, callback),
+        timesteps(copy.deepcopy(models.scheduler), num_inference_steps).tolist(),
+    )
+    if not set(visited) <= set(path):
+        raise BadInput(
+            f"An inversion of {inversion_steps} steps does not pass all timesteps that {num_inference_steps} steps visit; take a multiple of {num_inference_steps}, or {models.scheduler.config.num_train_timesteps}."
+        )
+    first = lambda share: visited[: int(share * num_inference_steps)]
     with lend_features(models.unet, path, encode_text(models, source), first(features), first(attention)) as unet:
-        latents = ddim_sample(replace(models, unet=unet), encode_text(models, text), None, path[visited[0]], num_inference_steps, guidance_of(models, guidance_scale), callback=callback, stage="Plug-and-Play")
+        latents = ddim_sample(
+            replace(models, unet=unet),
+            encode_text(models, text),
+            None,
+            path[visited[0]],
+            num_inference_steps,
+            guidance_of(models, guidance_scale),
+            callback=callback,
+            stage="Plug-and-Play",
+        )
     return decode_latents(models, latents).cpu().expand(len(seeds), -1, -1, -1)
 
 # %% ../nbs/16_baselines.ipynb #47b38f7e
-def baseline_rows(method,  # a `LayerDiffusion`: its models and its SAM
-                  tasks: Sequence[Task],
-                  baseline: Callable,  # `sdedit`, `imagic`, `plug_and_play`, or a function of that form and a name of its own
-                  seeds: Sequence[int] = range(20),
-                  record: Optional[Path] = None,  # a file of JSON lines; None: nothing is kept
-                  setting: str = "",  # a name for people; "": the function's
-                  judge=None,  # None: the shipped one
-                  callback: Optional[Callable] = None, **options  # for the baseline; part of the record's key
-                 ) -> list:  # a dict for each picture
+def baseline_rows(
+    method,  # a `LayerDiffusion`: its models and its SAM
+    tasks: Sequence[Task],
+    baseline: Callable,  # `sdedit`, `imagic`, `plug_and_play`, or a function of that form and a name of its own
+    seeds: Sequence[int] = range(20),
+    record: Path | None = None,  # a file of JSON lines; None: nothing is kept
+    setting: str = "",  # a name for people; "": the function's
+    judge=None,  # None: the shipped one
+    callback: Callable | None = None,
+    **options,  # for the baseline; part of the record's key
+) -> list:  # a dict for each picture
     "Scores of a baseline over edits and seeds."
     kept, rows = read_record(record), []
     for task in tasks:
@@ -222,7 +338,18 @@ def baseline_rows(method,  # a `LayerDiffusion`: its models and its SAM
         if key not in kept:
             image = fit_image(to_pil(task.edit.image), method.models.size)
             images = baseline(method.models, image, task.edit.text, seeds=seeds, callback=callback, **options)
-            kept[key] = dict(key=key, setting=setting or baseline.__name__, edit=task.name, kind=task.kind, seeds=list(seeds), options=options, scores=scorer_of(method, task, judge)(images))
-            if record: append_line(record, kept[key])
-        rows += [dict(edit=task.name, kind=task.kind, seed=s, **r) for s, r in zip(kept[key]["seeds"], kept[key]["scores"])]
+            kept[key] = dict(
+                key=key,
+                setting=setting or baseline.__name__,
+                edit=task.name,
+                kind=task.kind,
+                seeds=list(seeds),
+                options=options,
+                scores=scorer_of(method, task, judge)(images),
+            )
+            if record:
+                append_line(record, kept[key])
+        rows += [
+            dict(edit=task.name, kind=task.kind, seed=s, **r) for s, r in zip(kept[key]["seeds"], kept[key]["scores"])
+        ]
     return rows

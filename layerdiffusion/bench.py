@@ -8,7 +8,11 @@ __all__ = ['STARTS', 'JOB', 'READING', 'fresh', 'Stopwatch', 'bare_pipe', 'bare_
            'bare_edit', 'library_edit', 'measure', 'bench', 'total', 'table']
 
 # %% ../nbs/20_bench.ipynb #1b8c8398
-import gc, json, subprocess, sys, time
+import gc
+import json
+import subprocess
+import sys
+import time
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
@@ -36,21 +40,29 @@ def _forget_peak(device):
     "Start counting the peak from here; False where that cannot be done."
     if device.startswith("cuda"):
         import torch
-        torch.cuda.synchronize(); torch.cuda.reset_peak_memory_stats()
+
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
         return True
-    try: Path("/proc/self/clear_refs").write_text("5")
-    except OSError: return False
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
     return True
+
 
 def _peak(device):
     "Most memory held since `_forget_peak`, in bytes."
     if device.startswith("cuda"):
         import torch
+
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated()
-    try: return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
+    try:
+        return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
     except (OSError, IndexError):
         import resource
+
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 # %% ../nbs/20_bench.ipynb #6b51cb23
@@ -82,11 +94,14 @@ def bare_draw(pipe, unet, condition, seeds, config):
     "Pictures (B, 3, H, W), one at a time; `condition(i, t)` gives the words of each step (Eq. 7, 8)."
     import torch
     from layerdiffusion import method
+
     shape = pipe.unet.config.in_channels, pipe.unet.config.sample_size, pipe.unet.config.sample_size
     noise = method.initial_noise(shape, seeds).to(pipe.device) * pipe.scheduler.init_noise_sigma
     with torch.no_grad():
         nothing = method.embed_text(pipe.tokenizer, pipe.text_encoder, [""])
-        draw = lambda x: method.denoise(unet, pipe.scheduler, x, condition, nothing, config.sampling_steps, config.guidance_scale)
+        draw = lambda x: method.denoise(
+            unet, pipe.scheduler, x, condition, nothing, config.sampling_steps, config.guidance_scale
+        )
         return torch.cat([method.to_pictures(pipe.vae, draw(x)) for x in noise.split(1)])
 
 # %% ../nbs/20_bench.ipynb #956cb94b
@@ -96,11 +111,16 @@ def bare_prepare(pipe, sam, image, job: dict, config):
     from layerdiffusion import method
     from layerdiffusion.core import BadInput
     from layerdiffusion.masks import find_mask, to_latent
-    try: mask = find_mask(sam, image[0].cpu(), point=job["point"])
+
+    try:
+        mask = find_mask(sam, image[0].cpu(), point=job["point"])
     except BadInput:  # random weights
-        if "box" not in job: raise
-    if "box" in job: mask = box_mask(image[0], job["box"])
-    with torch.no_grad(): e_a, e_b = method.embed_text(pipe.tokenizer, pipe.text_encoder, list(job["words"])).split(1)
+        if "box" not in job:
+            raise
+    if "box" in job:
+        mask = box_mask(image[0], job["box"])
+    with torch.no_grad():
+        e_a, e_b = method.embed_text(pipe.tokenizer, pipe.text_encoder, list(job["words"])).split(1)
     place = bare_draw(pipe, pipe.unet, lambda i, t: e_b, [config.seed], config)
     return to_latent(mask, (pipe.unet.config.sample_size,) * 2).to(pipe.device), place, e_a, e_b
 
@@ -109,10 +129,14 @@ def bare_learn(pipe, image, reference, mask, e_a, e_b, config, watch):
     "Eq. 2 to 6: the subject's embedding, the mixture, and a tuned copy of the U-Net."
     import torch
     from layerdiffusion import method
+
     own = pipe.unet, pipe.scheduler
-    with torch.no_grad(): photo, place = (method.to_latents(pipe.vae, x) for x in (image, reference))
+    with torch.no_grad():
+        photo, place = (method.to_latents(pipe.vae, x) for x in (image, reference))
     with watch("embed"):
-        e_a, e_b = method.fit_embeddings(*own, e_a, e_b, photo, mask, config.embedding_steps, config.embedding_lr, config.seed)
+        e_a, e_b = method.fit_embeddings(
+            *own, e_a, e_b, photo, mask, config.embedding_steps, config.embedding_lr, config.seed
+        )
         e_opt = method.interpolate(e_a, e_b, config.alpha)
     with watch("tune"):
         layers = method.stack_layers(photo, mask, place, mask, config.lambda_obj, config.lambda_bg)
@@ -121,13 +145,34 @@ def bare_learn(pipe, image, reference, mask, e_a, e_b, config, watch):
 # %% ../nbs/20_bench.ipynb #a68a520e
 JOB = dict(image="example:dog", words=("a dog jumping", "in a forest"), point=(32, 36), seeds=list(range(8)))
 
-READING = dict(eq2_region="background", eq2_picture="input", eq2_conditioning="concat", object_picture="input", eq45_pictures="each", eq5_region="union", eq5_words="opt",
-               reference_mask="empty", tuned_parameters="all", loss_scale="all", mask_resample="area", mask_hard=False, iterative_guidance=True, eq8_first="object", eq8_index="loop", scheduler="ddim",
-               alpha=.7, lambda_obj=2., lambda_bg=1., seed=0)
+READING = dict(
+    eq2_region="background",
+    eq2_picture="input",
+    eq2_conditioning="concat",
+    object_picture="input",
+    eq45_pictures="each",
+    eq5_region="union",
+    eq5_words="opt",
+    reference_mask="empty",
+    tuned_parameters="all",
+    loss_scale="all",
+    mask_resample="area",
+    mask_hard=False,
+    iterative_guidance=True,
+    eq8_first="object",
+    eq8_index="loop",
+    scheduler="ddim",
+    alpha=0.7,
+    lambda_obj=2.0,
+    lambda_bg=1.0,
+    seed=0,
+)
+
 
 def schedule(quick: bool = False, **changes):
     "The settings of the job: the paper's schedule or a tenth of it, and the readings that the plain loop has."
     from layerdiffusion.pipeline import EditConfig
+
     steps = dict(embedding_steps=500, tuning_steps=250, sampling_steps=50)
     return EditConfig(**READING | {k: n // 10 if quick else n for k, n in steps.items()} | changes)
 
@@ -135,37 +180,54 @@ def schedule(quick: bool = False, **changes):
 def count_flops(work) -> int:
     "Multiplications and additions of matrix products, convolutions and attention in `work()`."
     from torch.utils.flop_counter import FlopCounterMode
-    with FlopCounterMode(display=False) as counter: work()
+
+    with FlopCounterMode(display=False) as counter:
+        work()
     return counter.get_total_flops()
+
 
 def stage_flops(models, config, seeds: int) -> dict:
     "What each stage of the job cannot do without."
     import torch
+
     side, n = models.unet.config.sample_size, models.text_length
     with torch.device("meta"):
-        unet, vae = (type(part).from_config(part.config).eval().requires_grad_(False) for part in (models.unet, models.vae))
-        x, e = torch.randn(1, models.unet.config.in_channels, side, side), torch.randn(1, n, models.unet.config.cross_attention_dim)
+        unet, vae = (
+            type(part).from_config(part.config).eval().requires_grad_(False) for part in (models.unet, models.vae)
+        )
+        x, e = (
+            torch.randn(1, models.unet.config.in_channels, side, side),
+            torch.randn(1, n, models.unet.config.cross_attention_dim),
+        )
         ask = lambda e, batch=1: unet(x.expand(batch, -1, -1, -1), torch.tensor(5), e.expand(batch, -1, -1)).sample
         draw = config.sampling_steps * count_flops(lambda: ask(e, 2)) + count_flops(lambda: vae.decode(x))
         both = torch.cat([e, e], 1).requires_grad_()
         embed = count_flops(lambda: torch.autograd.grad(ask(both).sum(), [both]))
         moving = [p.requires_grad_() for p in unet.parameters()]
         tune = count_flops(lambda: torch.autograd.grad(ask(e, 2).sum(), moving))
-    return dict(prepare=draw, embed=config.embedding_steps * embed, tune=config.tuning_steps * tune, sample=seeds * draw)
+    return dict(
+        prepare=draw, embed=config.embedding_steps * embed, tune=config.tuning_steps * tune, sample=seeds * draw
+    )
 
-def product_rate(device: str, precision: str = "auto", seconds: float = .5) -> float:
+
+def product_rate(device: str, precision: str = "auto", seconds: float = 0.5) -> float:
     "FLOP a second of a large matrix product on a device."
     import torch
     from layerdiffusion.sd import pick_precision
+
     n, done = (8192 if device.startswith("cuda") else 768), 0
     a = torch.randn(n, n, device=device).to(pick_precision(precision, device))
     wait = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
-    a @ a; wait()
+    a @ a
+    wait()
     start = time.perf_counter()
     while time.perf_counter() - start < seconds:
-        for _ in range(4): a @ a
-        wait(); done += 4
-    return done * 2 * n ** 3 / (time.perf_counter() - start)
+        for _ in range(4):
+            a @ a
+        wait()
+        done += 4
+    return done * 2 * n**3 / (time.perf_counter() - start)
+
 
 def limit_line(run: dict, record: dict) -> str:
     "The limit of the whole job in a sentence."
@@ -177,21 +239,27 @@ def limit_line(run: dict, record: dict) -> str:
 def box_mask(image, box):  # (3, H, W); x0, y0, x1, y1 in shares of it
     "A mask (1, H, W) that is 1 in a box."
     import torch
+
     h, w = image.shape[-2:]
     mask = torch.zeros(1, h, w)
-    mask[:, round(box[1] * h):round(box[3] * h), round(box[0] * w):round(box[2] * w)] = 1
+    mask[:, round(box[1] * h) : round(box[3] * h), round(box[0] * w) : round(box[2] * w)] = 1
     return mask
+
 
 def find_and_prepare(method, job: dict, config):
     "Stage 1 of a job."
     from layerdiffusion.core import BadInput, fit_image, load_image
+
     (a, b), given = job["words"], dict(point=job["point"])
     if "box" in job:
         photo = fit_image(load_image(job["image"]), method.models.size)
-        try: method.find_subject(load_image(job["image"]), photo, point=job["point"])
-        except BadInput: pass  # random weights
+        try:
+            method.find_subject(load_image(job["image"]), photo, point=job["point"])
+        except BadInput:
+            pass  # random weights
         given = dict(mask=box_mask(photo, job["box"]))
     return method.prepare(job["image"], f"{a} {b}", object=a, background=b, config=config, **given)
+
 
 def warm_up(method, job: dict, config):
     "One step of everything, on a method of its own."
@@ -202,69 +270,123 @@ def warm_up(method, job: dict, config):
     other.sample(words, other.tune(scene, words, once)[0], scene.size, job["seeds"], once)
 
 # %% ../nbs/20_bench.ipynb #a2bd1360
-def bare_edit(config, device: str = "cpu", model: str = "mini", job: dict = JOB, watch: Optional[Stopwatch] = None, sam: str = "mini"):
+def bare_edit(
+    config,
+    device: str = "cpu",
+    model: str = "mini",
+    job: dict = JOB,
+    watch: Stopwatch | None = None,
+    sam: str = "mini",
+):
     "The job by the plain loop, in float32 as it comes: pictures (B, 3, H, W)."
     from layerdiffusion.core import fit_image, load_image
     from layerdiffusion.folders import resolve_model
     from layerdiffusion.masks import load_sam
     from layerdiffusion.method import take_turns
     from layerdiffusion.sd import quiet
+
     watch = watch or Stopwatch(device)
-    with watch("load"), quiet(): pipe, sam = bare_pipe(resolve_model(model), device), load_sam(sam, device=device)
+    with watch("load"), quiet():
+        pipe, sam = bare_pipe(resolve_model(model), device), load_sam(sam, device=device)
     image = fit_image(load_image(job["image"]), pipe.unet.config.sample_size * pipe.vae_scale_factor)[None].to(device)
-    with watch("prepare"): mask, reference, e_a, e_b = bare_prepare(pipe, sam, image, job, config)
+    with watch("prepare"):
+        mask, reference, e_a, e_b = bare_prepare(pipe, sam, image, job, config)
     e_a, e_opt, unet = bare_learn(pipe, image, reference, mask, e_a, e_b, config, watch)
-    with watch("sample"): return bare_draw(pipe, unet, take_turns(e_a, e_opt), job["seeds"], config).cpu()
+    with watch("sample"):
+        return bare_draw(pipe, unet, take_turns(e_a, e_opt), job["seeds"], config).cpu()
 
 # %% ../nbs/20_bench.ipynb #1d8ef461
-def library_edit(config, device: str = "cpu", model: str = "mini", job: dict = JOB, watch: Optional[Stopwatch] = None, sam: str = "mini",
-                 precision: str = "auto", how: Optional[dict] = None):  # see `pick_precision` and `How`
+def library_edit(
+    config,
+    device: str = "cpu",
+    model: str = "mini",
+    job: dict = JOB,
+    watch: Stopwatch | None = None,
+    sam: str = "mini",
+    precision: str = "auto",
+    how: dict | None = None,
+):  # see `pick_precision` and `How`
     "The job by the library, stage by stage: pictures (B, 3, H, W)."
     from layerdiffusion.pipeline import LayerDiffusion
     from layerdiffusion.sd import How, use
+
     watch = watch or Stopwatch(device)
-    with watch("load"): method = LayerDiffusion.from_pretrained(model, device, sam, precision)
-    if how: use(method.models, How(**how))
+    with watch("load"):
+        method = LayerDiffusion.from_pretrained(model, device, sam, precision)
+    if how:
+        use(method.models, How(**how))
     if device.startswith("cuda"):
-        with watch("warm-up"): warm_up(method, job, config)
-    with watch("prepare"): scene = find_and_prepare(method, job, config)
-    with watch("embed"): *words, _ = method.embed(scene, config)
-    with watch("tune"): difference, _ = method.tune(scene, words, config)
-    with watch("sample"): return method.sample(words, difference, scene.size, job["seeds"], config)
+        with watch("warm-up"):
+            warm_up(method, job, config)
+    with watch("prepare"):
+        scene = find_and_prepare(method, job, config)
+    with watch("embed"):
+        *words, _ = method.embed(scene, config)
+    with watch("tune"):
+        difference, _ = method.tune(scene, words, config)
+    with watch("sample"):
+        return method.sample(words, difference, scene.size, job["seeds"], config)
 
 # %% ../nbs/20_bench.ipynb #45be6f34
-def measure(which: str,  # "library" or "plain"
-            quick: bool, device: str, model: str,
-            folder: Path,  # pictures and numbers are left here
-            job: dict = JOB,
-            **options  # for the edit: sam; for the library's also precision and how
-           ):
+def measure(
+    which: str,  # "library" or "plain"
+    quick: bool,
+    device: str,
+    model: str,
+    folder: Path,  # pictures and numbers are left here
+    job: dict = JOB,
+    **options,  # for the edit: sam; for the library's also precision and how
+):
     "Run one of the two with the clock on. Meant for a process of its own, see `bench`."
     import torch
     from safetensors.torch import save_file
     from layerdiffusion.sd import load_models
+
     models = load_models(model)
     watch, config = Stopwatch(device), schedule(quick).resolve(models.card)
-    extra = dict(flops=stage_flops(models, config, len(job["seeds"])), rate=product_rate(device, options.get("precision", "auto"))) if which == "library" else {}
+    extra = (
+        dict(
+            flops=stage_flops(models, config, len(job["seeds"])),
+            rate=product_rate(device, options.get("precision", "auto")),
+        )
+        if which == "library"
+        else {}
+    )
     del models
     images = dict(library=library_edit, plain=bare_edit)[which](config, device, model, job, watch, **options)
     save_file(dict(images=images.contiguous()), Path(folder) / f"{which}.safetensors")
-    (Path(folder) / f"{which}.json").write_text(json.dumps(dict(stages=watch.stages, threads=torch.get_num_threads(), config=config.model_dump(), **extra)))
+    (Path(folder) / f"{which}.json").write_text(
+        json.dumps(dict(stages=watch.stages, threads=torch.get_num_threads(), config=config.model_dump(), **extra))
+    )
 
 # %% ../nbs/20_bench.ipynb #c1e46955
-def bench(quick: bool = False,  # a tenth of the steps
-          device: str = "cpu", model: str = "mini",
-          say=print,  # told what is being measured
-          job: dict = JOB, sam: str = "mini", precision: str = "auto", how: Optional[dict] = None,  # see `library_edit`
-          starts: bool = True,  # measure start-up too
-          size: str = "mini"  # for the record
-         ) -> dict:
+def bench(
+    quick: bool = False,  # a tenth of the steps
+    device: str = "cpu",
+    model: str = "mini",
+    say=print,  # told what is being measured
+    job: dict = JOB,
+    sam: str = "mini",
+    precision: str = "auto",
+    how: dict | None = None,  # see `library_edit`
+    starts: bool = True,  # measure start-up too
+    size: str = "mini",  # for the record
+) -> dict:
     "Start-up, both edits, and how far their pictures are apart."
     import tempfile
     from safetensors.torch import load_file
     from layerdiffusion.core import environment
-    if starts: say("Start-up, five fresh processes each ...")
-    record = dict(start={name: fresh(code) for name, code in STARTS.items()} if starts else {}, quick=quick, job=job, size=size, precision=precision, how=how)
+
+    if starts:
+        say("Start-up, five fresh processes each ...")
+    record = dict(
+        start={name: fresh(code) for name, code in STARTS.items()} if starts else {},
+        quick=quick,
+        job=job,
+        size=size,
+        precision=precision,
+        how=how,
+    )
     with tempfile.TemporaryDirectory() as folder:
         for which in ("library", "plain"):
             say(f"The edit by the {which} {'loop' if which == 'plain' else 'itself'} ...")
@@ -274,24 +396,43 @@ def bench(quick: bool = False,  # a tenth of the steps
             record[which] = json.loads((Path(folder) / f"{which}.json").read_text())
         pictures = [load_file(Path(folder) / f"{which}.safetensors")["images"] for which in ("library", "plain")]
     record["mean_difference"] = (pictures[0] - pictures[1]).abs().mean().item()
-    return record | dict(environment=environment(device), command=f"layerdiffusion bench{'' if size == 'mini' else f' --size {size}'}{' --quick' * quick} --device {device}")
+    return record | dict(
+        environment=environment(device),
+        command=f"layerdiffusion bench{'' if size == 'mini' else f' --size {size}'}{' --quick' * quick} --device {device}",
+    )
 
 # %% ../nbs/20_bench.ipynb #c331143c
-def total(run: dict) -> float: return sum(stage["seconds"] for name, stage in run["stages"].items() if name != "warm-up")
+def total(run: dict) -> float:
+    return sum(stage["seconds"] for name, stage in run["stages"].items() if name != "warm-up")
+
 
 def table(record: dict) -> str:
     "A record of `bench` as lines of text."
     c, run = record["library"]["config"], record["library"]
     lines = [f"{name:28} {seconds:8.2f} s" for name, seconds in record["start"].items()]
-    lines += ["", f"{'stage':10} {'library':>10} {'plain loop':>12} {'ratio':>7} {'library':>11} {'plain loop':>12}{'of the limit' if 'rate' in run else '':>14}"]
+    lines += [
+        "",
+        f"{'stage':10} {'library':>10} {'plain loop':>12} {'ratio':>7} {'library':>11} {'plain loop':>12}{'of the limit' if 'rate' in run else '':>14}",
+    ]
     for stage, ours in run["stages"].items():
         plain = record["plain"]["stages"].get(stage)
         share = f"{run['flops'][stage] / run['rate'] / ours['seconds']:13.0%}" if stage in run.get("flops", {}) else ""
-        if plain: lines.append(f"{stage:10} {ours['seconds']:8.1f} s {plain['seconds']:10.1f} s {plain['seconds'] / ours['seconds']:6.1f}x {ours['peak_mb']:8.0f} MB {plain['peak_mb']:9.0f} MB{share}")
-        else: lines.append(f"{stage:10} {ours['seconds']:8.1f} s, not in the total")
+        if plain:
+            lines.append(
+                f"{stage:10} {ours['seconds']:8.1f} s {plain['seconds']:10.1f} s {plain['seconds'] / ours['seconds']:6.1f}x {ours['peak_mb']:8.0f} MB {plain['peak_mb']:9.0f} MB{share}"
+            )
+        else:
+            lines.append(f"{stage:10} {ours['seconds']:8.1f} s, not in the total")
     ours, plain, env = total(record["library"]), total(record["plain"]), record["environment"]
-    lines += [f"{'total':10} {ours:8.1f} s {plain:10.1f} s {plain / ours:6.1f}x", "", f"Pictures differ by {record['mean_difference']:.1e} on average (0-1 scale)."]
-    if "rate" in run: lines.append(limit_line(run, record))
-    lines += [f"{c['embedding_steps']} + {c['tuning_steps']} + {c['sampling_steps']} steps, {len(record['job']['seeds'])} seeds; {env['device_name']}, {env['cpus']} CPUs, {run['threads']} threads.",
-              f"torch {env['torch']}, diffusers {env['diffusers']}, transformers {env['transformers']}, commit {env['commit']}, {env['date']}."]
+    lines += [
+        f"{'total':10} {ours:8.1f} s {plain:10.1f} s {plain / ours:6.1f}x",
+        "",
+        f"Pictures differ by {record['mean_difference']:.1e} on average (0-1 scale).",
+    ]
+    if "rate" in run:
+        lines.append(limit_line(run, record))
+    lines += [
+        f"{c['embedding_steps']} + {c['tuning_steps']} + {c['sampling_steps']} steps, {len(record['job']['seeds'])} seeds; {env['device_name']}, {env['cpus']} CPUs, {run['threads']} threads.",
+        f"torch {env['torch']}, diffusers {env['diffusers']}, transformers {env['transformers']}, commit {env['commit']}, {env['date']}.",
+    ]
     return "\n".join(lines)

@@ -10,7 +10,8 @@ __all__ = ['NAME', 'VERSION', 'benchmark_tasks', 'benchmark_hash', 'scene_number
 import time
 from dataclasses import fields
 from pathlib import Path
-from typing import Callable, Optional, Sequence
+from typing import Optional
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -27,7 +28,7 @@ def benchmark_tasks() -> list:  # of `Task`
     "The tasks, in their order."
     return edit_set("joint")
 
-def benchmark_hash(tasks: Optional[Sequence[Task]] = None  # None: the benchmark's
+def benchmark_hash(tasks: Sequence[Task] | None = None  # None: the benchmark's
                   ) -> str:
     "Sixteen digits that change when a scene or a word of the tasks does; the same on every processor."
     tasks = benchmark_tasks() if tasks is None else tasks
@@ -44,80 +45,162 @@ def given(task: Task) -> dict:
     e = task.edit
     return dict(photo=to_pil(e.image), mask=to_pil(e.mask), source=e.source, text=e.text, reference=to_pil(e.reference))
 
+
 def as_tensors(pictures, count: int, size: int = 64) -> torch.Tensor:  # (B, 3, size, size), 0-1
     "What a method gave, checked: Pillow pictures, or a tensor (B, 3, H, W) in 0-1."
-    if isinstance(pictures, torch.Tensor) and (pictures.ndim != 4 or pictures.shape[1] != 3): raise BadInput(f"The method gave a tensor of shape {tuple(pictures.shape)}; it must be (B, 3, H, W), or give Pillow pictures.")
-    try: pictures = list(pictures)
-    except TypeError: raise BadInput(f"The method gave a {type(pictures).__name__}; give Pillow pictures, or a tensor (B, 3, H, W) in 0-1.") from None
-    if len(pictures) != count: raise BadInput(f"The method gave {len(pictures)} pictures for {count} seeds; one is needed for each.")
+    if isinstance(pictures, torch.Tensor) and (pictures.ndim != 4 or pictures.shape[1] != 3):
+        raise BadInput(
+            f"The method gave a tensor of shape {tuple(pictures.shape)}; it must be (B, 3, H, W), or give Pillow pictures."
+        )
+    try:
+        pictures = list(pictures)
+    except TypeError:
+        raise BadInput(
+            f"The method gave a {type(pictures).__name__}; give Pillow pictures, or a tensor (B, 3, H, W) in 0-1."
+        ) from None
+    if len(pictures) != count:
+        raise BadInput(f"The method gave {len(pictures)} pictures for {count} seeds; one is needed for each.")
     wrong = next((p for p in pictures if not (isinstance(p, torch.Tensor) or hasattr(p, "convert"))), None)
-    if wrong is not None: raise BadInput(f"The method gave a {type(wrong).__name__}; give Pillow pictures, or a tensor (B, 3, H, W) in 0-1.")
-    fitted = [fit_image(load_image(p.detach().float().cpu() if isinstance(p, torch.Tensor) and p.is_floating_point() else p), size) for p in pictures]
+    if wrong is not None:
+        raise BadInput(
+            f"The method gave a {type(wrong).__name__}; give Pillow pictures, or a tensor (B, 3, H, W) in 0-1."
+        )
+    fitted = [
+        fit_image(
+            load_image(p.detach().float().cpu() if isinstance(p, torch.Tensor) and p.is_floating_point() else p), size
+        )
+        for p in pictures
+    ]
     wrong = next((p for p in fitted if p.shape != (3, size, size)), None)
-    if wrong is not None: raise BadInput(f"The method gave a picture that becomes {wrong.shape[2]}×{wrong.shape[1]} px; it must be square, as the photo is.")
+    if wrong is not None:
+        raise BadInput(
+            f"The method gave a picture that becomes {wrong.shape[2]}×{wrong.shape[1]} px; it must be square, as the photo is."
+        )
     return torch.stack(fitted)
 
 # %% ../nbs/24_benchmark.ipynb #86bd43a5
-def run_benchmark(edit: Callable,  # gets photo, mask, source, text, reference, seeds; gives pictures
-                  name: str,  # of the method, for the table
-                  seeds: Sequence[int] = range(20),
-                  out: Optional[Path] = None,  # a JSON for the row; None: nothing is kept
-                  tasks: Optional[Sequence[Task]] = None,  # None: all; a part of them is marked as such
-                  method=None,  # a `LayerDiffusion`, whose parts measure; None: mini
-                  callback: Optional[Callable[[str], None]] = None  # told each task's name when it is scored
-                 ) -> dict:  # a row of `leaderboard`
+def run_benchmark(
+    edit: Callable,  # gets photo, mask, source, text, reference, seeds; gives pictures
+    name: str,  # of the method, for the table
+    seeds: Sequence[int] = range(20),
+    out: Path | None = None,  # a JSON for the row; None: nothing is kept
+    tasks: Sequence[Task] | None = None,  # None: all; a part of them is marked as such
+    method=None,  # a `LayerDiffusion`, whose parts measure; None: mini
+    callback: Callable[[str], None] | None = None,  # told each task's name when it is scored
+) -> dict:  # a row of `leaderboard`
     "Let a method edit all tasks, and score what it gives against the truth."
     from layerdiffusion.pipeline import LayerDiffusion, check_seeds
-    method, tasks, seeds, flat, seconds = method or LayerDiffusion.from_pretrained("mini", "cpu"), benchmark_tasks() if tasks is None else list(tasks), check_seeds(seeds), [], 0.
-    if not tasks: raise BadInput("The list of tasks is empty; give some of benchmark_tasks(), or None for all.")
+
+    method, tasks, seeds, flat, seconds = (
+        method or LayerDiffusion.from_pretrained("mini", "cpu"),
+        benchmark_tasks() if tasks is None else list(tasks),
+        check_seeds(seeds),
+        [],
+        0.0,
+    )
+    if not tasks:
+        raise BadInput("The list of tasks is empty; give some of benchmark_tasks(), or None for all.")
     for task in tasks:
         start = time.time()
         images = as_tensors(edit(**given(task), seeds=seeds), len(seeds))
         seconds += time.time() - start
         flat += [dict(edit=task.name, **row) for row in score_cell(method, task, images)]
-        if callback: callback(task.name)
-    row = benchmark_row(name, flat, seeds, len(tasks)) | dict(seconds=round(seconds / len(tasks), 2), environment=environment("cpu"))
-    if out: write_json(out, row)
+        if callback:
+            callback(task.name)
+    row = benchmark_row(name, flat, seeds, len(tasks)) | dict(
+        seconds=round(seconds / len(tasks), 2), environment=environment("cpu")
+    )
+    if out:
+        write_json(out, row)
     return row
+
 
 def benchmark_row(name: str, flat: Sequence[dict], seeds: Sequence[int], tasks: int) -> dict:
     "The scores of a method with 95 % intervals over tasks."
-    return dict(benchmark=NAME, version=VERSION, hash=benchmark_hash(), method=name, tasks=tasks, seeds=list(seeds), n=len(flat), **{f: [round(v, 3) for v in interval(flat, f)] for f in SCORES})
+    return dict(
+        benchmark=NAME,
+        version=VERSION,
+        hash=benchmark_hash(),
+        method=name,
+        tasks=tasks,
+        seeds=list(seeds),
+        n=len(flat),
+        **{f: [round(v, 3) for v in interval(flat, f)] for f in SCORES},
+    )
 
 # %% ../nbs/24_benchmark.ipynb #ab2f483d
-def recorded_rows(record: dict  # of the experiment `comparison`
-                 ) -> list:
+def recorded_rows(
+    record: dict,  # of the experiment `comparison`
+) -> list:
     "The rows of the methods that this library has, from their record."
-    return [dict(benchmark=NAME, version=VERSION, method=r["setting"], tasks=len(record["edits"]), seeds=record["seeds"], n=r["n"], seconds=r["seconds"], size=record["size"], **{f: r[f] for f in SCORES}) for r in record["settings"]]
+    return [
+        dict(
+            benchmark=NAME,
+            version=VERSION,
+            method=r["setting"],
+            tasks=len(record["edits"]),
+            seeds=record["seeds"],
+            n=r["n"],
+            seconds=r["seconds"],
+            size=record["size"],
+            **{f: r[f] for f in SCORES},
+        )
+        for r in record["settings"]
+    ]
+
 
 def leaderboard(rows: Sequence[dict]) -> str:
     "The table as Markdown, most right first; a row of fewer than all tasks, or of a trial, says so."
     show, total = (lambda v: "{:.2f} [{:.2f}, {:.2f}]".format(*v)), len(benchmark_tasks())
-    said = lambda r: r["method"] + (f" ({r['tasks']} of {total} tasks)" if r["tasks"] < total else "") + (" (a fifth of the steps)" if r.get("size") == "quick" else "")
-    lines = [f"| method | {' | '.join(f + (' ↓' if f in ('identity', 'background') else '') for f in SCORES)} | pictures |", "|" + " --- |" * (len(SCORES) + 2)]
-    return "\n".join(lines + [f"| {said(r)} | {' | '.join(show(r[f]) for f in SCORES)} | {r['n']} |" for r in sorted(rows, key=lambda r: -r["right"][0])])
+    said = lambda r: (
+        r["method"]
+        + (f" ({r['tasks']} of {total} tasks)" if r["tasks"] < total else "")
+        + (" (a fifth of the steps)" if r.get("size") == "quick" else "")
+    )
+    lines = [
+        f"| method | {' | '.join(f + (' ↓' if f in ('identity', 'background') else '') for f in SCORES)} | pictures |",
+        "|" + " --- |" * (len(SCORES) + 2),
+    ]
+    return "\n".join(
+        lines
+        + [
+            f"| {said(r)} | {' | '.join(show(r[f]) for f in SCORES)} | {r['n']} |"
+            for r in sorted(rows, key=lambda r: -r["right"][0])
+        ]
+    )
 
 # %% ../nbs/24_benchmark.ipynb #8a4bd73e
-def export_tasks(folder: Path  # is made
-                ) -> Path:
+def export_tasks(
+    folder: Path,  # is made
+) -> Path:
     "Write all tasks as PNG and JSON, the truth too."
     folder, rows = Path(folder), []
     for t in benchmark_tasks():
         where, e = folder / t.name.replace(" ", "-"), t.edit
-        try: where.mkdir(parents=True, exist_ok=True)
-        except OSError as error: raise BadInput(f"The folder {str(folder)!r} cannot be written: {error.strerror or error}.") from None
-        for name, x in dict(photo=e.image, mask=e.mask, reference=e.reference, answer=e.answer, answer_mask=e.answer_mask).items(): to_pil(x).save(where / f"{name}.png")
+        try:
+            where.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise BadInput(f"The folder {str(folder)!r} cannot be written: {error.strerror or error}.") from None
+        for name, x in dict(
+            photo=e.image, mask=e.mask, reference=e.reference, answer=e.answer, answer_mask=e.answer_mask
+        ).items():
+            to_pil(x).save(where / f"{name}.png")
         rows.append(dict(name=where.name, source=e.source, text=e.text, object=e.object, background=e.background))
     write_json(folder / "tasks.json", dict(benchmark=NAME, version=VERSION, hash=benchmark_hash(), tasks=rows))
     return folder
 
-def from_folder(folder: Path  # holds TASK/SEED.png
-               ) -> Callable:
+
+def from_folder(
+    folder: Path,  # holds TASK/SEED.png
+) -> Callable:
     "A method for `run_benchmark` that reads pictures drawn elsewhere."
     names = {t.edit.text + t.edit.source: t.name.replace(" ", "-") for t in benchmark_tasks()}
+
     def edit(source, text, seeds, **_):
         paths = [Path(folder) / names[text + source] / f"{s}.png" for s in seeds]
         missing = next((p for p in paths if not p.exists()), None)
-        if missing: raise BadInput(f"{missing} is not there; a picture is needed for each task and seed.")
+        if missing:
+            raise BadInput(f"{missing} is not there; a picture is needed for each task and seed.")
         return [load_image(p) for p in paths]
+
     return edit

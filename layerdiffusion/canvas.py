@@ -6,9 +6,12 @@
 __all__ = ['Stroke', 'Marks', 'read_marks', 'stroke', 'Prompt', 'picture_bytes', 'mask_bytes', 'canvas_class', 'PromptCanvas']
 
 # %% ../nbs/22_canvas.ipynb #fd3e8165
-import functools, io, math
+import functools
+import io
+import math
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any, Optional, Sequence
+from typing import TYPE_CHECKING, Any, Optional
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +21,16 @@ if TYPE_CHECKING:
 
 # %% ../nbs/22_canvas.ipynb #15f74ee1
 from .core import BadInput, fit_image, fit_points, load_image, package_folder, to_pil
-from .masks import bounding_box, check_mask, composite, dilate, find_mask, look, move_subject, propose_subject
+from layerdiffusion.masks import (
+    bounding_box,
+    check_mask,
+    composite,
+    dilate,
+    find_mask,
+    look,
+    move_subject,
+    propose_subject,
+)
 from .saving import patch
 
 # %% ../nbs/22_canvas.ipynb #0dc32bde
@@ -33,48 +45,74 @@ class Stroke:
 class Marks:
     "What was marked on a picture, in its pixels."
     points: tuple = ()  # (x, y, 1) on the subject, (x, y, 0) beside it
-    box: Optional[tuple] = None  # x0, y0, x1, y1
+    box: tuple | None = None  # x0, y0, x1, y1
     strokes: tuple = ()  # of `Stroke`, in their order
     move: tuple = (0., 0.)  # right and down, in shares of the picture's width and height
     scale: float = 1.  # of the subject, about its feet
     blank: bool = False  # begin with an empty mask instead of SAM's proposal
 
 # %% ../nbs/22_canvas.ipynb #74125f66
-def read_marks(data: dict  # as `asdict(Marks())` is
-              ) -> Marks:
+def read_marks(
+    data: dict,  # as `asdict(Marks())` is
+) -> Marks:
     "Marks from JSON."
-    numbers = lambda row, n: tuple(float(v) for v in row) if len(row) == n and all(math.isfinite(float(v)) for v in row) else 1 / 0
+    numbers = lambda row, n: (
+        tuple(float(v) for v in row) if len(row) == n and all(math.isfinite(float(v)) for v in row) else 1 / 0
+    )
     try:
         points = tuple((*numbers(p[:2], 2), int(p[2])) for p in data.get("points", ()))
-        strokes = tuple(Stroke(tuple(numbers(p, 2) for p in s["points"]), *numbers([s["radius"]], 1), bool(s.get("erase"))) for s in data.get("strokes", ()))
+        strokes = tuple(
+            Stroke(tuple(numbers(p, 2) for p in s["points"]), *numbers([s["radius"]], 1), bool(s.get("erase")))
+            for s in data.get("strokes", ())
+        )
         box = data.get("box") and numbers(data["box"], 4)
-        return Marks(points, box, strokes, numbers(data.get("move", (0, 0)), 2), *numbers([data.get("scale", 1)], 1), bool(data.get("blank")))
-    except (TypeError, ValueError, KeyError, IndexError, AttributeError, ZeroDivisionError): raise BadInput("These marks cannot be read: points are (x, y, 0 or 1), a box is (x0, y0, x1, y1), all of them numbers.") from None
+        return Marks(
+            points,
+            box,
+            strokes,
+            numbers(data.get("move", (0, 0)), 2),
+            *numbers([data.get("scale", 1)], 1),
+            bool(data.get("blank")),
+        )
+    except (TypeError, ValueError, KeyError, IndexError, AttributeError, ZeroDivisionError):
+        raise BadInput(
+            "These marks cannot be read: points are (x, y, 0 or 1), a box is (x0, y0, x1, y1), all of them numbers."
+        ) from None
 
 # %% ../nbs/22_canvas.ipynb #dd9c5fb1
-def stroke(mask: torch.Tensor,  # (1, H, W), 0 or 1
-           points: Sequence,  # (x, y) in pixels of the mask
-           radius: float,  # in pixels of the mask
-           erase: bool = False
-          ) -> torch.Tensor:  # (1, H, W), 0 or 1
+def stroke(
+    mask: torch.Tensor,  # (1, H, W), 0 or 1
+    points: Sequence,  # (x, y) in pixels of the mask
+    radius: float,  # in pixels of the mask
+    erase: bool = False,
+) -> torch.Tensor:  # (1, H, W), 0 or 1
     "The mask after a line of the brush or the eraser."
     from PIL import Image, ImageDraw
+
     k, (h, w) = 4, mask.shape[-2:]
     canvas = Image.new("L", (w * k, h * k))
     draw, path, r = ImageDraw.Draw(canvas), [(x * k, y * k) for x, y in points], max(radius * k, 1)
     draw.line(path, 255, round(2 * r))
-    for x, y in path: draw.ellipse((x - r, y - r, x + r - 1, y + r - 1), 255)
-    there = torch.frombuffer(bytearray(canvas.resize((w, h), Image.Resampling.BOX).tobytes()), dtype=torch.uint8).view(1, h, w) > 127
-    return torch.where(there, 0. if erase else 1., mask)
+    for x, y in path:
+        draw.ellipse((x - r, y - r, x + r - 1, y + r - 1), 255)
+    there = (
+        torch.frombuffer(bytearray(canvas.resize((w, h), Image.Resampling.BOX).tobytes()), dtype=torch.uint8).view(
+            1, h, w
+        )
+        > 127
+    )
+    return torch.where(there, 0.0 if erase else 1.0, mask)
 
 # %% ../nbs/22_canvas.ipynb #6425739c
 class Prompt:
     "A picture, what was marked on it, and the mask of its subject."
-    def __init__(self,
-                 image,  # anything `load_image` reads
-                 sam: Any = None,  # from `load_sam`; None: only brush and eraser make a mask
-                 size: int = 64  # longer side of the mask in px: the model's size
-                ):
+
+    def __init__(
+        self,
+        image,  # anything `load_image` reads
+        sam: Any = None,  # from `load_sam`; None: only brush and eraser make a mask
+        size: int = 64,  # longer side of the mask in px: the model's size
+    ):
         self.picture, self.sam = load_image(image), sam
         self.image = fit_image(self.picture, size)
         self.seen = look(sam, self.image) if sam else None
@@ -92,96 +130,149 @@ class Prompt:
         "Let the listeners know."
         self.marks, self.mask, self.wrong = marks, mask, False
         self.says = self.describe()
-        for listener in self.listeners: listener(self)
+        for listener in self.listeners:
+            listener(self)
         return self
 
-    def __repr__(self): return f"Prompt({self.picture.width} x {self.picture.height}, {self.says})"
+    def __repr__(self):
+        return f"Prompt({self.picture.width} x {self.picture.height}, {self.says})"
 
 # %% ../nbs/22_canvas.ipynb #436246e6
 @patch
 def draw(self: Prompt, marks: Marks) -> torch.Tensor:  # (1, H, W), 0 or 1
     "The mask that some marks make."
     key = marks.points, marks.box, marks.blank
-    if key not in self.found: self.found[key] = self.ask(*key)
+    if key not in self.found:
+        self.found[key] = self.ask(*key)
     mask, share = self.found[key], self.image.shape[-1] / self.picture.width
-    for s in marks.strokes: mask = stroke(mask, [(x * share, y * share) for x, y in s.points], s.radius * share, s.erase)
+    for s in marks.strokes:
+        mask = stroke(mask, [(x * share, y * share) for x, y in s.points], s.radius * share, s.erase)
     return mask
 
+
 @patch
-def ask(self: Prompt, points: tuple, box: Optional[tuple], blank: bool) -> torch.Tensor:
+def ask(self: Prompt, points: tuple, box: tuple | None, blank: bool) -> torch.Tensor:
     "SAM's mask (1, H, W), empty where SAM is not asked or finds nobody."
     nothing = torch.zeros_like(self.image[:1])
     if not points and not box:
-        try: return nothing if blank or not self.seen else propose_subject(self.seen, self.image).mask
-        except BadInput: return nothing
-    if not self.seen: raise BadInput("Points and boxes need SAM; paint the subject with the brush instead.")
+        try:
+            return nothing if blank or not self.seen else propose_subject(self.seen, self.image).mask
+        except BadInput:
+            return nothing
+    if not self.seen:
+        raise BadInput("Points and boxes need SAM; paint the subject with the brush instead.")
     place = lambda xy: fit_points(xy, self.picture, self.image)
-    return find_mask(self.seen, self.image, place([p[:2] for p in points]) if points else None, box and place(box), [p[2] for p in points] or None)
+    return find_mask(
+        self.seen,
+        self.image,
+        place([p[:2] for p in points]) if points else None,
+        box and place(box),
+        [p[2] for p in points] or None,
+    )
+
 
 @patch
 def describe(self: Prompt) -> str:
     "What there is, in a sentence."
-    if not (self.mask > .5).any(): return "No subject is marked yet."
+    if not (self.mask > 0.5).any():
+        return "No subject is marked yet."
     dx, dy = self.marks.move
-    where = ["by you" if self.marks.strokes or self.marks.blank else "by your marks" if self.marks.points or self.marks.box else "SAM's proposal"]
-    if dx: where.append(f"moved {abs(dx):.0%} to the {'right' if dx > 0 else 'left'}")
-    if dy: where.append(f"moved {abs(dy):.0%} {'down' if dy > 0 else 'up'}")
-    if self.marks.scale != 1: where.append(f"at {self.marks.scale:.0%} of its size")
+    where = [
+        "by you"
+        if self.marks.strokes or self.marks.blank
+        else "by your marks"
+        if self.marks.points or self.marks.box
+        else "SAM's proposal"
+    ]
+    if dx:
+        where.append(f"moved {abs(dx):.0%} to the {'right' if dx > 0 else 'left'}")
+    if dy:
+        where.append(f"moved {abs(dy):.0%} {'down' if dy > 0 else 'up'}")
+    if self.marks.scale != 1:
+        where.append(f"at {self.marks.scale:.0%} of its size")
     return f"Subject: {self.mask.mean().item():.0%} of the picture, {', '.join(where)}."
 
 # %% ../nbs/22_canvas.ipynb #ad6cd681
 @patch
-def add_point(self: Prompt, x: float, y: float,  # in pixels of the picture
-              subject: bool = True  # False: this is not the subject
-             ) -> Prompt:
+def add_point(
+    self: Prompt,
+    x: float,
+    y: float,  # in pixels of the picture
+    subject: bool = True,  # False: this is not the subject
+) -> Prompt:
     "A click."
     return self.become(replace(self.marks, points=self.marks.points + ((float(x), float(y), int(subject)),)))
 
+
 @patch
-def remove_point(self: Prompt, index: int = -1  # in the order of the clicks
-                ) -> Prompt:
+def remove_point(
+    self: Prompt,
+    index: int = -1,  # in the order of the clicks
+) -> Prompt:
     "Take a click back."
     points = list(self.marks.points)
-    if not -len(points) <= index < len(points): raise BadInput(f"There is no point {index}; there are {len(points)}.")
+    if not -len(points) <= index < len(points):
+        raise BadInput(f"There is no point {index}; there are {len(points)}.")
     del points[index]
     return self.become(replace(self.marks, points=tuple(points)))
 
+
 @patch
-def set_box(self: Prompt, *box: float  # x0, y0, x1, y1 in pixels of the picture; nothing: no box
-           ) -> Prompt:
+def set_box(
+    self: Prompt,
+    *box: float,  # x0, y0, x1, y1 in pixels of the picture; nothing: no box
+) -> Prompt:
     "A box around the subject."
-    if len(box) not in (0, 4): raise BadInput(f"The box is {box}; give x0, y0, x1, y1, or nothing for no box.")
+    if len(box) not in (0, 4):
+        raise BadInput(f"The box is {box}; give x0, y0, x1, y1, or nothing for no box.")
     return self.become(replace(self.marks, box=tuple(map(float, box)) or None))
 
-@patch
-def paint(self: Prompt, points: Sequence,  # (x, y), ... in pixels of the picture
-          radius: float = 3.,  # in pixels of the picture
-          erase: bool = False) -> Prompt:
-    "A line of the brush, or of the eraser."
-    return self.become(replace(self.marks, strokes=self.marks.strokes + (Stroke(tuple(map(tuple, points)), float(radius), erase),)))
 
 @patch
-def place(self: Prompt, dx: float = 0., dy: float = 0.,  # right and down, in shares of the picture's width and height
-          scale: float = 1.  # size, 1 is as it is
-         ) -> Prompt:
+def paint(
+    self: Prompt,
+    points: Sequence,  # (x, y), ... in pixels of the picture
+    radius: float = 3.0,  # in pixels of the picture
+    erase: bool = False,
+) -> Prompt:
+    "A line of the brush, or of the eraser."
+    return self.become(
+        replace(self.marks, strokes=self.marks.strokes + (Stroke(tuple(map(tuple, points)), float(radius), erase),))
+    )
+
+
+@patch
+def place(
+    self: Prompt,
+    dx: float = 0.0,
+    dy: float = 0.0,  # right and down, in shares of the picture's width and height
+    scale: float = 1.0,  # size, 1 is as it is
+) -> Prompt:
     "Where the subject shall go, and how large it shall be."
-    if not (abs(dx) <= 1 and abs(dy) <= 1 and .05 <= scale <= 20): raise BadInput(f"The place is {dx:g}, {dy:g} at scale {scale:g}; both moves are shares from -1 to 1, and the scale is from 0.05 to 20.")
+    if not (abs(dx) <= 1 and abs(dy) <= 1 and 0.05 <= scale <= 20):
+        raise BadInput(
+            f"The place is {dx:g}, {dy:g} at scale {scale:g}; both moves are shares from -1 to 1, and the scale is from 0.05 to 20."
+        )
     return self.become(replace(self.marks, move=(float(dx), float(dy)), scale=float(scale)))
 
 # %% ../nbs/22_canvas.ipynb #84f60d0a
 @patch
 def undo(self: Prompt) -> Prompt:
     "Take the last mark back."
-    if not self.past: return self.show(self.marks, self.mask)
+    if not self.past:
+        return self.show(self.marks, self.mask)
     self.future, before = self.future + [self.marks], self.past.pop()
     return self.show(before, self.draw(before))
+
 
 @patch
 def redo(self: Prompt) -> Prompt:
     "Undo the undoing."
-    if not self.future: return self.show(self.marks, self.mask)
+    if not self.future:
+        return self.show(self.marks, self.mask)
     self.past, after = self.past + [self.marks], self.future.pop()
     return self.show(after, self.draw(after))
+
 
 @patch
 def clear(self: Prompt) -> Prompt:
@@ -190,18 +281,23 @@ def clear(self: Prompt) -> Prompt:
 
 # %% ../nbs/22_canvas.ipynb #aeb856a0
 @patch
-def still(self: Prompt, size: int = 256  # longer side in px
-         ) -> "Image.Image":
+def still(
+    self: Prompt,
+    size: int = 256,  # longer side in px
+) -> "Image.Image":
     "The picture with its mask and marks, drawn."
     from PIL import ImageDraw
+
     moved, mask = self.image, self.mask
-    if (self.marks.move, self.marks.scale) != ((0, 0), 1) and mask.any(): moved, mask = move_subject(moved, mask, *self.marks.move, self.marks.scale)
+    if (self.marks.move, self.marks.scale) != ((0, 0), 1) and mask.any():
+        moved, mask = move_subject(moved, mask, *self.marks.move, self.marks.scale)
     k = size / max(self.image.shape[-2:])
     large = lambda x: F.interpolate(x[None], scale_factor=k, mode="bicubic")[0].clamp(0, 1)
-    lit = (large(mask) > .5).float() if mask.any() else torch.ones(1, 1, 1)
-    picture = to_pil(composite(torch.ones(3, 1, 1), dilate(lit, 1) - lit, large(moved) * (.45 + .55 * lit)))
+    lit = (large(mask) > 0.5).float() if mask.any() else torch.ones(1, 1, 1)
+    picture = to_pil(composite(torch.ones(3, 1, 1), dilate(lit, 1) - lit, large(moved) * (0.45 + 0.55 * lit)))
     draw, k = ImageDraw.Draw(picture), picture.width / self.picture.width
-    if self.marks.box: draw.rectangle([v * k for v in self.marks.box], outline="white", width=2)
+    if self.marks.box:
+        draw.rectangle([v * k for v in self.marks.box], outline="white", width=2)
     for x, y, subject in self.marks.points:
         draw.ellipse((x * k - 6, y * k - 6, x * k + 6, y * k + 6), "#12823b" if subject else "#b3261e", "white", 2)
     return picture
@@ -212,27 +308,34 @@ def arguments(self: Prompt) -> dict:
     "The marks as arguments of `edit`: point and box where they say it all, else the mask."
     m = self.marks
     place = {k: v for k, v in dict(move=m.move, scale=m.scale).items() if v != getattr(Marks(), k)}
-    if m.strokes or m.blank or not all(p[2] for p in m.points) or not self.seen: return dict(mask=check_mask(self.mask), **place)
+    if m.strokes or m.blank or not all(p[2] for p in m.points) or not self.seen:
+        return dict(mask=check_mask(self.mask), **place)
     return ({"point": [p[:2] for p in m.points]} if m.points else {}) | ({"box": m.box} if m.box else {}) | place
 
 # %% ../nbs/22_canvas.ipynb #cb294039
-def picture_bytes(image,  # Pillow picture
-                  longest: int = 1024  # px; larger ones are made smaller
-                 ) -> bytes:
+def picture_bytes(
+    image,  # Pillow picture
+    longest: int = 1024,  # px; larger ones are made smaller
+) -> bytes:
     "A picture as a file for a browser: PNG when small, else JPEG."
     from PIL import Image
+
     out, k = io.BytesIO(), longest / max(image.size)
-    if k < 1: image = image.resize([max(1, round(n * k)) for n in image.size], Image.Resampling.LANCZOS)
+    if k < 1:
+        image = image.resize([max(1, round(n * k)) for n in image.size], Image.Resampling.LANCZOS)
     image.save(out, "PNG" if max(image.size) <= 512 else "JPEG")
     return out.getvalue()
 
-def mask_bytes(mask: torch.Tensor,  # (1, H, W), 0 or 1
-               longest: int = 512  # px
-              ) -> bytes:
+
+def mask_bytes(
+    mask: torch.Tensor,  # (1, H, W), 0 or 1
+    longest: int = 512,  # px
+) -> bytes:
     "A mask as a PNG that is opaque where the subject is, enlarged with smooth edges."
     from PIL import Image
+
     k = max(1, longest / max(mask.shape[-2:]))
-    alpha = to_pil((F.interpolate(mask[None], scale_factor=k, mode="bicubic")[0] > .5).float()[0])
+    alpha = to_pil((F.interpolate(mask[None], scale_factor=k, mode="bicubic")[0] > 0.5).float()[0])
     out = io.BytesIO()
     Image.merge("LA", (Image.new("L", alpha.size, 255), alpha.convert("L"))).save(out, "PNG")
     return out.getvalue()
@@ -241,14 +344,20 @@ def mask_bytes(mask: torch.Tensor,  # (1, H, W), 0 or 1
 @functools.cache
 def canvas_class() -> type:
     "The class of the widget, made when it is first needed: the library imports without the notebook tools."
-    try: import anywidget, traitlets
-    except ImportError: raise BadInput("The canvas needs anywidget; install it with: pip install 'layerdiffusion[app]'") from None
+    try:
+        import anywidget
+        import traitlets
+    except ImportError:
+        raise BadInput("The canvas needs anywidget; install it with: pip install 'layerdiffusion[app]'") from None
     static = package_folder() / "static"
+
     class Canvas(anywidget.AnyWidget):
         "A picture to mark."
+
         _esm, _css = ((static / f"canvas.{kind}").read_text(encoding="utf-8") for kind in ("js", "css"))
         image, mask = traitlets.Bytes().tag(sync=True), traitlets.Bytes().tag(sync=True)
         view = traitlets.Dict().tag(sync=True)
+
     return Canvas
 
 # %% ../nbs/22_canvas.ipynb #9be6b2a1
@@ -275,8 +384,18 @@ class PromptCanvas(Prompt):
 def view(self: PromptCanvas, serial: int) -> dict:
     "What the browser is told beside the pictures."
     share = self.picture.width / self.image.shape[-1]
-    bounds = [v * share for v in bounding_box(self.mask)] if (self.mask > .5).any() else None
-    return dict(serial=serial, marks=asdict(self.marks), bounds=bounds, size=self.picture.size, says=self.says, wrong=self.wrong, undo=bool(self.past), redo=bool(self.future))
+    bounds = [v * share for v in bounding_box(self.mask)] if (self.mask > 0.5).any() else None
+    return dict(
+        serial=serial,
+        marks=asdict(self.marks),
+        bounds=bounds,
+        size=self.picture.size,
+        says=self.says,
+        wrong=self.wrong,
+        undo=bool(self.past),
+        redo=bool(self.future),
+    )
+
 
 @patch
 def push(self: PromptCanvas):
@@ -285,13 +404,18 @@ def push(self: PromptCanvas):
         self.widget.mask = mask_bytes(self.mask)
         self.widget.view = self.view(self.widget.view["serial"] + 1)
 
+
 @patch
-def hear(self: PromptCanvas, content: dict  # {"do": "mark", "marks": ...}, or "undo", "redo", "clear"
-        ):
+def hear(
+    self: PromptCanvas,
+    content: dict,  # {"do": "mark", "marks": ...}, or "undo", "redo", "clear"
+):
     "Do what was done in the browser; a refusal is said there."
     try:
-        if content.get("do") == "mark": self.become(read_marks(content["marks"]))
-        elif content.get("do") in ("undo", "redo", "clear"): getattr(self, content["do"])()
+        if content.get("do") == "mark":
+            self.become(read_marks(content["marks"]))
+        elif content.get("do") in ("undo", "redo", "clear"):
+            getattr(self, content["do"])()
     except BadInput as refused:
         self.says, self.wrong = str(refused), True
         self.push()

@@ -12,12 +12,21 @@ __all__ = ['SUBJECT', 'PLACE', 'WORDS', 'TUNING', 'DRAWING', 'MASKS', 'BEYOND', 
            'experiment', 'docs', 'editor', 'usage', 'explain', 'Speech', 'heard', 'stoppable', 'run_app', 'main']
 
 # %% ../nbs/30_cli.ipynb #9c2efb69
-import inspect, json, os, re, shlex, shutil, signal, sys, threading
+import inspect
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import sys
+import threading
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
-from typing import Annotated, Any, Callable, List, Literal, Optional
+from typing import Annotated, Any, List, Literal, Optional
+from collections.abc import Callable
 
 import typer
 
@@ -35,7 +44,7 @@ class Opt:
     help: str
     low: float = float("-inf")  # smallest number allowed
     high: float = float("inf")  # largest number allowed
-    metavar: Optional[str] = None  # how the value is named in the help
+    metavar: str | None = None  # how the value is named in the help
     flags: tuple = ()  # when they do not follow from the name
 
     @property
@@ -43,107 +52,436 @@ class Opt:
 
 # %% ../nbs/30_cli.ipynb #947335ba
 SUBJECT = [
-    Opt("point", List[str], [], "A pixel on the subject, counted from the top left of IMAGE; SAM makes it a mask. May be given several times.", metavar="X,Y"),
-    Opt("not_point", List[str], [], "A pixel that does not belong to the subject, beside --point. May be given several times; mini's SAM does not know such clicks.", metavar="X,Y"),
+    Opt(
+        "point",
+        list[str],
+        [],
+        "A pixel on the subject, counted from the top left of IMAGE; SAM makes it a mask. May be given several times.",
+        metavar="X,Y",
+    ),
+    Opt(
+        "not_point",
+        list[str],
+        [],
+        "A pixel that does not belong to the subject, beside --point. May be given several times; mini's SAM does not know such clicks.",
+        metavar="X,Y",
+    ),
     Opt("box", Optional[str], None, "A box around the subject; SAM makes it a mask.", metavar="X0,Y0,X1,Y1"),
-    Opt("mask", Optional[Path], None, "A picture that is white where the subject is. Without --point, --box and --mask SAM proposes a subject, and the sheet shows which.", metavar="FILE"),
-    Opt("reference", Optional[Path], None, "A picture of the new background, O_r. Without it one is drawn from the background words.", metavar="FILE"),
-    Opt("object", Optional[str], None, "The words for the subject and what it does, T_a. Unset: cut out of TEXT by rule, and shown.", metavar="TEXT"),
-    Opt("background", Optional[str], None, "The words for the place, T_b. Unset: cut out of TEXT by rule, and shown.", metavar="TEXT"),
-    Opt("source", Optional[str], None, "What IMAGE shows, such as \"a dog standing on a beach\", for --eq4-words source. Unset: CLIP proposes it.", metavar="TEXT")]
+    Opt(
+        "mask",
+        Optional[Path],
+        None,
+        "A picture that is white where the subject is. Without --point, --box and --mask SAM proposes a subject, and the sheet shows which.",
+        metavar="FILE",
+    ),
+    Opt(
+        "reference",
+        Optional[Path],
+        None,
+        "A picture of the new background, O_r. Without it one is drawn from the background words.",
+        metavar="FILE",
+    ),
+    Opt(
+        "object",
+        Optional[str],
+        None,
+        "The words for the subject and what it does, T_a. Unset: cut out of TEXT by rule, and shown.",
+        metavar="TEXT",
+    ),
+    Opt(
+        "background",
+        Optional[str],
+        None,
+        "The words for the place, T_b. Unset: cut out of TEXT by rule, and shown.",
+        metavar="TEXT",
+    ),
+    Opt(
+        "source",
+        Optional[str],
+        None,
+        'What IMAGE shows, such as "a dog standing on a beach", for --eq4-words source. Unset: CLIP proposes it.',
+        metavar="TEXT",
+    ),
+]
 
 PLACE = [
-    Opt("move", Optional[str], None, "Carry the subject right and down by these shares of the picture: 0.2,0 is a fifth of its width to the right. Works best with --preset best.", metavar="DX,DY"),
-    Opt("scale", float, 1., "Resize the subject about its feet; 0.5 is half as large. Small ones want --preset best, or they are lost.", .05, 20),
-    Opt("object_reference", Optional[Path], None, "Another picture of the object, for Eq. 4 to learn from; --object-picture is then not looked at.", metavar="FILE"),
-    Opt("object_mask", Optional[Path], None, "Where the object is in that picture, in white. Unset: SAM proposes.", metavar="FILE")]
+    Opt(
+        "move",
+        Optional[str],
+        None,
+        "Carry the subject right and down by these shares of the picture: 0.2,0 is a fifth of its width to the right. Works best with --preset best.",
+        metavar="DX,DY",
+    ),
+    Opt(
+        "scale",
+        float,
+        1.0,
+        "Resize the subject about its feet; 0.5 is half as large. Small ones want --preset best, or they are lost.",
+        0.05,
+        20,
+    ),
+    Opt(
+        "object_reference",
+        Optional[Path],
+        None,
+        "Another picture of the object, for Eq. 4 to learn from; --object-picture is then not looked at.",
+        metavar="FILE",
+    ),
+    Opt(
+        "object_mask",
+        Optional[Path],
+        None,
+        "Where the object is in that picture, in white. Unset: SAM proposes.",
+        metavar="FILE",
+    ),
+]
 
 # %% ../nbs/30_cli.ipynb #527b445c
 WORDS = [
-    Opt("alpha", float, .7, "How much of e_opt is the subject's words: e_opt = alpha e_a + (1 - alpha) e_b (Eq. 3; the paper: 0.7).", 0, 1),
-    Opt("embedding_steps", int, 500, "Steps that fit both embeddings (Eq. 2; the paper: 500); 0 leaves them as they are.", 0),
-    Opt("embedding_lr", Optional[float], None, "Learning rate of Eq. 2. Unset: the model's own, else the paper's 1e-3.", 1e-12),
-    Opt("eq2_region", Literal["background", "object", "branch", "none"], "background", "Where Eq. 2 looks: around the subject, at it, each embedding at its own part, or everywhere."),
+    Opt(
+        "alpha",
+        float,
+        0.7,
+        "How much of e_opt is the subject's words: e_opt = alpha e_a + (1 - alpha) e_b (Eq. 3; the paper: 0.7).",
+        0,
+        1,
+    ),
+    Opt(
+        "embedding_steps",
+        int,
+        500,
+        "Steps that fit both embeddings (Eq. 2; the paper: 500); 0 leaves them as they are.",
+        0,
+    ),
+    Opt(
+        "embedding_lr",
+        Optional[float],
+        None,
+        "Learning rate of Eq. 2. Unset: the model's own, else the paper's 1e-3.",
+        1e-12,
+    ),
+    Opt(
+        "eq2_region",
+        Literal["background", "object", "branch", "none"],
+        "background",
+        "Where Eq. 2 looks: around the subject, at it, each embedding at its own part, or everywhere.",
+    ),
     Opt("eq2_picture", Literal["input", "reference"], "input", "The picture that Eq. 2 noises."),
-    Opt("eq2_conditioning", Literal["concat", "sum", "alternate", "mix"], "concat", "How the pair (e_a, e_b) enters the U-Net in Eq. 2.")]
+    Opt(
+        "eq2_conditioning",
+        Literal["concat", "sum", "alternate", "mix"],
+        "concat",
+        "How the pair (e_a, e_b) enters the U-Net in Eq. 2.",
+    ),
+]
 
 # %% ../nbs/30_cli.ipynb #c7e5f4e6
 TUNING = [
-    Opt("lambda_obj", float, 2., "Weight of the subject's loss (lambda_1 in Eq. 6; the paper: 2, and 3 for small subjects).", 0),
-    Opt("lambda_bg", float, 1., "Weight of the background's loss (lambda_2 in Eq. 6; the paper: 1).", 0),
+    Opt(
+        "lambda_obj",
+        float,
+        2.0,
+        "Weight of the subject's loss (lambda_1 in Eq. 6; the paper: 2, and 3 for small subjects).",
+        0,
+    ),
+    Opt("lambda_bg", float, 1.0, "Weight of the background's loss (lambda_2 in Eq. 6; the paper: 1).", 0),
     Opt("tuning_steps", int, 250, "Steps that fit the U-Net (Eq. 4-6; the paper: 250); 0 leaves it as it is.", 0),
-    Opt("tuning_batch", int, 1, "Draws of noise in each of these steps; more of them allow fewer and larger steps.", 1, 64),
-    Opt("tuning_decay", bool, False, "Let the learning rate fall to nothing along half a cosine.", flags=("--tuning-decay/--no-tuning-decay",)),
-    Opt("tuning_lr", Optional[float], None, "Learning rate of Eq. 4-6. Unset: the model's own, else the paper's 2e-6.", 1e-12),
-    Opt("object_picture", Literal["input", "target", "auto"], "target", "O_t of Eq. 4: one drawn from TEXT (the paper), your picture, or (auto) your picture where the subject does already what TEXT says."),
-    Opt("eq45_pictures", Literal["each", "one", "composite"], "composite", "Eq. 4 and 5 see: the subject pasted on the reference, each its own picture, or one picture through two masks."),
-    Opt("eq5_region", Literal["union", "reference"], "union", "What Eq. 5 leaves out: the subject's place too, or only what the reference shows of a subject. Only with --eq45-pictures each."),
-    Opt("eq5_words", Literal["opt", "background"], "opt", "Eq. 5 under e_opt (the paper), or under the place's words alone."),
-    Opt("reference_mask", Literal["empty", "sam"], "empty", "M_r: the reference shows nobody, or SAM finds who is in it. Only with --eq45-pictures each."),
-    Opt("tuned_parameters", Literal["all", "attention", "lora"], "all", "What of the U-Net moves; lora needs the least memory."),
-    Opt("lora_rank", int, 8, "Rank of the change for --tuned-parameters lora.", 1, 1280)]
+    Opt(
+        "tuning_batch",
+        int,
+        1,
+        "Draws of noise in each of these steps; more of them allow fewer and larger steps.",
+        1,
+        64,
+    ),
+    Opt(
+        "tuning_decay",
+        bool,
+        False,
+        "Let the learning rate fall to nothing along half a cosine.",
+        flags=("--tuning-decay/--no-tuning-decay",),
+    ),
+    Opt(
+        "tuning_lr",
+        Optional[float],
+        None,
+        "Learning rate of Eq. 4-6. Unset: the model's own, else the paper's 2e-6.",
+        1e-12,
+    ),
+    Opt(
+        "object_picture",
+        Literal["input", "target", "auto"],
+        "target",
+        "O_t of Eq. 4: one drawn from TEXT (the paper), your picture, or (auto) your picture where the subject does already what TEXT says.",
+    ),
+    Opt(
+        "eq45_pictures",
+        Literal["each", "one", "composite"],
+        "composite",
+        "Eq. 4 and 5 see: the subject pasted on the reference, each its own picture, or one picture through two masks.",
+    ),
+    Opt(
+        "eq5_region",
+        Literal["union", "reference"],
+        "union",
+        "What Eq. 5 leaves out: the subject's place too, or only what the reference shows of a subject. Only with --eq45-pictures each.",
+    ),
+    Opt(
+        "eq5_words",
+        Literal["opt", "background"],
+        "opt",
+        "Eq. 5 under e_opt (the paper), or under the place's words alone.",
+    ),
+    Opt(
+        "reference_mask",
+        Literal["empty", "sam"],
+        "empty",
+        "M_r: the reference shows nobody, or SAM finds who is in it. Only with --eq45-pictures each.",
+    ),
+    Opt(
+        "tuned_parameters",
+        Literal["all", "attention", "lora"],
+        "all",
+        "What of the U-Net moves; lora needs the least memory.",
+    ),
+    Opt("lora_rank", int, 8, "Rank of the change for --tuned-parameters lora.", 1, 1280),
+]
 
 # %% ../nbs/30_cli.ipynb #05526139
 DRAWING = [
     Opt("sampling_steps", int, 50, "Steps from noise to picture (Eq. 7; the paper: 50).", 1, 1000, flags=("--steps",)),
-    Opt("guidance_scale", Optional[float], None, "Classifier-free guidance, 1 is off. Unset: the model's own, else 7.5.", 1, 100),
-    Opt("negative_prompt", str, "", "What the pictures shall not show, in words: guidance leads away from them, so it must be above 1. Unset: the empty text, as in the paper.", metavar="TEXT"),
-    Opt("iterative_guidance", bool, True, "Iterative guidance (Eq. 8): even steps listen to e_a alone. Off: e_opt at every step.", flags=("--turns/--no-turns",)),
+    Opt(
+        "guidance_scale",
+        Optional[float],
+        None,
+        "Classifier-free guidance, 1 is off. Unset: the model's own, else 7.5.",
+        1,
+        100,
+    ),
+    Opt(
+        "negative_prompt",
+        str,
+        "",
+        "What the pictures shall not show, in words: guidance leads away from them, so it must be above 1. Unset: the empty text, as in the paper.",
+        metavar="TEXT",
+    ),
+    Opt(
+        "iterative_guidance",
+        bool,
+        True,
+        "Iterative guidance (Eq. 8): even steps listen to e_a alone. Off: e_opt at every step.",
+        flags=("--turns/--no-turns",),
+    ),
     Opt("eq8_index", Literal["loop", "timestep"], "loop", "Whose parity decides in Eq. 8."),
     Opt("eq8_first", Literal["object", "opt"], "object", "Who speaks at even steps."),
-    Opt("scheduler", Literal["ddim", "pndm"], "ddim", "The sampler D of Eq. 7.")]
+    Opt("scheduler", Literal["ddim", "pndm"], "ddim", "The sampler D of Eq. 7."),
+]
 
 MASKS = [
-    Opt("loss_scale", Literal["all", "mask"], "all", "Errors of Eq. 2, 4, 5 are averaged over the whole picture, or over the mask."),
+    Opt(
+        "loss_scale",
+        Literal["all", "mask"],
+        "all",
+        "Errors of Eq. 2, 4, 5 are averaged over the whole picture, or over the mask.",
+    ),
     Opt("mask_resample", Literal["area", "nearest", "bilinear"], "area", "How masks become as small as latents."),
-    Opt("mask_hard", bool, False, "Round small masks to 0 and 1.", flags=("--mask-hard/--no-mask-hard",))]
+    Opt("mask_hard", bool, False, "Round small masks to 0 and 1.", flags=("--mask-hard/--no-mask-hard",)),
+]
 
 # %% ../nbs/30_cli.ipynb #5d4b4240
 BEYOND = [
-    Opt("learnt_words", int, 0, "Eq. 2 fits so many new words to the subject, instead of e_a and e_b. 0: as in the paper.", 0, 8),
+    Opt(
+        "learnt_words",
+        int,
+        0,
+        "Eq. 2 fits so many new words to the subject, instead of e_a and e_b. 0: as in the paper.",
+        0,
+        8,
+    ),
     Opt("word_lr", Optional[float], None, "Learning rate of those words. Unset: the model's own, else 5e-3.", 1e-12),
-    Opt("object_words", Literal["object", "whole"], "object", "e_a is made of the subject's words (the paper), or of the whole TEXT."),
-    Opt("subject_scale", float, 0., "How strongly the model that draws O_t sees the subject of IMAGE. 0: not at all, as in the paper.", 0, 20),
-    Opt("target_widen", float, 0., "Grow the mask of a drawn O_t by this share of the picture, for its outline is soft.", 0, .2),
-    Opt("recolour", bool, False, "Show the subject in the colour that TEXT asks for before O_t is drawn.", flags=("--recolour/--no-recolour",)),
-    Opt("recolour_tone", bool, False, "With --recolour: keep how light or dark this subject is, judged by --source.", flags=("--recolour-tone/--no-recolour-tone",)),
-    Opt("target_draws", int, 1, "O_t is the best of so many drawn pictures: the one whose subject looks most like yours. 1: as in the paper.", 1, 1024),
-    Opt("target_quality", float, 0., "With --subject-scale: how much SAM's own estimate of a mask's quality counts in the choice of O_t. 0: nothing.", 0, 10),
-    Opt("eq4_words", Literal["opt", "source"], "opt", "Eq. 4 under e_opt (the paper), or under the words that are true of IMAGE (--source)."),
-    Opt("prior_batch", int, 0, "So many of the model's own pictures in every step of the tuning. 0: as in the paper.", 0, 32),
-    Opt("lambda_prior", float, 1., "Weight of those pictures.", 0)]
+    Opt(
+        "object_words",
+        Literal["object", "whole"],
+        "object",
+        "e_a is made of the subject's words (the paper), or of the whole TEXT.",
+    ),
+    Opt(
+        "subject_scale",
+        float,
+        0.0,
+        "How strongly the model that draws O_t sees the subject of IMAGE. 0: not at all, as in the paper.",
+        0,
+        20,
+    ),
+    Opt(
+        "target_widen",
+        float,
+        0.0,
+        "Grow the mask of a drawn O_t by this share of the picture, for its outline is soft.",
+        0,
+        0.2,
+    ),
+    Opt(
+        "recolour",
+        bool,
+        False,
+        "Show the subject in the colour that TEXT asks for before O_t is drawn.",
+        flags=("--recolour/--no-recolour",),
+    ),
+    Opt(
+        "recolour_tone",
+        bool,
+        False,
+        "With --recolour: keep how light or dark this subject is, judged by --source.",
+        flags=("--recolour-tone/--no-recolour-tone",),
+    ),
+    Opt(
+        "target_draws",
+        int,
+        1,
+        "O_t is the best of so many drawn pictures: the one whose subject looks most like yours. 1: as in the paper.",
+        1,
+        1024,
+    ),
+    Opt(
+        "target_quality",
+        float,
+        0.0,
+        "With --subject-scale: how much SAM's own estimate of a mask's quality counts in the choice of O_t. 0: nothing.",
+        0,
+        10,
+    ),
+    Opt(
+        "eq4_words",
+        Literal["opt", "source"],
+        "opt",
+        "Eq. 4 under e_opt (the paper), or under the words that are true of IMAGE (--source).",
+    ),
+    Opt(
+        "prior_batch",
+        int,
+        0,
+        "So many of the model's own pictures in every step of the tuning. 0: as in the paper.",
+        0,
+        32,
+    ),
+    Opt("lambda_prior", float, 1.0, "Weight of those pictures.", 0),
+]
 
 # %% ../nbs/30_cli.ipynb #8567a6d6
 WATCH = [
-    Opt("preview", Optional[Path], None, "Keep a picture of what is being drawn in FILE, replaced all the time; open it in a viewer that reloads.", metavar="FILE"),
-    Opt("look_every", int, 0, "Every so many tuning steps draw one quick picture, for --preview and looks.png. 0: never.", 0)]
+    Opt(
+        "preview",
+        Optional[Path],
+        None,
+        "Keep a picture of what is being drawn in FILE, replaced all the time; open it in a viewer that reloads.",
+        metavar="FILE",
+    ),
+    Opt(
+        "look_every",
+        int,
+        0,
+        "Every so many tuning steps draw one quick picture, for --preview and looks.png. 0: never.",
+        0,
+    ),
+]
 
 # %% ../nbs/30_cli.ipynb #6f97fa3b
 RUN = [
-    Opt("model", str, "mini", "mini (shipped; knows only its drawn world), a Stable Diffusion folder, or a hub name: CompVis/stable-diffusion-v1-4 is the paper's.", metavar="NAME"),
-    Opt("sam", Optional[str], None, "Segment Anything: mini, a folder, or a file of published weights such as sam_vit_h_4b8939.pth. Unset: the model folder's own, mini beside mini, vit_h beside any other model.", metavar="NAME"),
+    Opt(
+        "model",
+        str,
+        "mini",
+        "mini (shipped; knows only its drawn world), a Stable Diffusion folder, or a hub name: CompVis/stable-diffusion-v1-4 is the paper's.",
+        metavar="NAME",
+    ),
+    Opt(
+        "sam",
+        Optional[str],
+        None,
+        "Segment Anything: mini, a folder, or a file of published weights such as sam_vit_h_4b8939.pth. Unset: the model folder's own, mini beside mini, vit_h beside any other model.",
+        metavar="NAME",
+    ),
     Opt("seeds", str, "0-7", "One picture for each: a range 0-7, a list 0,3,5, or both.", metavar="LIST"),
-    Opt("seed", int, 0, "Seed of all other draws: noise and timesteps in Eq. 2, 4, 5, and the drawn reference.", 0, 2**63 - 1),
+    Opt(
+        "seed",
+        int,
+        0,
+        "Seed of all other draws: noise and timesteps in Eq. 2, 4, 5, and the drawn reference.",
+        0,
+        2**63 - 1,
+    ),
     Opt("device", Optional[str], None, "cpu, cuda, cuda:1 or mps. Unset: the fastest there is.", metavar="NAME"),
-    Opt("precision", Literal["auto", "fp32", "bf16", "fp16"], "auto", "What the model computes in. auto: bf16 on a GPU that has it, fp16 on an older one of NVIDIA's, else fp32."),
-    Opt("memory", Literal["auto", "full", "spare", "8bit", "low"], "auto", "How much may lie on the device. auto: as much as fits, and a sentence says why. spare: activations are computed twice, and on a GPU parts wait on the CPU. 8bit: Adam in eight bits. low: LoRA."),
+    Opt(
+        "precision",
+        Literal["auto", "fp32", "bf16", "fp16"],
+        "auto",
+        "What the model computes in. auto: bf16 on a GPU that has it, fp16 on an older one of NVIDIA's, else fp32.",
+    ),
+    Opt(
+        "memory",
+        Literal["auto", "full", "spare", "8bit", "low"],
+        "auto",
+        "How much may lie on the device. auto: as much as fits, and a sentence says why. spare: activations are computed twice, and on a GPU parts wait on the CPU. 8bit: Adam in eight bits. low: LoRA.",
+    ),
     Opt("offline", bool, False, "Never ask the Hugging Face hub; what was fetched before is still used."),
-    Opt("preset", Literal["paper", "best"], "paper", "Settings to start from. paper: the paper's numbers, with those readings of it that did best. best: those that kept the subject best. Options given beside it win."),
-    Opt("config", Optional[Path], None, "Settings from the edit.json of an earlier edit; options given beside it win.", metavar="FILE"),
-    Opt("resume", bool, False, "Go on with the edit of these words that was stopped; ends with the same pictures as one that was not."),
-    Opt("paste_back", bool, False, "Write each picture in the full size of IMAGE too: IMAGE itself, and the edit where the subject was and is now. For edits that keep the place."),
-    Opt("rank", Optional[int], None, "Save the U-Net's change in edit.safetensors by matrices of this rank: a small file. A line says how much of the change that leaves out; what is drawn from the file again differs from the pictures beside it. Unset: all of it.", 1, 1280, metavar="N"),
-    Opt("out", Optional[Path], None, "Folder for the results. Unset: edits/NAME-1, -2, ... with the picture's name.", metavar="DIR"),
-    Opt("debug", bool, False, "Show the whole traceback when something unexpected happens.")]
+    Opt(
+        "preset",
+        Literal["paper", "best"],
+        "paper",
+        "Settings to start from. paper: the paper's numbers, with those readings of it that did best. best: those that kept the subject best. Options given beside it win.",
+    ),
+    Opt(
+        "config",
+        Optional[Path],
+        None,
+        "Settings from the edit.json of an earlier edit; options given beside it win.",
+        metavar="FILE",
+    ),
+    Opt(
+        "resume",
+        bool,
+        False,
+        "Go on with the edit of these words that was stopped; ends with the same pictures as one that was not.",
+    ),
+    Opt(
+        "paste_back",
+        bool,
+        False,
+        "Write each picture in the full size of IMAGE too: IMAGE itself, and the edit where the subject was and is now. For edits that keep the place.",
+    ),
+    Opt(
+        "rank",
+        Optional[int],
+        None,
+        "Save the U-Net's change in edit.safetensors by matrices of this rank: a small file. A line says how much of the change that leaves out; what is drawn from the file again differs from the pictures beside it. Unset: all of it.",
+        1,
+        1280,
+        metavar="N",
+    ),
+    Opt(
+        "out",
+        Optional[Path],
+        None,
+        "Folder for the results. Unset: edits/NAME-1, -2, ... with the picture's name.",
+        metavar="DIR",
+    ),
+    Opt("debug", bool, False, "Show the whole traceback when something unexpected happens."),
+]
 
 # %% ../nbs/30_cli.ipynb #b588f38e
 def in_range(opt: Opt) -> Callable:
     "A check for typer: the value within the option's range, or a sentence."
+
     def check(value):
-        if value is None or opt.low <= value <= opt.high: return value
+        if value is None or opt.low <= value <= opt.high:
+            return value
         say = lambda v: str(v) if isinstance(v, int) else f"{v:g}"
-        bound = f"at least {say(opt.low)}" if opt.high == float("inf") else f"between {say(opt.low)} and {say(opt.high)}"
+        bound = (
+            f"at least {say(opt.low)}" if opt.high == float("inf") else f"between {say(opt.low)} and {say(opt.high)}"
+        )
         raise BadInput(f"{opt.flag} must be {bound}, not {say(value)}.")
+
     return check
 
 # %% ../nbs/30_cli.ipynb #c1ac2bf5
@@ -151,8 +489,12 @@ def as_parameter(opt: Opt, panel: str) -> inspect.Parameter:
     "An option as typer wants it: one annotated keyword."
     number = opt.kind in (int, float, Optional[int], Optional[float])
     names = opt.flags or ([opt.flag] if opt.kind is bool and not opt.default else [])
-    info = typer.Option(*names, help=opt.help, metavar=opt.metavar, rich_help_panel=panel, callback=in_range(opt) if number else None)
-    return inspect.Parameter(opt.name, inspect.Parameter.KEYWORD_ONLY, default=opt.default, annotation=Annotated[opt.kind, info])
+    info = typer.Option(
+        *names, help=opt.help, metavar=opt.metavar, rich_help_panel=panel, callback=in_range(opt) if number else None
+    )
+    return inspect.Parameter(
+        opt.name, inspect.Parameter.KEYWORD_ONLY, default=opt.default, annotation=Annotated[opt.kind, info]
+    )
 
 # %% ../nbs/30_cli.ipynb #076362f6
 def with_options(panels: dict  # name of the panel: its rows
@@ -166,62 +508,86 @@ def with_options(panels: dict  # name of the panel: its rows
     return decorate
 
 # %% ../nbs/30_cli.ipynb #1227fea3
-def parse_seeds(text: str  # "0-7", "0,3,5" or "0-3,9"
-               ) -> List[int]:
+def parse_seeds(
+    text: str,  # "0-7", "0,3,5" or "0-3,9"
+) -> list[int]:
     "The seeds that a list stands for, in its order."
     ranges = [re.fullmatch(r"\s*(\d{1,18})(?:-(\d{1,18}))?\s*", part) for part in text.split(",")]
-    if not all(ranges): raise BadInput(f"--seeds must be like 0-7 or 0,3,5, not {text!r}.")
+    if not all(ranges):
+        raise BadInput(f"--seeds must be like 0-7 or 0,3,5, not {text!r}.")
     ends = [(int(m[1]), int(m[2] or m[1])) for m in ranges]
-    if any(high < low for low, high in ends): raise BadInput(f"--seeds {text!r} counts backwards; a range goes upwards, like 0-7.")
-    if sum(high - low + 1 for low, high in ends) > 1000: raise BadInput(f"--seeds {text!r} asks for more than 1000 pictures.")
+    if any(high < low for low, high in ends):
+        raise BadInput(f"--seeds {text!r} counts backwards; a range goes upwards, like 0-7.")
+    if sum(high - low + 1 for low, high in ends) > 1000:
+        raise BadInput(f"--seeds {text!r} asks for more than 1000 pictures.")
     seeds = [seed for low, high in ends for seed in range(low, high + 1)]
-    if len(set(seeds)) < len(seeds): raise BadInput(f"--seeds {text!r} names a seed twice, which would draw the same picture twice.")
+    if len(set(seeds)) < len(seeds):
+        raise BadInput(f"--seeds {text!r} names a seed twice, which would draw the same picture twice.")
     return seeds
 
 # %% ../nbs/30_cli.ipynb #220814ba
-def parse_numbers(text: Optional[str],  # "12,30"
-                  flag: str,  # for the message
-                  form: str,  # "X,Y"
-                  example: str = "12,30,52,58",  # for the message; cut to as many numbers
-                  unit: str = "in pixels"  # for the message
-                 ) -> Optional[List[float]]:
+def parse_numbers(
+    text: str | None,  # "12,30"
+    flag: str,  # for the message
+    form: str,  # "X,Y"
+    example: str = "12,30,52,58",  # for the message; cut to as many numbers
+    unit: str = "in pixels",  # for the message
+) -> list[float] | None:
     "As many numbers as `form` has, separated by commas."
-    if text is None: return None
-    try: values = [float(v) for v in text.split(",")]
-    except ValueError: values = []
-    if len(values) == len(form.split(",")) and all(abs(v) < 1e9 for v in values): return values
-    raise BadInput(f"{flag} must be {form} {unit}, like {','.join(example.split(',')[:len(form.split(','))])}, not {text!r}.")
+    if text is None:
+        return None
+    try:
+        values = [float(v) for v in text.split(",")]
+    except ValueError:
+        values = []
+    if len(values) == len(form.split(",")) and all(abs(v) < 1e9 for v in values):
+        return values
+    raise BadInput(
+        f"{flag} must be {form} {unit}, like {','.join(example.split(',')[: len(form.split(','))])}, not {text!r}."
+    )
 
 # %% ../nbs/30_cli.ipynb #1273658b
-def default_folder(image: str,  # what the user gave as the picture
-                   resume: bool = False,  # the newest that was stopped, if there is one
-                   text: str = ""  # its words
-                  ) -> Path:
+def default_folder(
+    image: str,  # what the user gave as the picture
+    resume: bool = False,  # the newest that was stopped, if there is one
+    text: str = "",  # its words
+) -> Path:
     "edits/NAME-1, or the first such number that is free."
     name = Path(image.removeprefix("example:")).stem or "picture"
     folders = (Path("edits") / f"{name}-{n}" for n in range(1, 10**6))
     used = list(takewhile(Path.exists, folders))
     stopped = {p: said for p in used if (said := stopped_text(p)) is not None} if resume else {}
     fitting = [p for p, said in stopped.items() if said in (text, "")]
-    if stopped and not fitting: raise BadInput(f"--resume: no edit with these words was stopped; there are {', '.join(f'{p} ({said!r})' for p, said in stopped.items())}.")
+    if stopped and not fitting:
+        raise BadInput(
+            f"--resume: no edit with these words was stopped; there are {', '.join(f'{p} ({said!r})' for p, said in stopped.items())}."
+        )
     return fitting[-1] if fitting else Path("edits") / f"{name}-{len(used) + 1}"
 
 # %% ../nbs/30_cli.ipynb #12736591
-def stopped_text(folder: Path) -> Optional[str]:
+def stopped_text(folder: Path) -> str | None:
     "The words of the edit that was stopped in a folder, empty where they are not known; None where none was."
     from safetensors import SafetensorError, safe_open
+
     found = None
     for file in sorted(folder.glob("checkpoint-*.safetensors")):
         try:
-            with safe_open(str(file), "pt") as f: found = found or (f.metadata() or {}).get("text", "")
-        except (OSError, SafetensorError): found = found or ""  # damaged: the run begins that stage anew
+            with safe_open(str(file), "pt") as f:
+                found = found or (f.metadata() or {}).get("text", "")
+        except (OSError, SafetensorError):
+            found = found or ""  # damaged: the run begins that stage anew
     return found
+
 
 def claim(folder: Path) -> Path:
     "Make a folder that is free: this one, or one of the numbers after it."
     while True:
-        try: folder.mkdir(parents=True); return folder
-        except FileExistsError: name, n = folder.name.rsplit("-", 1); folder = folder.with_name(f"{name}-{int(n) + 1}")
+        try:
+            folder.mkdir(parents=True)
+            return folder
+        except FileExistsError:
+            name, n = folder.name.rsplit("-", 1)
+            folder = folder.with_name(f"{name}-{int(n) + 1}")
 
 # %% ../nbs/30_cli.ipynb #46468f7d
 def check_writable(folder: Path, flag: str = "--out"):
@@ -231,36 +597,63 @@ def check_writable(folder: Path, flag: str = "--out"):
     try:
         folder.mkdir(parents=True, exist_ok=True)
         trial.write_bytes(b"")
-    except OSError as e: raise BadInput(f"{flag} {str(folder)!r} cannot be written: {e.strerror or e}.") from None
+    except OSError as e:
+        raise BadInput(f"{flag} {str(folder)!r} cannot be written: {e.strerror or e}.") from None
     finally:
-        with suppress(OSError): trial.unlink()
+        with suppress(OSError):
+            trial.unlink()
         for path in made:
-            with suppress(OSError): path.rmdir()
+            with suppress(OSError):
+                path.rmdir()
 
 # %% ../nbs/30_cli.ipynb #249df1fa
-def check_file(file: Optional[Path]):
+def check_file(file: Path | None):
     "Refuse a folder, or a folder that cannot be written, where --out shall be a file."
-    if file is None: return
+    if file is None:
+        return
     file = as_path(file, "--out")
-    if file.is_dir(): raise BadInput(f"--out {str(file)!r} is a folder; give the name of a file.")
+    if file.is_dir():
+        raise BadInput(f"--out {str(file)!r} is a folder; give the name of a file.")
     check_writable(file.parent, "--out: the folder")
 
-def check_preview(file: Optional[Path]) -> Optional[Path]:
+
+def check_preview(file: Path | None) -> Path | None:
     "The file of the preview, refused when no picture can be written to it."
-    if file is None: return None
+    if file is None:
+        return None
     file = as_path(file, "--preview")
-    if file.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"): raise BadInput(f"--preview {str(file)!r} must end in .png, .jpg or .webp.")
-    if file.is_dir(): raise BadInput(f"--preview {str(file)!r} is a folder; give the name of a picture in it.")
+    if file.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
+        raise BadInput(f"--preview {str(file)!r} must end in .png, .jpg or .webp.")
+    if file.is_dir():
+        raise BadInput(f"--preview {str(file)!r} is a folder; give the name of a picture in it.")
     check_writable(file.parent, "--preview: the folder")
     return file
 
 # %% ../nbs/30_cli.ipynb #b9783f1e
-app = typer.Typer(name="layerdiffusion", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, context_settings=dict(help_option_names=["-h", "--help"]),
-                  help="Change what the subject of a photo does and where it is, while it stays the same subject (LayerDiffusion, arXiv 2305.18676).",
-                  epilog='First try:  layerdiffusion edit example:dog "a dog jumping in a forest"')
+app = typer.Typer(
+    name="layerdiffusion",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings=dict(help_option_names=["-h", "--help"]),
+    help="Change what the subject of a photo does and where it is, while it stays the same subject (LayerDiffusion, arXiv 2305.18676).",
+    epilog='First try:  layerdiffusion edit example:dog "a dog jumping in a forest"',
+)
 
-PANELS = {"The subject": SUBJECT, "Its place and its picture (Eq. 4)": PLACE, "The words (Eq. 2, 3)": WORDS, "The tuning (Eq. 4-6)": TUNING, "The drawing (Eq. 7, 8)": DRAWING, "Masks and errors": MASKS, "Beyond the paper": BEYOND, "Watching": WATCH, "Where and with what": RUN}
-METHOD = [opt for panel in (WORDS, TUNING, DRAWING, MASKS, BEYOND) for opt in panel] + [opt for opt in RUN if opt.name == "seed"]
+PANELS = {
+    "The subject": SUBJECT,
+    "Its place and its picture (Eq. 4)": PLACE,
+    "The words (Eq. 2, 3)": WORDS,
+    "The tuning (Eq. 4-6)": TUNING,
+    "The drawing (Eq. 7, 8)": DRAWING,
+    "Masks and errors": MASKS,
+    "Beyond the paper": BEYOND,
+    "Watching": WATCH,
+    "Where and with what": RUN,
+}
+METHOD = [opt for panel in (WORDS, TUNING, DRAWING, MASKS, BEYOND) for opt in panel] + [
+    opt for opt in RUN if opt.name == "seed"
+]
 
 EXAMPLES = """Examples:
 
@@ -285,62 +678,115 @@ Step counts, alpha and lambda are the paper's; learning rates and guidance are t
 # %% ../nbs/30_cli.ipynb #b9783f20
 def show_version(wanted: bool):
     "Say the version and end."
-    if not wanted: return
+    if not wanted:
+        return
     from layerdiffusion import __version__
+
     announce(f"layerdiffusion {__version__}")
     raise typer.Exit()
 
+
 @app.callback()
-def common(version: Annotated[bool, typer.Option("--version", help="Say the version and end.", callback=show_version, is_eager=True)] = False):
+def common(
+    version: Annotated[
+        bool, typer.Option("--version", help="Say the version and end.", callback=show_version, is_eager=True)
+    ] = False,
+):
     "Options of the command itself."
 
 # %% ../nbs/30_cli.ipynb #419f0d06
-def read_settings(file: Optional[Path]) -> tuple:
+def read_settings(file: Path | None) -> tuple:
     "The settings in an edit.json and the place of its subject, {} and {} without one."
-    if file is None: return {}, {}
+    if file is None:
+        return {}, {}
     file = as_path(file, "--config")
-    try: data = json.loads(file.read_text(encoding="utf-8-sig"))
-    except OSError as e: raise BadInput(f"--config {str(file)!r} cannot be read: {e.strerror or e}.") from None
-    except (ValueError, RecursionError): raise BadInput(f"--config {str(file)!r} is not JSON; give the edit.json of an earlier edit.") from None
-    if isinstance(data, dict) and isinstance(data.get("config"), dict): return data["config"], {k: data[k] for k in ("move", "scale") if k in data}
-    if isinstance(data, dict): return data, {}
+    try:
+        data = json.loads(file.read_text(encoding="utf-8-sig"))
+    except OSError as e:
+        raise BadInput(f"--config {str(file)!r} cannot be read: {e.strerror or e}.") from None
+    except (ValueError, RecursionError):
+        raise BadInput(f"--config {str(file)!r} is not JSON; give the edit.json of an earlier edit.") from None
+    if isinstance(data, dict) and isinstance(data.get("config"), dict):
+        return data["config"], {k: data[k] for k in ("move", "scale") if k in data}
+    if isinstance(data, dict):
+        return data, {}
     raise BadInput(f"--config {str(file)!r} holds no settings; give the edit.json of an earlier edit.")
 
 # %% ../nbs/30_cli.ipynb #d1ecbee6
-def typed(ctx: typer.Context, options: dict, rows: List[Opt]) -> dict:
+def typed(ctx: typer.Context, options: dict, rows: list[Opt]) -> dict:
     "Those of the options that stand on the command line."
-    return {o.name: options[o.name] for o in rows if getattr(ctx.get_parameter_source(o.name), "name", "") == "COMMANDLINE"}
+    return {
+        o.name: options[o.name] for o in rows if getattr(ctx.get_parameter_source(o.name), "name", "") == "COMMANDLINE"
+    }
 
 # %% ../nbs/30_cli.ipynb #3590b1c5
 def read_points(options: dict) -> dict:
     "The clicks as `edit` takes them: those on the subject, then those beside it."
-    on, beside = ([parse_numbers(p, f"--{flag}", "X,Y") for p in options[flag.replace("-", "_")]] for flag in ("point", "not-point"))
-    if beside and not on: raise BadInput("--not-point says what is not the subject; give --point X,Y on the subject too.")
+    on, beside = (
+        [parse_numbers(p, f"--{flag}", "X,Y") for p in options[flag.replace("-", "_")]]
+        for flag in ("point", "not-point")
+    )
+    if beside and not on:
+        raise BadInput("--not-point says what is not the subject; give --point X,Y on the subject too.")
     return dict(point=on + beside or None, point_labels=[1] * len(on) + [0] * len(beside) if beside else None)
+
 
 def read_request(image: str, options: dict, text: str = "") -> dict:
     "Everything about an edit that can be known without a model."
-    request = dict(seeds=parse_seeds(options["seeds"]), box=parse_numbers(options["box"], "--box", "X0,Y0,X1,Y1"),
-                   **read_points(options))
-    if options["config"] and options["preset"] != "paper": raise BadInput("--config holds all settings already; give --preset or --config, not both.")
-    if options["mask"] and (request["point"] or request["box"]): raise BadInput("Give --mask, or --point and --box for SAM to make one, not both.")
-    request |= dict(image=load_image(image), out=as_path(options["out"] or default_folder(image, options["resume"], text), "--out"))
+    request = dict(
+        seeds=parse_seeds(options["seeds"]),
+        box=parse_numbers(options["box"], "--box", "X0,Y0,X1,Y1"),
+        **read_points(options),
+    )
+    if options["config"] and options["preset"] != "paper":
+        raise BadInput("--config holds all settings already; give --preset or --config, not both.")
+    if options["mask"] and (request["point"] or request["box"]):
+        raise BadInput("Give --mask, or --point and --box for SAM to make one, not both.")
+    request |= dict(
+        image=load_image(image), out=as_path(options["out"] or default_folder(image, options["resume"], text), "--out")
+    )
     said = stopped_text(request["out"]) if options["resume"] else None
-    if options["resume"] and said is None: announce(f"Nothing was stopped in {request['out']}: the edit begins anew.")
-    if said and said != text: raise BadInput(f"--resume: the edit that was stopped in {request['out']} has the words {said!r}; give those, or another --out.")
+    if options["resume"] and said is None:
+        announce(f"Nothing was stopped in {request['out']}: the edit begins anew.")
+    if said and said != text:
+        raise BadInput(
+            f"--resume: the edit that was stopped in {request['out']} has the words {said!r}; give those, or another --out."
+        )
     request |= dict(claim=not options["out"] and said is None)
-    if options["object_mask"] and not options["object_reference"]: raise BadInput("--object-mask belongs to --object-reference; the subject's mask in IMAGE is --mask.")
-    for name in ("reference", "object_reference"): load_image(options[name] or request["image"])
-    for name in ("mask", "object_mask"): open_image(options[name] or request["image"])
+    if options["object_mask"] and not options["object_reference"]:
+        raise BadInput("--object-mask belongs to --object-reference; the subject's mask in IMAGE is --mask.")
+    for name in ("reference", "object_reference"):
+        load_image(options[name] or request["image"])
+    for name in ("mask", "object_mask"):
+        open_image(options[name] or request["image"])
     check_writable(request["out"])
     request |= dict(preview=check_preview(options["preview"]))
-    return request | {name: options[name] for name in ("mask", "reference", "object", "background", "source", "object_reference", "object_mask", "look_every", "resume")}
+    return request | {
+        name: options[name]
+        for name in (
+            "mask",
+            "reference",
+            "object",
+            "background",
+            "source",
+            "object_reference",
+            "object_mask",
+            "look_every",
+            "resume",
+        )
+    }
+
 
 def placement(ctx: typer.Context, options: dict, earlier: dict) -> dict:
     "move and scale: typed, or those of an earlier edit."
     chosen = earlier | typed(ctx, options, PLACE[:2])
     move = chosen.get("move")
-    return dict(move=parse_numbers(move, "--move", "DX,DY", "0.2,0", "in shares of the picture") if isinstance(move, str) else move or (0., 0.), scale=chosen.get("scale", 1.))
+    return dict(
+        move=parse_numbers(move, "--move", "DX,DY", "0.2,0", "in shares of the picture")
+        if isinstance(move, str)
+        else move or (0.0, 0.0),
+        scale=chosen.get("scale", 1.0),
+    )
 
 # %% ../nbs/30_cli.ipynb #6e68776b
 def announce(line: str): print(line, flush=True)
@@ -356,23 +802,47 @@ def describe_mask(mask  # (1, H, W) in 0-1
 def prepare(method, text: str, request: dict, config, show: Callable):
     "Mask, words and reference; tells what was found."
     import warnings
-    given = {k: request[k] for k in ("mask", "point", "point_labels", "box", "reference", "object", "background", "source", "object_reference", "object_mask", "move", "scale")}
+
+    given = {
+        k: request[k]
+        for k in (
+            "mask",
+            "point",
+            "point_labels",
+            "box",
+            "reference",
+            "object",
+            "background",
+            "source",
+            "object_reference",
+            "object_mask",
+            "move",
+            "scale",
+        )
+    }
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         scene = method.prepare(request["image"], text, config=config, callback=show, **given)
     announce(f"Words    {scene.split}\nSubject  {describe_mask(scene.mask)}")
-    if scene.object_image is not scene.image: announce(f"Eq. 4    {describe_mask(scene.object_mask)}, as the sheet shows")
+    if scene.object_image is not scene.image:
+        announce(f"Eq. 4    {describe_mask(scene.object_mask)}, as the sheet shows")
     for w in said:
-        if "mini knows" in str(w.message): print(f"Warning: {w.message}", file=sys.stderr)
-        if issubclass(w.category, Notice): warnings.warn(w.message)
+        if "mini knows" in str(w.message):
+            print(f"Warning: {w.message}", file=sys.stderr)
+        if issubclass(w.category, Notice):
+            warnings.warn(w.message)
     return scene, given
 
 # %% ../nbs/30_cli.ipynb #cfa7ddaa
 def choose_level(method, wanted: str, request: dict, config) -> str:
     "The level of memory to begin with, announced with its reason."
-    if wanted == "auto" and method.models.card.get("name") == "mini": return "full"
+    if wanted == "auto" and method.models.card.get("name") == "mini":
+        return "full"
     from layerdiffusion.memory import plan
-    chosen = plan(method.models, wanted, config, seeds=len(request["seeds"]), sam=None if request["mask"] else method.sam)
+
+    chosen = plan(
+        method.models, wanted, config, seeds=len(request["seeds"]), sam=None if request["mask"] else method.sam
+    )
     announce(f"Memory   {chosen}")
     return chosen.level
 
@@ -383,33 +853,59 @@ def run_edit(method, text: str, request: dict, config, level: str = "full"):
     from layerdiffusion.memory import run_in
     from layerdiffusion.saving import clear_checkpoints
     from layerdiffusion.sd import whole_step
+
     show, out, looks = method.preview(request["preview"]) if request["preview"] else progress_bars(), request["out"], []
-    show = join_callbacks(show, lambda event: event.image is not None and looks.append((f"step {event.step}", event.image[0])))
+    show = join_callbacks(
+        show, lambda event: event.image is not None and looks.append((f"step {event.step}", event.image[0]))
+    )
+
     def watch(event):
-        with whole_step(): show(event)  # Ctrl-C leaves no half line
+        with whole_step():
+            show(event)  # Ctrl-C leaves no half line
+
     def work(config):
         scene, given = prepare(method, text, request, config, watch)
-        if not request["resume"]: clear_checkpoints(out)  # of an earlier edit; what a higher level of memory leaves is gone on with
+        if not request["resume"]:
+            clear_checkpoints(out)  # of an earlier edit; what a higher level of memory leaves is gone on with
         request["resume"] = True
-        return scene, method.edit(request["image"], text, seeds=request["seeds"], config=config, callback=watch, look_every=request["look_every"], folder=out, resume=request["resume"], **given)
-    try: scene, result = run_in(level, method, config, work, announce)
-    finally: close_bars()
+        return scene, method.edit(
+            request["image"],
+            text,
+            seeds=request["seeds"],
+            config=config,
+            callback=watch,
+            look_every=request["look_every"],
+            folder=out,
+            resume=request["resume"],
+            **given,
+        )
+
+    try:
+        scene, result = run_in(level, method, config, work, announce)
+    finally:
+        close_bars()
     result.times.update(scene.times)
     return result, looks
+
 
 def close_bars():
     "Close the progress bars that are still open."
     from tqdm import tqdm
-    for bar in list(getattr(tqdm, "_instances", ())): bar.close()
+
+    for bar in list(getattr(tqdm, "_instances", ())):
+        bar.close()
 
 # %% ../nbs/30_cli.ipynb #7adbca05
 class Stopped(Exception):
     "Ctrl-C, with a sentence about what is left."
 
+
 def kept_in(out: Path, text: str = "") -> str:
     "What an edit of these words has left in a folder, and how to go on; empty where it has left nothing."
-    if stopped_text(out) not in (text, ""): return ""
+    if stopped_text(out) not in (text, ""):
+        return ""
     return f"what was fitted is kept in {out}, and the same command with --out {shlex.quote(str(out))} --resume goes on there"
+
 
 @contextmanager
 def workplace(request: dict, text: str):
@@ -419,73 +915,121 @@ def workplace(request: dict, text: str):
         request["out"] = out = claim(out)
         made = [out, *made[1:]]
     with one_writer(out, made):
-        try: yield at_end
+        try:
+            yield at_end
         except BaseException as error:
-            for keep in at_end: keep(out)
+            for keep in at_end:
+                keep(out)
             left = kept_in(out, text)
-            if isinstance(error, KeyboardInterrupt): raise Stopped(f"Stopped by Ctrl-C; {left or 'nothing was written'}.") from None
+            if isinstance(error, KeyboardInterrupt):
+                raise Stopped(f"Stopped by Ctrl-C; {left or 'nothing was written'}.") from None
             error.left = left and f" {left[0].upper()}{left[1:]}."
             raise
 
 # %% ../nbs/30_cli.ipynb #7adbca07
-def save(result, out: Path, photo=None, rank: Optional[int] = None):
+def save(result, out: Path, photo=None, rank: int | None = None):
     "Write the results; until they are there, the checkpoints stay."
     result.save(out, rank, photo)
+
 
 def tell_rank(out: Path):
     "How small edit.safetensors became by --rank, and what that left out."
     saved = json.loads((out / "edit.json").read_text(encoding="utf-8"))
     size = (out / "edit.safetensors").stat().st_size / 1e6
-    announce(f"Rank     {saved['rank']}: edit.safetensors has {size:.1f} MB and leaves out {saved['rank_error']:.1%} of the U-Net's change; what is drawn from it again differs by that from the pictures here")
+    announce(
+        f"Rank     {saved['rank']}: edit.safetensors has {size:.1f} MB and leaves out {saved['rank_error']:.1%} of the U-Net's change; what is drawn from it again differs by that from the pictures here"
+    )
+
 
 def save_looks(looks: list, file: Path):
     "The early looks in one picture, in their order."
     from layerdiffusion.core import make_sheet
-    if not looks: return
-    try: write_atomic(file, make_sheet([image for _, image in looks], [step for step, _ in looks], 6).save)
-    except BadInput as error: print(f"Warning: {error}", file=sys.stderr)
+
+    if not looks:
+        return
+    try:
+        write_atomic(file, make_sheet([image for _, image in looks], [step for step, _ in looks], 6).save)
+    except BadInput as error:
+        print(f"Warning: {error}", file=sys.stderr)
 
 # %% ../nbs/30_cli.ipynb #dfeb6d5d
 @app.command(epilog=EXAMPLES, no_args_is_help=True)
 @with_options(PANELS)
-def edit(ctx: typer.Context,
-         image: Annotated[str, typer.Argument(help="Your picture (PNG, JPEG, WebP), or a shipped one: example:dog, example:cat, example:rabbit.")],
-         text: Annotated[str, typer.Argument(help='What the picture shall show, in words: "a dog jumping in a forest".')],
-         **options):
+def edit(
+    ctx: typer.Context,
+    image: Annotated[
+        str,
+        typer.Argument(
+            help="Your picture (PNG, JPEG, WebP), or a shipped one: example:dog, example:cat, example:rabbit."
+        ),
+    ],
+    text: Annotated[str, typer.Argument(help='What the picture shall show, in words: "a dog jumping in a forest".')],
+    **options,
+):
     "Edit one picture: it becomes what TEXT says, and its subject stays the same subject."
     from layerdiffusion.embeddings import plain_words, split_text
+
     text = plain_words(text, "TEXT")
-    split_text(text, options["object"], options["background"])  # refuses what is no description before anything is loaded
+    split_text(
+        text, options["object"], options["background"]
+    )  # refuses what is no description before anything is loaded
     request, (settings, earlier) = read_request(image, options, text), read_settings(options["config"])
     settings, request = settings | typed(ctx, options, METHOD), request | placement(ctx, options, earlier)
     from layerdiffusion.pipeline import LayerDiffusion
     from layerdiffusion.saving import OURS, check_folder
     from layerdiffusion.settings import preset
+
     check_folder(request["out"])
     chosen = settings.pop("preset", None) or options["preset"]
     preset(chosen, **settings)  # refuses what is wrong before anything is loaded
     with workplace(request, text) as at_end:
-        method = LayerDiffusion.from_pretrained(options["model"], options["device"], options["sam"], options["precision"], options["offline"])
+        method = LayerDiffusion.from_pretrained(
+            options["model"], options["device"], options["sam"], options["precision"], options["offline"]
+        )
         config = preset(chosen, method.models.card, **settings)
         method.settings(config)  # refuses what does not fit this model
-        result, looks = run_edit(method, text, request, config, choose_level(method, options["memory"], request, config))
+        result, looks = run_edit(
+            method, text, request, config, choose_level(method, options["memory"], request, config)
+        )
         at_end.append(method.keep_learnt)
         save(result, request["out"], request["image"] if options["paste_back"] else None, options["rank"])
         at_end.clear()
-        if options["rank"]: tell_rank(request["out"])
+        if options["rank"]:
+            tell_rank(request["out"])
         save_looks(looks, request["out"] / "looks.png")
-    seconds = ", ".join(f"{stage} {spent:.1f} s" for stage, spent in result.times.items() if spent > .05)
-    announce(f"Time     {seconds}\nWrote    {', '.join(sorted(p.name for p in request['out'].iterdir() if re.fullmatch(OURS + '|looks.png', p.name)))}\nLook at  {request['out'] / 'sheet.png'}")
+    seconds = ", ".join(f"{stage} {spent:.1f} s" for stage, spent in result.times.items() if spent > 0.05)
+    announce(
+        f"Time     {seconds}\nWrote    {', '.join(sorted(p.name for p in request['out'].iterdir() if re.fullmatch(OURS + '|looks.png', p.name)))}\nLook at  {request['out'] / 'sheet.png'}"
+    )
 
 # %% ../nbs/30_cli.ipynb #dfeb6d5f
-@app.command(no_args_is_help=True, epilog="A LoRA of the first edit:  layerdiffusion export edits/dog-1 --kind lora\n\nThen, in Python:  pipe.load_lora_weights('edits/dog-1-lora')")
-def export(folder: Annotated[Path, typer.Argument(help="Folder of an edit, such as edits/dog-1.")],
-           out: Annotated[Optional[Path], typer.Option(help="Folder for the export. Unset: FOLDER-unet or FOLDER-lora.", metavar="DIR")] = None,
-           kind: Annotated[Literal["unet", "lora"], typer.Option(help="unet: the whole tuned U-Net. lora: pytorch_lora_weights.safetensors, small, and near to it.")] = "unet",
-           rank: Annotated[Optional[int], typer.Option(help="Rank of the LoRA. Unset: that of an edit that is one, else 16.", min=1, max=1280)] = None,
-           model: Annotated[Optional[str], typer.Option(help="Where the model of the edit is now. Unset: where it was.", metavar="NAME")] = None,
-           offline: Annotated[bool, typer.Option("--offline", help="Never ask the Hugging Face hub; what was fetched before is still used.")] = False,
-           debug: Annotated[bool, typer.Option("--debug", help=RUN[-1].help)] = False):
+@app.command(
+    no_args_is_help=True,
+    epilog="A LoRA of the first edit:  layerdiffusion export edits/dog-1 --kind lora\n\nThen, in Python:  pipe.load_lora_weights('edits/dog-1-lora')",
+)
+def export(
+    folder: Annotated[Path, typer.Argument(help="Folder of an edit, such as edits/dog-1.")],
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for the export. Unset: FOLDER-unet or FOLDER-lora.", metavar="DIR")
+    ] = None,
+    kind: Annotated[
+        Literal["unet", "lora"],
+        typer.Option(
+            help="unet: the whole tuned U-Net. lora: pytorch_lora_weights.safetensors, small, and near to it."
+        ),
+    ] = "unet",
+    rank: Annotated[
+        int | None,
+        typer.Option(help="Rank of the LoRA. Unset: that of an edit that is one, else 16.", min=1, max=1280),
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Where the model of the edit is now. Unset: where it was.", metavar="NAME")
+    ] = None,
+    offline: Annotated[
+        bool, typer.Option("--offline", help="Never ask the Hugging Face hub; what was fetched before is still used.")
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help=RUN[-1].help)] = False,
+):
     "Write a saved edit for diffusers alone: its U-Net or a LoRA, its words, and a script that draws it."
     file = as_path(folder, "FOLDER")
     file = file.parent if file.name == "edit.safetensors" else file
@@ -493,180 +1037,322 @@ def export(folder: Annotated[Path, typer.Argument(help="Folder of an edit, such 
     check_writable(out)
     from layerdiffusion.pipeline import LayerDiffusion, load_edit
     from layerdiffusion.saving import check_export, export, read_edit
+
     check_export(out)
     settings = read_edit(file / "edit.safetensors")[1]
     method = LayerDiffusion.from_pretrained(model or settings["model"], "cpu", precision="fp32", offline=offline)
     export(load_edit(file, method, draw=False), method, out, kind, rank)
-    call = f"UNet2DConditionModel.from_pretrained({str(out / 'unet')!r})" if kind == "unet" else f"pipe.load_lora_weights({str(out)!r})"
+    call = (
+        f"UNet2DConditionModel.from_pretrained({str(out / 'unet')!r})"
+        if kind == "unet"
+        else f"pipe.load_lora_weights({str(out)!r})"
+    )
     announce(f"Wrote    {out}\nUse      {call}, or draw with  python {out / 'draw.py'}")
 
 # %% ../nbs/30_cli.ipynb #12721721
 @app.command(epilog='Next:  layerdiffusion edit example:dog "a dog jumping in a forest"')
-def examples(out: Annotated[Optional[Path], typer.Option(help="Copy the pictures into this folder.", metavar="DIR")] = None,
-             debug: Annotated[bool, typer.Option("--debug", help=RUN[-1].help)] = False):
+def examples(
+    out: Annotated[Path | None, typer.Option(help="Copy the pictures into this folder.", metavar="DIR")] = None,
+    debug: Annotated[bool, typer.Option("--debug", help=RUN[-1].help)] = False,
+):
     "List the shipped pictures, or copy them into a folder."
     for name in list_examples():
-        if out: write_atomic(out / f"{name}.png", lambda path: shutil.copy(example_path(name), path))
+        if out:
+            write_atomic(out / f"{name}.png", lambda path: shutil.copy(example_path(name), path))
         announce(str(out / f"{name}.png") if out else f"example:{name}")
 
 # %% ../nbs/30_cli.ipynb #a6968386
 STAGES = ("all", "vae", "decoder", "sam", "clip", "judge", "diffusion", "subject")
 
+
 @app.command("train-mini", no_args_is_help=True, epilog="The whole recipe:  layerdiffusion train-mini all")
-def train_mini(stage: Annotated[Literal[STAGES], typer.Argument(help="Which part: vae first, then the others; all: the whole recipe, and the folder of the models in DIR/model.")],
-               out: Annotated[Path, typer.Option(help="Folder of the run: checkpoints, logs and sheets.", metavar="DIR")] = Path("mini-run"),
-               device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 or mps.", metavar="NAME")] = "cpu",
-               minutes: Annotated[Optional[float], typer.Option(help="Stop after so long, at a whole step. Unset: train to the end of the recipe.")] = None,
-               resume: Annotated[bool, typer.Option(help="Go on from the checkpoint in DIR; the result is that of an uninterrupted run.")] = True,
-               level: Annotated[float, typer.Option(help="Difficulty of the world, 0 (simple) to 1 (full).")] = 0.,
-               seed: Annotated[int, typer.Option(help="Seed of the training pictures.")] = 0,
-               debug: Annotated[bool, typer.Option("--debug", help=RUN[-1].help)] = False):
+def train_mini(
+    stage: Annotated[
+        Literal[STAGES],
+        typer.Argument(
+            help="Which part: vae first, then the others; all: the whole recipe, and the folder of the models in DIR/model."
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="Folder of the run: checkpoints, logs and sheets.", metavar="DIR")] = Path(
+        "mini-run"
+    ),
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 or mps.", metavar="NAME")] = "cpu",
+    minutes: Annotated[
+        float | None,
+        typer.Option(help="Stop after so long, at a whole step. Unset: train to the end of the recipe."),
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option(help="Go on from the checkpoint in DIR; the result is that of an uninterrupted run.")
+    ] = True,
+    level: Annotated[float, typer.Option(help="Difficulty of the world, 0 (simple) to 1 (full).")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Seed of the training pictures.")] = 0,
+    debug: Annotated[bool, typer.Option("--debug", help=RUN[-1].help)] = False,
+):
     "Train one of the mini models on the drawn world; Ctrl-C stops at a whole step, and the same command goes on."
-    if minutes is not None and not minutes > 0: raise BadInput(f"--minutes must be more than 0, not {minutes:g}.")
-    if not 0 <= level <= 1: raise BadInput(f"--level must be between 0 (simple) and 1 (full), not {level:g}.")
+    if minutes is not None and not minutes > 0:
+        raise BadInput(f"--minutes must be more than 0, not {minutes:g}.")
+    if not 0 <= level <= 1:
+        raise BadInput(f"--level must be between 0 (simple) and 1 (full), not {level:g}.")
     check_writable(out)
     from layerdiffusion.core import pick_device
     from layerdiffusion.mini import train_all, train_stage
+
     settings = dict(device=pick_device(device), minutes=minutes or 1e9, resume=resume, level=level, seed=seed)
-    if stage != "all": train_stage(stage, out, **settings)
-    elif folder := train_all(out, **settings): announce(f"The models are in {folder}; layerdiffusion check-mini --model {folder} measures them.")
+    if stage != "all":
+        train_stage(stage, out, **settings)
+    elif folder := train_all(out, **settings):
+        announce(f"The models are in {folder}; layerdiffusion check-mini --model {folder} measures them.")
 
 # %% ../nbs/30_cli.ipynb #d4f5c26d
 @app.command("check-mini")
-def check_mini(model: Annotated[Optional[Path], typer.Option(help="A folder of mini models. Unset: the shipped one.", metavar="DIR")] = None,
-               quick: Annotated[bool, typer.Option("--quick", help="Fewer pictures: a tenth to a quarter.")] = False,
-               device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 or mps.", metavar="NAME")] = "cpu",
-               out: Annotated[Optional[Path], typer.Option(help="Write the rows as JSON.", metavar="FILE")] = None,
-               debug: Annotated[bool, typer.Option("--debug", help=RUN[-1].help)] = False):
+def check_mini(
+    model: Annotated[
+        Path | None, typer.Option(help="A folder of mini models. Unset: the shipped one.", metavar="DIR")
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer pictures: a tenth to a quarter.")] = False,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 or mps.", metavar="NAME")] = "cpu",
+    out: Annotated[Path | None, typer.Option(help="Write the rows as JSON.", metavar="FILE")] = None,
+    debug: Annotated[bool, typer.Option("--debug", help=RUN[-1].help)] = False,
+):
     "Measure the mini models on held-out pictures: every gate with its number, its 95 % interval and the bar."
     from layerdiffusion.core import environment, pick_device
     from layerdiffusion.mini import check_mini, show_gates
     from layerdiffusion.scores import check_individuals
     from layerdiffusion.sd import load_models
+
     check_file(out)
     folder, device = model and load_models(model).folder, pick_device(device)
     rows = check_mini(folder, quick, device) + check_individuals(folder, quick, device)
     announce(show_gates(rows))
-    if out: write_json(out, dict(rows=rows, **environment(device)))
+    if out:
+        write_json(out, dict(rows=rows, **environment(device)))
 
 # %% ../nbs/30_cli.ipynb #954ac74d
 @app.command()
-def bench(quick: Annotated[bool, typer.Option("--quick", help="A tenth of the steps.")] = False,
-          size: Annotated[Literal["mini", "sd14", "tiny"], typer.Option(help="sd14: v1.4's shapes with random weights, made on the spot. tiny: the same at a tenth of the width, to try it out.")] = "mini",
-          seeds: Annotated[int, typer.Option(help="Pictures.", min=1)] = 8,
-          precision: Annotated[Literal["auto", "fp32", "bf16", "fp16"], typer.Option(help="Of the library's edit; the plain loop takes fp32.")] = "auto",
-          channels_last: Annotated[bool, typer.Option("--channels-last", help="Another order of the numbers in memory.")] = False,
-          compile: Annotated[bool, typer.Option("--compile", help="The U-Net's repeated blocks by torch.compile.")] = False,
-          device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 or mps.", metavar="NAME")] = "cpu",
-          out: Annotated[Optional[Path], typer.Option(help="Write the record as JSON.", metavar="FILE")] = None,
-          debug: Annotated[bool, typer.Option("--debug", help=RUN[-1].help)] = False):
+def bench(
+    quick: Annotated[bool, typer.Option("--quick", help="A tenth of the steps.")] = False,
+    size: Annotated[
+        Literal["mini", "sd14", "tiny"],
+        typer.Option(
+            help="sd14: v1.4's shapes with random weights, made on the spot. tiny: the same at a tenth of the width, to try it out."
+        ),
+    ] = "mini",
+    seeds: Annotated[int, typer.Option(help="Pictures.", min=1)] = 8,
+    precision: Annotated[
+        Literal["auto", "fp32", "bf16", "fp16"], typer.Option(help="Of the library's edit; the plain loop takes fp32.")
+    ] = "auto",
+    channels_last: Annotated[
+        bool, typer.Option("--channels-last", help="Another order of the numbers in memory.")
+    ] = False,
+    compile: Annotated[bool, typer.Option("--compile", help="The U-Net's repeated blocks by torch.compile.")] = False,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 or mps.", metavar="NAME")] = "cpu",
+    out: Annotated[Path | None, typer.Option(help="Write the record as JSON.", metavar="FILE")] = None,
+    debug: Annotated[bool, typer.Option("--debug", help=RUN[-1].help)] = False,
+):
     "Measure start-up, and time and memory of each stage of an edit, beside a plain loop."
     import tempfile
     from layerdiffusion import bench
     from layerdiffusion.core import pick_device
+
     check_file(out)
-    device, how = pick_device(device), dict(channels_last=channels_last, compiled=compile) if channels_last or compile else None
+    device, how = (
+        pick_device(device),
+        dict(channels_last=channels_last, compiled=compile) if channels_last or compile else None,
+    )
     with tempfile.TemporaryDirectory() as folder:
         given = {}
         if size != "mini":
             from layerdiffusion.full_size import bench_job
+
             announce(f"Random weights in the shapes of {size} ...")
             given = bench_job(size, folder)
         job = given.pop("job", bench.JOB) | dict(seeds=list(range(seeds)))
-        record = bench.bench(quick, device, job=job, precision=precision, how=how, starts=size == "mini", size=size, **given)
+        record = bench.bench(
+            quick, device, job=job, precision=precision, how=how, starts=size == "mini", size=size, **given
+        )
     announce(bench.table(record))
-    if out: write_json(out, record)
+    if out:
+        write_json(out, record)
 
 # %% ../nbs/30_cli.ipynb #f668c2bc
-@app.command(no_args_is_help=True, epilog="Start small:  layerdiffusion experiment ablation --size quick\n\nCtrl-C keeps what is drawn; the same command goes on.")
-def experiment(name: Annotated[Literal["all", "validity", "alpha", "ablation", "steps", "comparison"], typer.Argument(help="validity: Figs. 10-14. alpha: 0 to 1. ablation: Table 1. steps: Fig. 9. comparison: Figs. 4 and 7. all: each of them, edit by edit.")],
-               size: Annotated[Literal["quick", "paper"], typer.Option(help="quick: 1 edit, 4 seeds, a fifth of all steps. paper: 15 edits, 20 seeds.")] = "quick",
-               preset: Annotated[Literal["best", "paper", "both"], typer.Option(help="The settings it starts from.")] = "best",
-               out: Annotated[Path, typer.Option(help="Folder of the records and their pictures.", metavar="DIR")] = Path("experiments"),
-               workers: Annotated[int, typer.Option(help="Processes.", min=1)] = 2,
-               device: Annotated[str, typer.Option(help="cpu, cuda or several: cuda:0,cuda:1.", metavar="NAMES")] = "cpu",
-               model: Annotated[str, typer.Option(help="mini, or a folder of a mini model.", metavar="NAME")] = "mini",
-               debug: Annotated[bool, typer.Option("--debug", help=RUN[-1].help)] = False):
+@app.command(
+    no_args_is_help=True,
+    epilog="Start small:  layerdiffusion experiment ablation --size quick\n\nCtrl-C keeps what is drawn; the same command goes on.",
+)
+def experiment(
+    name: Annotated[
+        Literal["all", "validity", "alpha", "ablation", "steps", "comparison"],
+        typer.Argument(
+            help="validity: Figs. 10-14. alpha: 0 to 1. ablation: Table 1. steps: Fig. 9. comparison: Figs. 4 and 7. all: each of them, edit by edit."
+        ),
+    ],
+    size: Annotated[
+        Literal["quick", "paper"],
+        typer.Option(help="quick: 1 edit, 4 seeds, a fifth of all steps. paper: 15 edits, 20 seeds."),
+    ] = "quick",
+    preset: Annotated[Literal["best", "paper", "both"], typer.Option(help="The settings it starts from.")] = "best",
+    out: Annotated[Path, typer.Option(help="Folder of the records and their pictures.", metavar="DIR")] = Path(
+        "experiments"
+    ),
+    workers: Annotated[int, typer.Option(help="Processes.", min=1)] = 2,
+    device: Annotated[str, typer.Option(help="cpu, cuda or several: cuda:0,cuda:1.", metavar="NAMES")] = "cpu",
+    model: Annotated[str, typer.Option(help="mini, or a folder of a mini model.", metavar="NAME")] = "mini",
+    debug: Annotated[bool, typer.Option("--debug", help=RUN[-1].help)] = False,
+):
     "Run the paper's experiments on edits whose true answer is known; every picture is kept, with its scores."
     check_writable(out)
     from layerdiffusion.experiments import EXPERIMENTS, run_experiments, show_experiment, told
-    try: records = run_experiments(list(EXPERIMENTS) if name == "all" else [name], size, ["best", "paper"] if preset == "both" else [preset], out, workers, device, model)
-    except KeyboardInterrupt: raise Stopped(f"Stopped by Ctrl-C; what was drawn is kept in {out / 'cells'}, the records in {out} are of the edits that are complete, and the same command goes on.") from None
+
+    try:
+        records = run_experiments(
+            list(EXPERIMENTS) if name == "all" else [name],
+            size,
+            ["best", "paper"] if preset == "both" else [preset],
+            out,
+            workers,
+            device,
+            model,
+        )
+    except KeyboardInterrupt:
+        raise Stopped(
+            f"Stopped by Ctrl-C; what was drawn is kept in {out / 'cells'}, the records in {out} are of the edits that are complete, and the same command goes on."
+        ) from None
     announce("\n\n".join(f"{told(r)}\n{show_experiment(r)}" for r in records.values()))
 
 # %% ../nbs/30_cli.ipynb #9b08c27c
 @app.command()
-def docs(out: Annotated[Optional[Path], typer.Option(help="Folder of the site. Unset: _docs in the checkout.", metavar="DIR")] = None,
-         serve: Annotated[bool, typer.Option("--serve", help="Show it to the browsers of this machine until Ctrl-C.")] = False,
-         port: Annotated[int, typer.Option(help="Port for --serve; 0 is any free one.", min=0, max=65535)] = 8000,
-         debug: Annotated[bool, typer.Option("--debug", help=RUN[-1].help)] = False):
+def docs(
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of the site. Unset: _docs in the checkout.", metavar="DIR")
+    ] = None,
+    serve: Annotated[
+        bool, typer.Option("--serve", help="Show it to the browsers of this machine until Ctrl-C.")
+    ] = False,
+    port: Annotated[int, typer.Option(help="Port for --serve; 0 is any free one.", min=0, max=65535)] = 8000,
+    debug: Annotated[bool, typer.Option("--debug", help=RUN[-1].help)] = False,
+):
     "Build the website of a checkout from its notebooks, without Quarto; a dead link or a leftover stops it."
     from layerdiffusion.docs import build_site, serve_site
+
     folder = build_site(out)
     announce(f"Wrote    {folder}\nLook at  {folder / 'index.html'}")
-    if serve: serve_site(folder, port)
+    if serve:
+        serve_site(folder, port)
 
 # %% ../nbs/30_cli.ipynb #fcde450f
-@app.command("app", epilog="Needs its extra:  pip install 'layerdiffusion\\[app]'\n\nWith the paper's model, on your own picture:  layerdiffusion app me.jpg --model CompVis/stable-diffusion-v1-4 --sam sam_vit_h_4b8939.pth --device cuda")
-def editor(image: Annotated[str, typer.Argument(help="The picture to begin with: a file, or example:dog, example:cat, example:rabbit.")] = "example:dog",
-           text: Annotated[Optional[str], typer.Option(help="The sentence to begin with. Unset: one that fits the example.", metavar="TEXT")] = None,
-           model: Annotated[str, typer.Option(help=RUN[0].help, metavar="NAME")] = "mini",
-           sam: Annotated[Optional[str], typer.Option(help=RUN[1].help, metavar="NAME")] = None,
-           device: Annotated[Optional[str], typer.Option(help="cpu, cuda, cuda:1 or mps. Unset: the fastest there is.", metavar="NAME")] = None,
-           theme: Annotated[Literal["light", "dark"], typer.Option(help="Colours of the page.")] = "light",
-           port: Annotated[Optional[int], typer.Option(help="Port on 127.0.0.1. Unset: the first free one from 8866.", min=1024, max=65535)] = None,
-           browser: Annotated[bool, typer.Option("--browser/--no-browser", help="Open it in the browser, or only say its address.")] = True,
-           debug: Annotated[bool, typer.Option("--debug", help=RUN[-1].help)] = False):
+@app.command(
+    "app",
+    epilog="Needs its extra:  pip install 'layerdiffusion\\[app]'\n\nWith the paper's model, on your own picture:  layerdiffusion app me.jpg --model CompVis/stable-diffusion-v1-4 --sam sam_vit_h_4b8939.pth --device cuda",
+)
+def editor(
+    image: Annotated[
+        str, typer.Argument(help="The picture to begin with: a file, or example:dog, example:cat, example:rabbit.")
+    ] = "example:dog",
+    text: Annotated[
+        str | None,
+        typer.Option(help="The sentence to begin with. Unset: one that fits the example.", metavar="TEXT"),
+    ] = None,
+    model: Annotated[str, typer.Option(help=RUN[0].help, metavar="NAME")] = "mini",
+    sam: Annotated[str | None, typer.Option(help=RUN[1].help, metavar="NAME")] = None,
+    device: Annotated[
+        str | None, typer.Option(help="cpu, cuda, cuda:1 or mps. Unset: the fastest there is.", metavar="NAME")
+    ] = None,
+    theme: Annotated[Literal["light", "dark"], typer.Option(help="Colours of the page.")] = "light",
+    port: Annotated[
+        int | None, typer.Option(help="Port on 127.0.0.1. Unset: the first free one from 8866.", min=1024, max=65535)
+    ] = None,
+    browser: Annotated[
+        bool, typer.Option("--browser/--no-browser", help="Open it in the browser, or only say its address.")
+    ] = True,
+    debug: Annotated[bool, typer.Option("--debug", help=RUN[-1].help)] = False,
+):
     "Open the editor in a browser: click on the subject, type a sentence, slide, run, pick. Only this machine can see it."
     load_image(image)
     from layerdiffusion.app import serve
     from layerdiffusion.core import pick_device
-    serve(theme, port, browser, announce, image=image, text=text, model=model, sam=sam, device=device and pick_device(device))
+
+    serve(
+        theme,
+        port,
+        browser,
+        announce,
+        image=image,
+        text=text,
+        model=model,
+        sam=sam,
+        device=device and pick_device(device),
+    )
 
 # %% ../nbs/30_cli.ipynb #1c7a10a0
 REPORT = "https://github.com/layerdiffusion/layerdiffusion/issues"
 
+
 def usage(message: str) -> str:
     "typer's complaint as one sentence; empty when it has shown the help already."
-    message = re.sub("a integer", "an integer", re.sub(r"Value error, |Input should be an? (valid )?|, unable to parse .*", lambda m: "should be a " if m[0][0] == "I" else "", message))
+    message = re.sub(
+        "a integer",
+        "an integer",
+        re.sub(
+            r"Value error, |Input should be an? (valid )?|, unable to parse .*",
+            lambda m: "should be a " if m[0][0] == "I" else "",
+            message,
+        ),
+    )
     return message and message.strip().rstrip(".") + "; --help shows what there is."
+
 
 def explain(error: BaseException) -> tuple:  # (sentence, exit code)
     "What a person should read instead of a traceback."
     left = getattr(error, "left", "")  # see `workplace`
-    if isinstance(error, BadInput): return str(error) + left, 2
-    if isinstance(error, (KeyboardInterrupt, typer.Abort, Stopped)): return str(error) or "Stopped by Ctrl-C.", 130
-    if hasattr(error, "format_message"): return usage(error.format_message()), 2  # typer's own
-    if isinstance(error, MemoryError) or re.search("out of memory|can't allocate memory", str(error), re.I): return "The device ran out of memory; try --memory low, fewer --seeds, or --device cpu." + left, 1
+    if isinstance(error, BadInput):
+        return str(error) + left, 2
+    if isinstance(error, (KeyboardInterrupt, typer.Abort, Stopped)):
+        return str(error) or "Stopped by Ctrl-C.", 130
+    if hasattr(error, "format_message"):
+        return usage(error.format_message()), 2  # typer's own
+    if isinstance(error, MemoryError) or re.search("out of memory|can't allocate memory", str(error), re.I):
+        return "The device ran out of memory; try --memory low, fewer --seeds, or --device cpu." + left, 1
     what = " ".join(str(error).split())[:200]
-    return f"This should not have happened ({type(error).__name__}: {what}); run it again with --debug and report what it shows at {REPORT}.{left}", 1
+    return (
+        f"This should not have happened ({type(error).__name__}: {what}); run it again with --debug and report what it shows at {REPORT}.{left}",
+        1,
+    )
 
 # %% ../nbs/30_cli.ipynb #56c2e66a
 class Speech:
     "A stream that never fails, around one that may."
-    def __init__(self, stream): self.stream, self.lost = stream, None
 
-    def __getattr__(self, name): return getattr(self.stream, name)
+    def __init__(self, stream):
+        self.stream, self.lost = stream, None
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
 
     def write(self, text: str) -> int:
         self._try(lambda: self.stream.write(text), text)
         return len(text)
 
-    def flush(self): self._try(self.stream.flush)
+    def flush(self):
+        self._try(self.stream.flush)
 
     def _try(self, speak: Callable, text: str = ""):
-        if self.lost: return
-        try: speak()
+        if self.lost:
+            return
+        try:
+            speak()
         except UnicodeError:
             code = getattr(self.stream, "encoding", None) or "ascii"
             self._try(lambda: self.stream.write(text.encode(code, "backslashreplace").decode(code)))
-        except BlockingIOError: pass  # a reader that is slow misses a line
-        except (OSError, ValueError) as error: self._give_up(error)
+        except BlockingIOError:
+            pass  # a reader that is slow misses a line
+        except (OSError, ValueError) as error:
+            self._give_up(error)
 
     def _give_up(self, error: Exception):
         "Say nothing more; what is left in the stream goes nowhere, so that Python does not stumble over it at its end."
         self.lost = error
-        if self.stream not in (sys.__stdout__, sys.__stderr__): return
+        if self.stream not in (sys.__stdout__, sys.__stderr__):
+            return
         with suppress(OSError, ValueError):
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, self.stream.fileno())
@@ -677,15 +1363,23 @@ class Speech:
 def heard():
     "Inside the `with`, stdout and stderr cannot fail; what could not be said, and why, is told at its end."
     for fd in range(3):
-        try: os.fstat(fd)
-        except OSError: os.open(os.devnull, os.O_RDWR)  # gets the lowest free number, which is this one
+        try:
+            os.fstat(fd)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest free number, which is this one
     before = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = out, err = [Speech(stream or open(os.devnull, "w")) for stream in before]
-    try: yield
+    try:
+        yield
     finally:
-        out.flush(); err.flush()
+        out.flush()
+        err.flush()
         for name, this, other in (("output", out, err), ("messages", err, out)):
-            if this.lost and not isinstance(this.lost, BrokenPipeError): print(f"layerdiffusion: The rest of the {name} could not be written: {getattr(this.lost, 'strerror', None) or this.lost}.", file=other)
+            if this.lost and not isinstance(this.lost, BrokenPipeError):
+                print(
+                    f"layerdiffusion: The rest of the {name} could not be written: {getattr(this.lost, 'strerror', None) or this.lost}.",
+                    file=other,
+                )
         sys.stdout, sys.stderr = before
 
 # %% ../nbs/30_cli.ipynb #56c2e671
@@ -693,38 +1387,49 @@ def heard():
 def stoppable():
     "Inside the `with`, SIGTERM and SIGHUP act like Ctrl-C; gives a list of those that came."
     came, before = [], {}
+
     def stop(number, frame):
         came.append(number)
         press = signal.getsignal(signal.SIGINT)
-        if not callable(press): raise KeyboardInterrupt
+        if not callable(press):
+            raise KeyboardInterrupt
         press(signal.SIGINT, frame)
+
     if threading.current_thread() is threading.main_thread():  # Python lets no other set a handler
         numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
         before = {n: signal.signal(n, stop) for n in numbers if signal.getsignal(n) is signal.SIG_DFL}
-    try: yield came
+    try:
+        yield came
     finally:
-        for number, handler in before.items(): signal.signal(number, handler)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 # %% ../nbs/30_cli.ipynb #c90362f3
-def run_app(args: List[str]) -> int:  # exit code
+def run_app(args: list[str]) -> int:  # exit code
     "Run the command and turn whatever happens into an exit code and at most one sentence."
     sentence = ""
     with stoppable() as came:
         try:
             code = app(args, prog_name="layerdiffusion", standalone_mode=False) or 0
-            if code == 130: sentence = "Stopped by Ctrl-C."  # typer took it
+            if code == 130:
+                sentence = "Stopped by Ctrl-C."  # typer took it
         except BaseException as error:
-            if isinstance(error, SystemExit) or "--debug" in args and explain(error)[1] == 1: raise
+            if isinstance(error, SystemExit) or "--debug" in args and explain(error)[1] == 1:
+                raise
             sentence, code = explain(error)
-    if code == 130 and came: sentence, code = sentence.replace("Ctrl-C", signal.Signals(came[0]).name), 128 + came[0]
-    if sentence: print(f"layerdiffusion: {sentence}", file=sys.stderr)
+    if code == 130 and came:
+        sentence, code = sentence.replace("Ctrl-C", signal.Signals(came[0]).name), 128 + came[0]
+    if sentence:
+        print(f"layerdiffusion: {sentence}", file=sys.stderr)
     return code
 
 # %% ../nbs/30_cli.ipynb #b241df49
-def main(args: Optional[List[str]] = None  # None: what was typed
-        ) -> int:  # exit code
+def main(
+    args: list[str] | None = None,  # None: what was typed
+) -> int:  # exit code
     "The `layerdiffusion` command."
     import warnings
+
     args = list(sys.argv[1:] if args is None else args)
     with heard(), warnings.catch_warnings():
         if "--debug" not in args:
@@ -732,11 +1437,15 @@ def main(args: Optional[List[str]] = None  # None: what was typed
             warnings.filterwarnings("always", message=".*goes on without")
             warnings.filterwarnings("always", category=Notice)
             told = set()
+
             def tell(message, *_, **__):
-                if str(message) not in told: print(f"Warning: {message}", file=sys.stderr)
+                if str(message) not in told:
+                    print(f"Warning: {message}", file=sys.stderr)
                 told.add(str(message))
+
             warnings.showwarning = tell
         return run_app(args)
 
 # %% ../nbs/30_cli.ipynb #b241df4b
-if __name__ == "__main__" and __spec__: sys.exit(main())
+if __name__ == "__main__" and __spec__:
+    sys.exit(main())

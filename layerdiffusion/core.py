@@ -10,12 +10,28 @@ __all__ = ['FORMATS', 'MAX_PIXELS', 'UNREADABLE', 'LOCK', 'LOADING', 'BadInput',
            'one_loader', 'Event', 'join_callbacks', 'sparkline', 'progress_bars', 'Preview', 'live_preview']
 
 # %% ../nbs/00_core.ipynb #3eeca0f9
-import contextlib, contextvars, errno, functools, hashlib, importlib.metadata, importlib.util, json, math, os, struct
-import subprocess, threading, time, uuid, warnings, zlib
+import contextlib
+import contextvars
+import errno
+import functools
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+import math
+import os
+import struct
+import subprocess
+import threading
+import time
+import uuid
+import warnings
+import zlib
 from dataclasses import asdict, dataclass, is_dataclass
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Callable, Optional, Sequence, Union
+from typing import TYPE_CHECKING, Any, Optional, Union
+from collections.abc import Callable, Sequence
 
 if TYPE_CHECKING:
     import torch
@@ -29,12 +45,16 @@ class BadInput(ValueError):
         return [f"{type(self).__name__}: {self}"]
 
 # %% ../nbs/00_core.ipynb #e564a407
-def refusal(call: Callable,  # what is expected to refuse
-            *args, **kwargs  # what it is called with
-           ) -> str:
+def refusal(
+    call: Callable,  # what is expected to refuse
+    *args,
+    **kwargs,  # what it is called with
+) -> str:
     "The sentence with which `call(*args, **kwargs)` refuses its input."
-    try: call(*args, **kwargs)
-    except BadInput as e: return str(e)
+    try:
+        call(*args, **kwargs)
+    except BadInput as e:
+        return str(e)
     raise AssertionError(f"{call.__name__} accepted what it should have refused.")
 
 # %% ../nbs/00_core.ipynb #5b1e0a72
@@ -44,65 +64,92 @@ class Notice(UserWarning):
 # %% ../nbs/00_core.ipynb #b8abc061
 def _for_display(image):
     "A picture as an array that matplotlib can draw: (H, W, 3) or (H, W), 0-1."
-    if not hasattr(image, "detach"): return _as_tensor(image).permute(1, 2, 0).numpy()
+    if not hasattr(image, "detach"):
+        return _as_tensor(image).permute(1, 2, 0).numpy()
     image = image.detach().float().cpu()
-    while image.ndim > 3: image = image[0]
+    while image.ndim > 3:
+        image = image[0]
     image = image.permute(1, 2, 0) if image.ndim == 3 else image
     return image.squeeze(-1).clamp(0, 1).numpy()
 
+
 def _as_list(images):
     "Several pictures as a list: a batch is taken apart, a single picture is put in a list."
-    if hasattr(images, "detach") and images.ndim == 3 and len(images) in (1, 3): return [images]
-    return [images] if not hasattr(images, "__len__") or hasattr(images, "detach") and images.ndim == 2 else list(images)
+    if hasattr(images, "detach") and images.ndim == 3 and len(images) in (1, 3):
+        return [images]
+    return (
+        [images] if not hasattr(images, "__len__") or hasattr(images, "detach") and images.ndim == 2 else list(images)
+    )
+
 
 def _row_height(images, titles, size):
     "Room for the tallest picture and the longest title, in inches."
     shapes = [i.size[::-1] if hasattr(i, "convert") else i.shape[-2:] for i in images]
     lines = max((str(t).count("\n") + 1 for t in titles), default=0)
-    return size * max(h / w for h, w in shapes) + .22 * lines
+    return size * max(h / w for h, w in shapes) + 0.22 * lines
+
 
 def _smoothing(image):
     "Colour pictures are enlarged smoothly; masks and tiny ones show their pixels."
-    return "bicubic" if hasattr(image, "convert") or image.ndim > 2 and image.shape[-3] == 3 and image.shape[-1] > 32 else None
+    return (
+        "bicubic"
+        if hasattr(image, "convert") or image.ndim > 2 and image.shape[-3] == 3 and image.shape[-1] > 32
+        else None
+    )
+
 
 def _display(fig):
     "In a notebook: show the figure as PNG or, where that is large, as JPEG. Elsewhere leave it to `plt.show()`."
-    import io, matplotlib.pyplot as plt
-    try: from IPython import get_ipython, display
-    except ImportError: return
-    if get_ipython() is None: return
+    import io
+    import matplotlib.pyplot as plt
+
+    try:
+        from IPython import get_ipython, display
+    except ImportError:
+        return
+    if get_ipython() is None:
+        return
     png, jpeg = io.BytesIO(), io.BytesIO()
-    whole = dict(dpi=84, bbox_inches="tight", pad_inches=.03)
-    fig.savefig(png, **whole); fig.savefig(jpeg, format="jpeg", pil_kwargs=dict(quality=80), **whole)
+    whole = dict(dpi=84, bbox_inches="tight", pad_inches=0.03)
+    fig.savefig(png, **whole)
+    fig.savefig(jpeg, format="jpeg", pil_kwargs=dict(quality=80), **whole)
     plt.close(fig)
     small = png.tell() < max(30_000, jpeg.tell())
     display.display(display.Image((png if small else jpeg).getvalue(), format="png" if small else "jpeg"))
 
 # %% ../nbs/00_core.ipynb #358ad03d
-def show_images(images,  # tensors (C, H, W), (1, C, H, W) or (H, W) in 0-1, or Pillow pictures; a batch or a list
-                titles: Optional[Sequence[str]] = None,  # one for each picture, or fewer
-                ncols: Optional[int] = None,  # pictures in a row; None: all of them
-                suptitle: Optional[str] = None,  # one title over everything
-                size: float = 1.6  # width of one picture in inches
-               ) -> None:
+def show_images(
+    images,  # tensors (C, H, W), (1, C, H, W) or (H, W) in 0-1, or Pillow pictures; a batch or a list
+    titles: Sequence[str] | None = None,  # one for each picture, or fewer
+    ncols: int | None = None,  # pictures in a row; None: all of them
+    suptitle: str | None = None,  # one title over everything
+    size: float = 1.6,  # width of one picture in inches
+) -> None:
     "Show pictures side by side."
     import matplotlib.pyplot as plt
+
     images, titles = _as_list(images), list(titles or [])
     ncols = min(ncols or len(images), len(images))
     rows = math.ceil(len(images) / ncols)
-    fig, axes = plt.subplots(rows, ncols, figsize=(ncols * size, rows * _row_height(images, titles, size)), squeeze=False)
+    fig, axes = plt.subplots(
+        rows, ncols, figsize=(ncols * size, rows * _row_height(images, titles, size)), squeeze=False
+    )
     for i, ax in enumerate(axes.flat):
         ax.axis("off")
-        if i < len(images): ax.imshow(_for_display(images[i]), cmap="gray", vmin=0, vmax=1, interpolation=_smoothing(images[i]))
-        if i < len(titles): ax.set_title(str(titles[i]), fontsize=8)
-    plt.tight_layout(pad=.2)
-    if suptitle: fig.suptitle(suptitle, fontsize=9, y=1 + .1 / fig.get_figheight(), va="bottom")
+        if i < len(images):
+            ax.imshow(_for_display(images[i]), cmap="gray", vmin=0, vmax=1, interpolation=_smoothing(images[i]))
+        if i < len(titles):
+            ax.set_title(str(titles[i]), fontsize=8)
+    plt.tight_layout(pad=0.2)
+    if suptitle:
+        fig.suptitle(suptitle, fontsize=9, y=1 + 0.1 / fig.get_figheight(), va="bottom")
     _display(fig)
 
 # %% ../nbs/00_core.ipynb #9582a790
 def _as_tensor(image):
     "A Pillow picture as a tensor (3, H, W) in 0-1."
-    import numpy as np, torch
+    import numpy as np
+    import torch
     return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1) / 255
 
 # %% ../nbs/00_core.ipynb #d7ace38a
@@ -123,268 +170,446 @@ def list_examples() -> list:
     return sorted(p.stem for p in (package_folder() / "pictures").glob("*.png"))
 
 # %% ../nbs/00_core.ipynb #01495b18
-def example_path(name: str  # one of `list_examples()`
-                ) -> Path:
+def example_path(
+    name: str,  # one of `list_examples()`
+) -> Path:
     "The file of a shipped picture."
-    if name in list_examples(): return package_folder() / "pictures" / f"{name}.png"
+    if name in list_examples():
+        return package_folder() / "pictures" / f"{name}.png"
     raise BadInput(f"There is no example picture {name!r}; there are: {', '.join(list_examples()) or 'none'}.")
 
 # %% ../nbs/00_core.ipynb #f7c8bfb8
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "AVIF")
 MAX_PIXELS = 150_000_000
 
+
 def _existing_file(source):
     "The path of a picture file, or the reason why there is none."
     text = os.fsdecode(source)
-    if not text.strip(): raise BadInput(f"The path {text!r} is empty; give the path of a PNG, JPEG or WebP picture.")
-    if text.startswith("example:"): return example_path(text[len("example:"):])
-    if text.startswith(("http://", "https://")): raise BadInput(f"{text} is a web address; save the picture as a file first.")
-    try: path = Path(text).expanduser(); exists, folder = path.exists(), path.is_dir()
-    except PermissionError: raise BadInput(f"{text!r} may not be read; check its permissions.") from None
-    except (OSError, ValueError, RuntimeError): raise BadInput(f"{text[:40] + '...'!r} cannot be the name of a file.") from None
-    if not exists: raise BadInput(f"There is no file {text!r}; give the path of a PNG, JPEG or WebP picture.")
-    if folder: raise BadInput(f"{text!r} is a folder; give one picture in it.")
-    if not path.is_file(): raise BadInput(f"{text!r} is not a file on a disk; save the picture as a file first.")
+    if not text.strip():
+        raise BadInput(f"The path {text!r} is empty; give the path of a PNG, JPEG or WebP picture.")
+    if text.startswith("example:"):
+        return example_path(text[len("example:") :])
+    if text.startswith(("http://", "https://")):
+        raise BadInput(f"{text} is a web address; save the picture as a file first.")
+    try:
+        path = Path(text).expanduser()
+        exists, folder = path.exists(), path.is_dir()
+    except PermissionError:
+        raise BadInput(f"{text!r} may not be read; check its permissions.") from None
+    except (OSError, ValueError, RuntimeError):
+        raise BadInput(f"{text[:40] + '...'!r} cannot be the name of a file.") from None
+    if not exists:
+        raise BadInput(f"There is no file {text!r}; give the path of a PNG, JPEG or WebP picture.")
+    if folder:
+        raise BadInput(f"{text!r} is a folder; give one picture in it.")
+    if not path.is_file():
+        raise BadInput(f"{text!r} is not a file on a disk; save the picture as a file first.")
     return path
 
 # %% ../nbs/00_core.ipynb #89294f08
-_BEGINNINGS = {b"\x89PNG": "PNG", b"\xff\xd8\xff": "JPEG", b"GIF8": "GIF", b"BM": "BMP", b"II*\0": "TIFF", b"MM\0*": "TIFF",
-               b"II+\0": "TIFF", b"MM\0+": "TIFF", b"RIFF": "WebP"}
-_OTHERS = {b"%PDF": "a PDF document", b"8BPS": "a Photoshop file", b"<svg": "an SVG drawing", b"<?xml": "an XML or SVG file",
-           b"\xff\x0a": "a JPEG XL picture", b"\0\0\0\x0cJXL": "a JPEG XL picture", b"\0\0\0\x0cjP": "a JPEG 2000 picture",
-           b"v/1\x01": "an OpenEXR picture", b"#?RADIANCE": "a Radiance HDR picture", b"PK\x03\x04": "a ZIP archive"}
+_BEGINNINGS = {
+    b"\x89PNG": "PNG",
+    b"\xff\xd8\xff": "JPEG",
+    b"GIF8": "GIF",
+    b"BM": "BMP",
+    b"II*\0": "TIFF",
+    b"MM\0*": "TIFF",
+    b"II+\0": "TIFF",
+    b"MM\0+": "TIFF",
+    b"RIFF": "WebP",
+}
+_OTHERS = {
+    b"%PDF": "a PDF document",
+    b"8BPS": "a Photoshop file",
+    b"<svg": "an SVG drawing",
+    b"<?xml": "an XML or SVG file",
+    b"\xff\x0a": "a JPEG XL picture",
+    b"\0\0\0\x0cJXL": "a JPEG XL picture",
+    b"\0\0\0\x0cjP": "a JPEG 2000 picture",
+    b"v/1\x01": "an OpenEXR picture",
+    b"#?RADIANCE": "a Radiance HDR picture",
+    b"PK\x03\x04": "a ZIP archive",
+}
 _RAW = {".dng", ".nef", ".cr2", ".cr3", ".arw", ".orf", ".rw2", ".pef", ".raf", ".srw"}
-UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, IndexError, TypeError, KeyError, OverflowError, AttributeError,
-              AssertionError, RuntimeError, struct.error, zlib.error)  # what Pillow raises where a file is not as it should be
+UNREADABLE = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    IndexError,
+    TypeError,
+    KeyError,
+    OverflowError,
+    AttributeError,
+    AssertionError,
+    RuntimeError,
+    struct.error,
+    zlib.error,
+)  # what Pillow raises where a file is not as it should be
+
 
 def _no_picture(path):
     "Why a file cannot be opened as a picture, told from its first bytes."
-    with open(path, "rb") as f: head = f.read(64)
+    with open(path, "rb") as f:
+        head = f.read(64)
     brand = head[8:12] if head[4:8] == b"ftyp" else b""
-    known = next((kind for start, kind in _BEGINNINGS.items() if head.startswith(start)), "AVIF" if brand in (b"avif", b"avis") else None)
-    other = next((kind for start, kind in _OTHERS.items() if head.lstrip(b"\xef\xbb\xbf \r\n\t").startswith(start)), None)
+    known = next(
+        (kind for start, kind in _BEGINNINGS.items() if head.startswith(start)),
+        "AVIF" if brand in (b"avif", b"avis") else None,
+    )
+    other = next(
+        (kind for start, kind in _OTHERS.items() if head.lstrip(b"\xef\xbb\xbf \r\n\t").startswith(start)), None
+    )
     if brand in (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"):
         other = "a HEIC picture, as iPhones take them"
-    if not head: return BadInput(f"{str(path)!r} is an empty file; copy or save the picture again.")
-    if other: return BadInput(f"{str(path)!r} is {other}, which cannot be read here; save it as JPEG or PNG first.")
-    if known: return BadInput(f"{str(path)!r} is a {known} file that is damaged, cut short or of a rare kind; save it again as PNG or JPEG.")
+    if not head:
+        return BadInput(f"{str(path)!r} is an empty file; copy or save the picture again.")
+    if other:
+        return BadInput(f"{str(path)!r} is {other}, which cannot be read here; save it as JPEG or PNG first.")
+    if known:
+        return BadInput(
+            f"{str(path)!r} is a {known} file that is damaged, cut short or of a rare kind; save it again as PNG or JPEG."
+        )
     return BadInput(f"{str(path)!r} is not a picture that can be read; give a PNG, JPEG or WebP file.")
 
 # %% ../nbs/00_core.ipynb #9c56eeb2
 _reading = threading.RLock()
 
+
 @contextlib.contextmanager
 def _pillow():
     "Pillow with our limits: large notes are read, what is cut short is an error. Afterwards it is as it was."
     from PIL import Image, ImageFile, PngImagePlugin
-    wanted = [(Image, "MAX_IMAGE_PIXELS", MAX_PIXELS // 2), (ImageFile, "LOAD_TRUNCATED_IMAGES", False),  # Pillow refuses from twice its number
-              (PngImagePlugin, "MAX_TEXT_CHUNK", 2**26), (PngImagePlugin, "MAX_TEXT_MEMORY", 2**28)]
+
+    wanted = [
+        (Image, "MAX_IMAGE_PIXELS", MAX_PIXELS // 2),
+        (ImageFile, "LOAD_TRUNCATED_IMAGES", False),  # Pillow refuses from twice its number
+        (PngImagePlugin, "MAX_TEXT_CHUNK", 2**26),
+        (PngImagePlugin, "MAX_TEXT_MEMORY", 2**28),
+    ]
     with _reading, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         before = [(module, name, getattr(module, name)) for module, name, _ in wanted]
         try:
-            for module, name, value in wanted: setattr(module, name, value)
+            for module, name, value in wanted:
+                setattr(module, name, value)
             yield
         finally:
-            for module, name, value in before: setattr(module, name, value)
+            for module, name, value in before:
+                setattr(module, name, value)
+
 
 def _open(path):
     "The picture in a file, its header read and its pixels not yet."
     from PIL import Image
-    if path.suffix.lower() in _RAW: raise _camera_raw(repr(str(path)))
+
+    if path.suffix.lower() in _RAW:
+        raise _camera_raw(repr(str(path)))
     Image.init()
     try:
-        with _pillow(): return Image.open(path, formats=[f for f in FORMATS if f in Image.OPEN])
-    except Image.DecompressionBombError: raise _too_large(repr(str(path))) from None
-    except PermissionError: raise BadInput(f"{str(path)!r} may not be read; check its permissions.") from None
-    except UNREADABLE as e: raise (_long_notes(repr(str(path))) if "MAX_TEXT" in str(e) else _no_picture(path)) from None
+        with _pillow():
+            return Image.open(path, formats=[f for f in FORMATS if f in Image.OPEN])
+    except Image.DecompressionBombError:
+        raise _too_large(repr(str(path))) from None
+    except PermissionError:
+        raise BadInput(f"{str(path)!r} may not be read; check its permissions.") from None
+    except UNREADABLE as e:
+        raise (_long_notes(repr(str(path))) if "MAX_TEXT" in str(e) else _no_picture(path)) from None
+
 
 def _too_large(name, size=None):
     what = f"{size[0]} x {size[1]} pixels" if size else "far too many pixels"
     return BadInput(f"{name} has {what}; the limit is {MAX_PIXELS // 10**6} million, so make it smaller first.")
 
-def _long_notes(name): return BadInput(f"{name} holds notes of more than 64 MB; save it again without them.")
 
-def _camera_raw(name): return BadInput(f"{name} holds a camera's raw data, of which only a small preview could be read; develop it and save it as JPEG, PNG or TIFF.")
+def _long_notes(name):
+    return BadInput(f"{name} holds notes of more than 64 MB; save it again without them.")
+
+
+def _camera_raw(name):
+    return BadInput(
+        f"{name} holds a camera's raw data, of which only a small preview could be read; develop it and save it as JPEG, PNG or TIFF."
+    )
 
 # %% ../nbs/00_core.ipynb #c595936f
 def _read_pixels(image):
     "Read the pixels from the file; mapped into memory, as Pillow prefers it, a TIFF that lies on its side is scrambled."
     path = vars(image).get("filename")
-    if path: image.filename = ""  # without its path nothing is mapped
-    try: image.load()
+    if path:
+        image.filename = ""  # without its path nothing is mapped
+    try:
+        image.load()
     finally:
-        if path: image.filename = path
+        if path:
+            image.filename = path
+
 
 def _decode(image, name):
     "An opened picture with its pixels, and whether a colour of it had 16 bits in its file."
     from PIL import Image
-    if image.width * image.height > MAX_PIXELS: raise _too_large(name, image.size)
+
+    if image.width * image.height > MAX_PIXELS:
+        raise _too_large(name, image.size)
     tags = getattr(image, "tag_v2", None) or {}
-    if 50706 in tags or tags.get(254, 0) == 1: raise _camera_raw(name)
+    if 50706 in tags or tags.get(254, 0) == 1:
+        raise _camera_raw(name)
     deep = ";16" in str(getattr(image, "tile", "")) and not image.mode.startswith("I")
     try:
         with _pillow():
             frames = getattr(image, "n_frames", 1) if image.format != "MPO" else 1
             _read_pixels(image)
-    except Image.DecompressionBombError: raise _too_large(name) from None
+    except Image.DecompressionBombError:
+        raise _too_large(name) from None
     except UNREADABLE as e:
         if "closed" in str(e) or getattr(image, "fp", e) is None:
             raise BadInput(f"{name} was closed before its pixels were read; open it again, or give its path.") from None
-        raise (_long_notes(name) if "MAX_TEXT" in str(e) else BadInput(f"{name} is damaged or cut short; copy or save it again.")) from None
-    if 0 in image.size: raise BadInput(f"{name} has no pixels: it is {image.width} x {image.height}.")
-    if frames > 1 and not image.tell(): warnings.warn(Notice(f"{name} has {frames} frames or pages; the first is taken."), stacklevel=4)
+        raise (
+            _long_notes(name)
+            if "MAX_TEXT" in str(e)
+            else BadInput(f"{name} is damaged or cut short; copy or save it again.")
+        ) from None
+    if 0 in image.size:
+        raise BadInput(f"{name} has no pixels: it is {image.width} x {image.height}.")
+    if frames > 1 and not image.tell():
+        warnings.warn(Notice(f"{name} has {frames} frames or pages; the first is taken."), stacklevel=4)
     return image, deep
 
 # %% ../nbs/00_core.ipynb #c5959371
 def _to_bytes(x, name, white=65535):
     "Numbers of any sort as bytes; `white` is that of unsigned 16-bit numbers."
     import numpy as np
-    if x.dtype.kind not in "buif": raise BadInput(f"{name} is no picture: it holds {x.dtype}, not numbers.")
-    if x.dtype.kind == "b": return x.astype("uint8") * 255
+
+    if x.dtype.kind not in "buif":
+        raise BadInput(f"{name} is no picture: it holds {x.dtype}, not numbers.")
+    if x.dtype.kind == "b":
+        return x.astype("uint8") * 255
     x = x.astype(x.dtype.newbyteorder("="), copy=False)
-    if x.dtype == "uint8": return x
-    if not np.isfinite(x).all(): raise BadInput(f"{name} holds numbers that are not finite (NaN or infinite); a picture of floats goes from 0 to 1.")
+    if x.dtype == "uint8":
+        return x
+    if not np.isfinite(x).all():
+        raise BadInput(
+            f"{name} holds numbers that are not finite (NaN or infinite); a picture of floats goes from 0 to 1."
+        )
     low, high = x.min(), x.max()
     if x.dtype.kind == "f":
-        if low > -.01 and high < 1.01: return (x.clip(0, 1).astype("float32") * 255).round().astype("uint8")
-        way = "divide by 255" if low >= 0 and high <= 255 else "take (x + 1) / 2" if -1.01 < low < 0 and high < 1.01 else "scale it"
-        raise BadInput(f"{name} holds floats from {low:g} to {high:g}; a picture of floats goes from 0 to 1, so {way} first.")
+        if low > -0.01 and high < 1.01:
+            return (x.clip(0, 1).astype("float32") * 255).round().astype("uint8")
+        way = (
+            "divide by 255"
+            if low >= 0 and high <= 255
+            else "take (x + 1) / 2"
+            if -1.01 < low < 0 and high < 1.01
+            else "scale it"
+        )
+        raise BadInput(
+            f"{name} holds floats from {low:g} to {high:g}; a picture of floats goes from 0 to 1, so {way} first."
+        )
     if x.dtype == "uint16":
         _refuse_dark(high, name, white)
         return ((x.clip(0, white).astype("uint32") * 255 + white // 2) // white).astype("uint8")
-    raise BadInput(f"{name} holds {x.dtype} numbers from {low} to {high}, which leave open what is white; give bytes (uint8, white is 255), "
-                   "uint16 (white is 65535) or floats from 0 to 1.")
+    raise BadInput(
+        f"{name} holds {x.dtype} numbers from {low} to {high}, which leave open what is white; give bytes (uint8, white is 255), "
+        "uint16 (white is 65535) or floats from 0 to 1."
+    )
+
 
 def _refuse_dark(high, name, white=65535):
     "Refuse 16-bit numbers that use less than a quarter of their range, as 12-bit values in 16 bits do."
     if 0 < high <= white // 4:
-        raise BadInput(f"{name} holds 16-bit numbers that end at {high} of {white}, as 12-bit values do, and would be nearly black; "
-                       "save it with 8 bits, or its numbers spread over all 16.")
+        raise BadInput(
+            f"{name} holds 16-bit numbers that end at {high} of {white}, as 12-bit values do, and would be nearly black; "
+            "save it with 8 bits, or its numbers spread over all 16."
+        )
 
 # %% ../nbs/00_core.ipynb #258f98b6
 def _to_rgb(image, name, deep=False, keep_alpha=False):
     "A picture of any mode as RGB, or as RGBA where it has transparency that is to be kept."
     from PIL import Image
+
     image = _eight_bits(image, name, deep)
-    if image.mode in ("LAB", "CMYK"): image = _by_profile(image, name)
-    if image.mode in ("RGBa", "La"): image = image.convert(image.mode.upper())
-    if image.mode not in ("LA", "PA", "RGBA") and "transparency" not in image.info: return image.convert("RGB")
+    if image.mode in ("LAB", "CMYK"):
+        image = _by_profile(image, name)
+    if image.mode in ("RGBa", "La"):
+        image = image.convert(image.mode.upper())
+    if image.mode not in ("LA", "PA", "RGBA") and "transparency" not in image.info:
+        return image.convert("RGB")
     image = image.convert("RGBA")
-    if keep_alpha: return image
+    if keep_alpha:
+        return image
     return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+
 
 def _eight_bits(image, name, deep):
     "A grey picture of large numbers as one of bytes; 16-bit colours, of which Pillow gives the upper half, are looked at."
     from PIL import Image
+
     key, colours = image.info.get("transparency"), 1 if image.mode == "LA" else 3
     if image.mode == "F" or image.mode.startswith("I"):
         numbers, white = grey_numbers(image)
         grey = Image.fromarray(_to_bytes(numbers, name, white))
-        return Image.merge("LA", (grey, Image.fromarray(_to_bytes(numbers != key, name)))) if isinstance(key, int) else grey
-    if not deep: return image
+        return (
+            Image.merge("LA", (grey, Image.fromarray(_to_bytes(numbers != key, name))))
+            if isinstance(key, int)
+            else grey
+        )
+    if not deep:
+        return image
     bands = [high for _, high in image.getextrema()[:colours]]
     _refuse_dark(max(bands) * 257, name)
-    if isinstance(key, tuple): image.info["transparency"] = tuple(v >> 8 for v in key)
+    if isinstance(key, tuple):
+        image.info["transparency"] = tuple(v >> 8 for v in key)
     return image
 
-def grey_numbers(image: "Image.Image"  # decoded, of a mode "I;16", "I" or "F"
-                ) -> tuple:  # (H, W) and the number that is white in 16 bits
+
+def grey_numbers(
+    image: "Image.Image",  # decoded, of a mode "I;16", "I" or "F"
+) -> tuple:  # (H, W) and the number that is white in 16 bits
     "The numbers of a grey picture and their white, as its file says."
     import numpy as np
+
     x, tags, white = np.asarray(image), getattr(image, "tag_v2", None) or {}, 65535
-    if image.mode == "I" and image.format == "PNG": x = x.astype("uint16")  # as older Pillows open it
-    if x.dtype.kind == "u": x, white = x.astype("uint16"), 4095 if tags.get(258) == (12,) else 65535
-    if tags.get(262) == 0 and image.mode != "F": x = white - x  # "white is zero"
+    if image.mode == "I" and image.format == "PNG":
+        x = x.astype("uint16")  # as older Pillows open it
+    if x.dtype.kind == "u":
+        x, white = x.astype("uint16"), 4095 if tags.get(258) == (12,) else 65535
+    if tags.get(262) == 0 and image.mode != "F":
+        x = white - x  # "white is zero"
     return x, white
+
 
 def _by_profile(image, name):
     "Print colours and Lab as RGB: by the file's profile where there is one."
     import io
     from PIL import ImageCms
+
     profile = image.info.get("icc_profile") if image.mode == "CMYK" else None
-    if image.mode == "CMYK" and not profile: return image.convert("RGB")
+    if image.mode == "CMYK" and not profile:
+        return image.convert("RGB")
     try:
         source = ImageCms.ImageCmsProfile(io.BytesIO(profile)) if profile else ImageCms.createProfile("LAB")
         return ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
     except (ImageCms.PyCMSError, OSError, ImportError):
-        if image.mode == "LAB": raise BadInput(f"{name} is in Lab colours, which this Pillow cannot convert; save it as RGB.") from None
-        warnings.warn(Notice(f"The colour profile of {name} cannot be read, so its print colours are taken as they are."), stacklevel=5)
+        if image.mode == "LAB":
+            raise BadInput(f"{name} is in Lab colours, which this Pillow cannot convert; save it as RGB.") from None
+        warnings.warn(
+            Notice(f"The colour profile of {name} cannot be read, so its print colours are taken as they are."),
+            stacklevel=5,
+        )
         return image.convert("RGB")
 
 # %% ../nbs/00_core.ipynb #258f98b8
-_TURNS = {2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE", 6: "ROTATE_270", 7: "TRANSVERSE", 8: "ROTATE_90"}
+_TURNS = {
+    2: "FLIP_LEFT_RIGHT",
+    3: "ROTATE_180",
+    4: "FLIP_TOP_BOTTOM",
+    5: "TRANSPOSE",
+    6: "ROTATE_270",
+    7: "TRANSVERSE",
+    8: "ROTATE_90",
+}
+
 
 def _raw_exif(image):
     "The EXIF bytes that a picture came with, without the word Exif before them."
     note, text = image.info.get("exif") or b"", image.info.get("Raw profile type exif")
-    try: note = bytes.fromhex("".join(text.split("\n")[3:])) if text and not note else bytes(note)
-    except UNREADABLE: note = b""
-    while note.startswith(b"Exif\0\0"): note = note[6:]
+    try:
+        note = bytes.fromhex("".join(text.split("\n")[3:])) if text and not note else bytes(note)
+    except UNREADABLE:
+        note = b""
+    while note.startswith(b"Exif\0\0"):
+        note = note[6:]
     return note
+
 
 def _table(note):
     "The first table of EXIF bytes: their order, where it starts, and its entries of 12 bytes; None where there is no table."
     order = {b"II*\0": "little", b"MM\0*": "big"}.get(note[:4])
-    if order is None: return None
+    if order is None:
+        return None
     start = int.from_bytes(note[4:8], order)
-    end = start + 2 + 12 * int.from_bytes(note[start:start + 2], order)
-    if start < 8 or end > len(note): return None
-    return order, start, [note[at:at + 12] for at in range(start + 2, end, 12)]
+    end = start + 2 + 12 * int.from_bytes(note[start : start + 2], order)
+    if start < 8 or end > len(note):
+        return None
+    return order, start, [note[at : at + 12] for at in range(start + 2, end, 12)]
+
 
 def _turn(image):
     "How a picture must be turned to be upright, as the EXIF note about it says in whatever form; None: not at all."
     from PIL import Image
+
     order, _, entries = _table(_raw_exif(image)) or (None, None, [])
     value = next((_small_number(e, order) for e in entries if int.from_bytes(e[:2], order) == 0x0112), None)
     try:
-        if value is None: value = image.getexif().get(0x0112)  # a TIFF file's own, or one in XMP
-        if isinstance(value, (tuple, list)): value = value[0]
+        if value is None:
+            value = image.getexif().get(0x0112)  # a TIFF file's own, or one in XMP
+        if isinstance(value, (tuple, list)):
+            value = value[0]
         return getattr(Image.Transpose, _TURNS.get(int(value), ""), None) if value is not None else None
-    except (*UNREADABLE, ZeroDivisionError): return None
+    except (*UNREADABLE, ZeroDivisionError):
+        return None
+
 
 def _small_number(entry, order):
     "The value of an EXIF entry that is a digit, a byte or a whole number; None: of another kind."
     kind, value = int.from_bytes(entry[2:4], order), entry[8:]
-    if kind == 2: return int(value[:1]) if value[:1].isdigit() else 0
+    if kind == 2:
+        return int(value[:1]) if value[:1].isdigit() else 0
     size = {1: 1, 6: 1, 7: 1, 3: 2, 8: 2, 4: 4, 9: 4, 13: 4}.get(kind)
     return int.from_bytes(value[:size], order) if size else None
+
 
 def _without_turn(note):
     "EXIF bytes without the note about the turn and without previews; all other bytes stay where they are."
     order, start, entries = _table(note)
     kept = [e for e in entries if int.from_bytes(e[:2], order) != 0x0112]
     room = bytes(12 * (len(entries) - len(kept)) + 4)  # where the table ended, and "no other table"
-    return note[:start] + len(kept).to_bytes(2, order) + b"".join(kept) + room + note[start + 6 + 12 * len(entries):]
+    return note[:start] + len(kept).to_bytes(2, order) + b"".join(kept) + room + note[start + 6 + 12 * len(entries) :]
 
 # %% ../nbs/00_core.ipynb #258f98ba
-def pack_exif(exif: "Image.Exif",  # as Pillow's `getexif` gives it
-              most: int = 2**31,  # bytes that there is room for
-              only: Optional[set] = None  # numbers of the tags to keep, beside those of the camera and of the place; None: all
-             ) -> tuple:  # bytes for Pillow's `save`, and the names of what was left out
+def pack_exif(
+    exif: "Image.Exif",  # as Pillow's `getexif` gives it
+    most: int = 2**31,  # bytes that there is room for
+    only: set | None = None,  # numbers of the tags to keep, beside those of the camera and of the place; None: all
+) -> tuple:  # bytes for Pillow's `save`, and the names of what was left out
     "EXIF notes as bytes, as many of them as can be written."
     from PIL import ExifTags
-    parts = [(None, tag, value) for tag, value in exif.items() if tag not in (0x8769, 0x8825) and (only is None or tag in only)]
-    for table in (0x8769, 0x8825): parts += [(table, tag, value) for tag, value in exif.get_ifd(table).items() if tag != 0xA005]
+
+    parts = [
+        (None, tag, value)
+        for tag, value in exif.items()
+        if tag not in (0x8769, 0x8825) and (only is None or tag in only)
+    ]
+    for table in (0x8769, 0x8825):
+        parts += [(table, tag, value) for tag, value in exif.get_ifd(table).items() if tag != 0xA005]
     kept, note, lost = [], b"", []
     for part in sorted(parts, key=lambda part: len(str(part[2]))):
         trial = _write_exif(kept + [part])
-        if trial and len(trial) <= most: kept, note = kept + [part], trial
-        else: lost.append((ExifTags.GPSTAGS if part[0] == 0x8825 else ExifTags.TAGS).get(part[1], f"tag {part[1]}"))
+        if trial and len(trial) <= most:
+            kept, note = kept + [part], trial
+        else:
+            lost.append((ExifTags.GPSTAGS if part[0] == 0x8825 else ExifTags.TAGS).get(part[1], f"tag {part[1]}"))
     return note, lost
+
 
 def _write_exif(parts):
     "Some notes as bytes; b'' where one of them cannot be written."
     from PIL import Image
+
     exif = Image.Exif()
     for table, tag, value in parts:
-        if table is None: exif[tag] = value
-        else: exif[table] = exif.get(table, {}) | {tag: value}
-    try: return exif.tobytes()
-    except UNREADABLE: return b""
+        if table is None:
+            exif[tag] = value
+        else:
+            exif[table] = exif.get(table, {}) | {tag: value}
+    try:
+        return exif.tobytes()
+    except UNREADABLE:
+        return b""
 
 # %% ../nbs/00_core.ipynb #258f98bc
 _DESCRIBING = {270, 271, 272, 305, 306, 315, 33432}  # title, camera, program, date, artist, copyright
+
 
 def _notes(image, name, turned):
     "EXIF notes and colour profile of a picture."
@@ -395,14 +620,19 @@ def _notes(image, name, turned):
     kept = dict(exif=_exif_bytes(image, name, turned), icc_profile=profile if profile[16:20] == b"RGB " else b"")
     return {key: value for key, value in kept.items() if value}
 
+
 def _exif_bytes(image, name, turned):
     "The EXIF notes; without the one about the turn, if the picture was turned."
     if hasattr(image, "tag_v2"):
-        try: return pack_exif(image.getexif(), only=_DESCRIBING)[0]
-        except UNREADABLE: return b""
+        try:
+            return pack_exif(image.getexif(), only=_DESCRIBING)[0]
+        except UNREADABLE:
+            return b""
     note = _raw_exif(image)
-    if not note: return b""
-    if _table(note): return b"Exif\0\0" + (_without_turn(note) if turned else note)
+    if not note:
+        return b""
+    if _table(note):
+        return b"Exif\0\0" + (_without_turn(note) if turned else note)
     warnings.warn(Notice(f"The EXIF notes of {name} cannot be read and are left out."), stacklevel=6)
     return b""
 
@@ -411,32 +641,49 @@ def _from_numbers(x):
     "A tensor or an array as a Pillow picture."
     import numpy as np
     from PIL import Image
+
     what, given = "The tensor" if hasattr(x, "detach") else "The array", tuple(x.shape)
     x = as_array(x)
-    while x.ndim > 3 and len(x) == 1: x = x[0]
+    while x.ndim > 3 and len(x) == 1:
+        x = x[0]
     name = f"{what} {given}"
-    if 0 in given: raise BadInput(f"{name} has no pixels.")
+    if 0 in given:
+        raise BadInput(f"{name} has no pixels.")
     first, last = (x.ndim == 3 and x.shape[axis] in (1, 3, 4) for axis in (0, -1))
-    if first and last: raise BadInput(f"{name} may be (colours, height, width) or (height, width, colours); give one whose height and width are larger than 4.")
-    if x.ndim != 2 and not first and not last: raise BadInput(f"{name} is not one picture; give (3, H, W), (H, W, 3) or (H, W).")
+    if first and last:
+        raise BadInput(
+            f"{name} may be (colours, height, width) or (height, width, colours); give one whose height and width are larger than 4."
+        )
+    if x.ndim != 2 and not first and not last:
+        raise BadInput(f"{name} is not one picture; give (3, H, W), (H, W, 3) or (H, W).")
     x = _to_bytes(x, name)
-    if given and x.max() == 1: raise BadInput(f"{name} holds bytes of 0 and 1 alone, which would be black; white is 255.")
-    if first: x = x.transpose(1, 2, 0)
+    if given and x.max() == 1:
+        raise BadInput(f"{name} holds bytes of 0 and 1 alone, which would be black; white is 255.")
+    if first:
+        x = x.transpose(1, 2, 0)
     return Image.fromarray(np.ascontiguousarray(x[..., 0] if x.ndim == 3 and x.shape[-1] == 1 else x))
 
-def as_array(x  # a tensor on any device, or anything with a dtype
-            ):
+
+def as_array(
+    x,  # a tensor on any device, or anything with a dtype
+):
     "The numbers as a NumPy array; refused where they are of no kind that NumPy has."
     import numpy as np
+
     try:
-        if not hasattr(x, "detach"): return np.asarray(x)
+        if not hasattr(x, "detach"):
+            return np.asarray(x)
         x = x.detach().cpu()
         return (x.float() if str(x.dtype) == "torch.bfloat16" else x).numpy()
-    except (TypeError, RuntimeError, NotImplementedError): raise BadInput(f"The numbers of this {type(x).__name__} cannot be read; give a NumPy array or a plain tensor.") from None
+    except (TypeError, RuntimeError, NotImplementedError):
+        raise BadInput(
+            f"The numbers of this {type(x).__name__} cannot be read; give a NumPy array or a plain tensor."
+        ) from None
 
 # %% ../nbs/00_core.ipynb #a99f7ebd
-def open_image(source: Union[str, Path, "Image.Image"]  # a file, `example:dog`, or a Pillow picture
-              ) -> tuple:  # the Pillow picture in its own mode; its name for sentences; whether its colours had 16 bits; how to turn it, None: not at all
+def open_image(
+    source: Union[str, Path, "Image.Image"],  # a file, `example:dog`, or a Pillow picture
+) -> tuple:  # the Pillow picture in its own mode; its name for sentences; whether its colours had 16 bits; how to turn it, None: not at all
     "A picture as it is stored, decoded."
     if hasattr(source, "convert"):
         name = f"The picture {Path(source.filename).name!r}" if getattr(source, "filename", "") else "The picture"
@@ -444,52 +691,74 @@ def open_image(source: Union[str, Path, "Image.Image"]  # a file, `example:dog`,
     elif isinstance(source, (str, os.PathLike)):
         path = _existing_file(source)
         name = repr(str(path))
-        with _open(path) as image: image, deep = _decode(image, name)
+        with _open(path) as image:
+            image, deep = _decode(image, name)
     elif isinstance(source, (bytes, bytearray, memoryview)) or hasattr(source, "read"):
         what = "source" if hasattr(source, "read") else "io.BytesIO(source)"
-        raise BadInput(f"This {type(source).__name__} is no picture yet; open it with PIL, as in Image.open({what}), and give that.")
+        raise BadInput(
+            f"This {type(source).__name__} is no picture yet; open it with PIL, as in Image.open({what}), and give that."
+        )
     else:
-        raise BadInput("A picture is a file, a Pillow picture, a tensor (3, H, W) of floats from 0 to 1 or an array (H, W, 3) of bytes; "
-                       f"this is a {type(source).__name__}.")
+        raise BadInput(
+            "A picture is a file, a Pillow picture, a tensor (3, H, W) of floats from 0 to 1 or an array (H, W, 3) of bytes; "
+            f"this is a {type(source).__name__}."
+        )
     return image, name, deep, _turn(image)
 
-def load_image(source: Union[str, Path, "Image.Image", "torch.Tensor"],  # a file, `example:dog`, or a picture already in memory
-               keep_alpha: bool = False  # give an RGBA picture where there is transparency
-              ) -> "Image.Image":
+
+def load_image(
+    source: Union[str, Path, "Image.Image", "torch.Tensor"],  # a file, `example:dog`, or a picture already in memory
+    keep_alpha: bool = False,  # give an RGBA picture where there is transparency
+) -> "Image.Image":
     "Any picture as an upright RGB one, transparency over white; its `info` has the EXIF notes and the colour profile."
-    if hasattr(source, "dtype"): return load_image(_from_numbers(source), keep_alpha)
+    if hasattr(source, "dtype"):
+        return load_image(_from_numbers(source), keep_alpha)
     image, name, deep, turn = open_image(source)
     notes = _notes(image, name, turn is not None)
     out = _to_rgb(image, name, deep, keep_alpha)
-    if turn is not None: out = out.transpose(turn)
+    if turn is not None:
+        out = out.transpose(turn)
     out.info = notes
     return out
 
 # %% ../nbs/00_core.ipynb #fa88b010
-def fit_image(image: "Image.Image",  # any size
-              size: int  # length of the longer side afterwards, a multiple of 8
-             ) -> "torch.Tensor":
+def fit_image(
+    image: "Image.Image",  # any size
+    size: int,  # length of the longer side afterwards, a multiple of 8
+) -> "torch.Tensor":
     "The picture as (3, H, W) in 0-1: longer side `size`, both sides multiples of 8, antialiased."
     from PIL import Image
-    if size < 8 or size % 8: raise BadInput(f"A picture's size must be a multiple of 8 and at least 8, not {size}.")
+
+    if size < 8 or size % 8:
+        raise BadInput(f"A picture's size must be a multiple of 8 and at least 8, not {size}.")
     scale = size / max(image.size)
     w, h = (max(8, round(n * scale / 8) * 8) for n in image.size)
-    return _as_tensor(image.resize((w, h), Image.Resampling.LANCZOS, reducing_gap=3.))
+    return _as_tensor(image.resize((w, h), Image.Resampling.LANCZOS, reducing_gap=3.0))
 
 # %% ../nbs/00_core.ipynb #0e88a5e9
-def fit_points(points: Sequence,  # numbers x, y, x, y ... or pairs (x, y), in pixels of the picture as it was
-               image: "Image.Image",  # the picture as it was
-               fitted: "torch.Tensor"  # the picture after `fit_image`, (3, H, W)
-              ) -> list:
+def fit_points(
+    points: Sequence,  # numbers x, y, x, y ... or pairs (x, y), in pixels of the picture as it was
+    image: "Image.Image",  # the picture as it was
+    fitted: "torch.Tensor",  # the picture after `fit_image`, (3, H, W)
+) -> list:
     "The same points in pixels of the fitted picture."
     import numpy as np
-    try: pairs = np.asarray(points, dtype=float).reshape(-1, 2)
-    except (TypeError, ValueError): raise BadInput(f"{points!r} is neither a point (x, y) or several nor a box (x0, y0, x1, y1).") from None
-    if not len(pairs): raise BadInput("There is no point in this list; give (x, y) in pixels, or leave it out for SAM's own proposal.")
-    if ((pairs > 0) & (pairs < 1)).all(): raise BadInput(f"{points!r} looks like shares of the picture; give pixels, such as ({image.width // 2}, {image.height // 2}) for its middle.")
+
+    try:
+        pairs = np.asarray(points, dtype=float).reshape(-1, 2)
+    except (TypeError, ValueError):
+        raise BadInput(f"{points!r} is neither a point (x, y) or several nor a box (x0, y0, x1, y1).") from None
+    if not len(pairs):
+        raise BadInput("There is no point in this list; give (x, y) in pixels, or leave it out for SAM's own proposal.")
+    if ((pairs > 0) & (pairs < 1)).all():
+        raise BadInput(
+            f"{points!r} looks like shares of the picture; give pixels, such as ({image.width // 2}, {image.height // 2}) for its middle."
+        )
     for x, y in pairs:
         if not (0 <= x <= image.width and 0 <= y <= image.height):
-            raise BadInput(f"The point ({x:g}, {y:g}) is outside the picture, which is {image.width} pixels wide and {image.height} high.")
+            raise BadInput(
+                f"The point ({x:g}, {y:g}) is outside the picture, which is {image.width} pixels wide and {image.height} high."
+            )
     out = (pairs * (fitted.shape[-1] / image.width, fitted.shape[-2] / image.height)).tolist()
     return [tuple(p) for p in out] if np.ndim(points) == 2 else sum(out, [])
 
@@ -499,9 +768,11 @@ def _label(text, font, width, lines=2):
     out = [""]
     for word in str(text).split():
         longer = f"{out[-1]} {word}".strip()
-        if font.getlength(longer) <= width or not out[-1]: out[-1] = longer
-        else: out.append(word)
-    return out[:lines - 1] + [" ".join(out[lines - 1:])] if len(out) > lines else out
+        if font.getlength(longer) <= width or not out[-1]:
+            out[-1] = longer
+        else:
+            out.append(word)
+    return out[: lines - 1] + [" ".join(out[lines - 1 :])] if len(out) > lines else out
 
 # %% ../nbs/00_core.ipynb #303e6b24
 def _enlarge(image, cell):
@@ -511,37 +782,49 @@ def _enlarge(image, cell):
     return image.convert("RGB").resize(tuple(max(1, round(n * scale)) for n in image.size), Image.Resampling.LANCZOS)
 
 # %% ../nbs/00_core.ipynb #aafa6a8d
-def make_sheet(images: Sequence,  # tensors or Pillow pictures
-               labels: Optional[Sequence[str]] = None,  # one for each picture
-               columns: int = 4,  # pictures in a row
-               cell: int = 160  # length of a picture's longer side on the sheet, in pixels
-              ) -> "Image.Image":
+def make_sheet(
+    images: Sequence,  # tensors or Pillow pictures
+    labels: Sequence[str] | None = None,  # one for each picture
+    columns: int = 4,  # pictures in a row
+    cell: int = 160,  # length of a picture's longer side on the sheet, in pixels
+) -> "Image.Image":
     "One picture with all of them on it, each with its label underneath."
     from PIL import Image, ImageDraw, ImageFont
-    images, gap, text = [to_pil(i) if hasattr(i, "detach") else i.convert("RGB") for i in _as_list(images)], 6, 30 if labels else 0
+
+    images, gap, text = (
+        [to_pil(i) if hasattr(i, "detach") else i.convert("RGB") for i in _as_list(images)],
+        6,
+        30 if labels else 0,
+    )
     columns, font = max(1, min(columns, len(images))), ImageFont.load_default(size=11)
     rows = math.ceil(len(images) / columns)
     sheet = Image.new("RGB", (columns * (cell + gap) + gap, rows * (cell + gap + text) + gap), "white")
     for i, image in enumerate(images):
         x, y = gap + i % columns * (cell + gap), gap + i // columns * (cell + gap + text)
         sheet.paste(_enlarge(image, cell), (x, y))
-        if labels and i < len(labels): ImageDraw.Draw(sheet).multiline_text((x, y + cell + 2), "\n".join(_label(labels[i], font, cell)), "black", font, spacing=1)
+        if labels and i < len(labels):
+            ImageDraw.Draw(sheet).multiline_text(
+                (x, y + cell + 2), "\n".join(_label(labels[i], font, cell)), "black", font, spacing=1
+            )
     return sheet
 
 # %% ../nbs/00_core.ipynb #67ffdcde
 def _reason(path, error):
     "Why `path` cannot be written, in words."
-    if path.parent.exists() and not path.parent.is_dir(): return f"{str(path.parent)!r} is a file, not a folder"
+    if path.parent.exists() and not path.parent.is_dir():
+        return f"{str(path.parent)!r} is a file, not a folder"
     return getattr(error, "strerror", None) or str(error)
 
 # %% ../nbs/00_core.ipynb #3c0e5a12
-def as_path(path: Union[str, Path],  # of a file or a folder, which need not be there
-            what: str = ""  # begins the sentence, such as "--out"
-           ) -> Path:
+def as_path(
+    path: str | Path,  # of a file or a folder, which need not be there
+    what: str = "",  # begins the sentence, such as "--out"
+) -> Path:
     "A path that the system can look up, `~` written out."
     try:
         found = Path(path).expanduser()
-        with contextlib.suppress(FileNotFoundError, NotADirectoryError): os.stat(found)
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            os.stat(found)
         return found
     except (OSError, ValueError, RuntimeError, TypeError) as e:
         text = str(path) if len(str(path)) <= 60 else str(path)[:40] + "..."
@@ -549,25 +832,30 @@ def as_path(path: Union[str, Path],  # of a file or a folder, which need not be 
         raise BadInput(f"{what} {text!r} cannot be used as a file or folder: {why}.".lstrip()) from None
 
 # %% ../nbs/00_core.ipynb #f11d7de4
-def write_atomic(path: Union[str, Path],  # the file to make or replace
-                 write: Callable[[Path], Any]  # writes everything to the path it is given
-                ) -> Path:
+def write_atomic(
+    path: str | Path,  # the file to make or replace
+    write: Callable[[Path], Any],  # writes everything to the path it is given
+) -> Path:
     "Let `write` fill a temporary file beside `path`, then put it in place in one move."
     path = as_path(path)
-    temporary = path.with_name(f".{path.stem[:40]}-{uuid.uuid4().hex[:8]}{path.suffix}")  # no longer than a long name itself
+    temporary = path.with_name(
+        f".{path.stem[:40]}-{uuid.uuid4().hex[:8]}{path.suffix}"
+    )  # no longer than a long name itself
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(temporary)
         os.replace(temporary, path)
     except Exception as e:
-        if isinstance(e, OSError) or "os error" in str(e): raise BadInput(f"{str(path)!r} cannot be written: {_reason(path, e)}.") from e
+        if isinstance(e, OSError) or "os error" in str(e):
+            raise BadInput(f"{str(path)!r} cannot be written: {_reason(path, e)}.") from e
         raise  # safetensors has an error of its own for a full disk, hence the text
     finally:
-        with contextlib.suppress(OSError): temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
     return path
 
 # %% ../nbs/00_core.ipynb #739fa129
-def write_json(path: Union[str, Path],  # the file to make or replace
+def write_json(path: str | Path,  # the file to make or replace
                data  # anything JSON can hold; paths and other objects become text
               ) -> Path:
     "Write `data` as readable JSON, all or nothing."
@@ -578,25 +866,32 @@ def write_json(path: Union[str, Path],  # the file to make or replace
 LOCK = ".layerdiffusion.lock"
 _HELD = threading.local()  # the folders of each thread
 
+
 def missing_folders(folder: Path) -> list:
     "The folder and those above it that are not there yet, the innermost first."
     return [p for p in (folder, *folder.parents) if not p.exists()]
 
+
 @contextlib.contextmanager
-def one_writer(folder: Union[str, Path],  # made if it is not there
-               made: Optional[Sequence[Path]] = None  # folders to take away if they stay empty; None: those that are made here
-              ):
+def one_writer(
+    folder: str | Path,  # made if it is not there
+    made: Sequence[Path] | None = None,  # folders to take away if they stay empty; None: those that are made here
+):
     "Inside the `with`, no other process or thread writes to a folder; refuses where one does."
     folder = as_path(folder)
     held, name = vars(_HELD).setdefault("folders", set()), os.path.realpath(folder)
-    if name in held: yield folder; return
+    if name in held:
+        yield folder
+        return
     made = missing_folders(folder) if made is None else made
     lock = _lock(folder)
     held.add(name)
-    try: yield folder
+    try:
+        yield folder
     finally:
         held.discard(name)
-        with contextlib.suppress(OSError): (folder / LOCK).unlink()  # while it is held: nobody can take it in between
+        with contextlib.suppress(OSError):
+            (folder / LOCK).unlink()  # while it is held: nobody can take it in between
         lock.release()
         _remove_empty(made)
 
@@ -604,81 +899,127 @@ def one_writer(folder: Union[str, Path],  # made if it is not there
 def _lock(folder):
     "The lock of a folder, held."
     from filelock import FileLock, Timeout
+
     for left in range(20, -1, -1):
         lock = FileLock(folder / LOCK, timeout=0)
         try:
             folder.mkdir(parents=True, exist_ok=True)
             lock.acquire()
             return lock
-        except Timeout: raise BadInput(f"Another run is writing to {str(folder)!r}; wait until it is done, or give another folder.") from None
+        except Timeout:
+            raise BadInput(
+                f"Another run is writing to {str(folder)!r}; wait until it is done, or give another folder."
+            ) from None
         except FileNotFoundError as e:  # the one before was just taking the empty folder away
-            if not left: raise BadInput(f"{str(folder)!r} cannot be written: {e.strerror}.") from None
-            time.sleep(.01)
-        except NotImplementedError: return _no_lock(lock, folder)
+            if not left:
+                raise BadInput(f"{str(folder)!r} cannot be written: {e.strerror}.") from None
+            time.sleep(0.01)
+        except NotImplementedError:
+            return _no_lock(lock, folder)
         except OSError as e:
-            if e.errno in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK): return _no_lock(lock, folder)
+            if e.errno in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
+                return _no_lock(lock, folder)
             raise BadInput(f"{str(folder)!r} cannot be written: {_reason(folder, e)}.") from None
+
 
 def _no_lock(lock, folder):
     "For disks on which nothing can be locked."
-    warnings.warn(f"Files cannot be locked in {str(folder)!r}: the run goes on without a lock, so let no other write there.")
+    warnings.warn(
+        f"Files cannot be locked in {str(folder)!r}: the run goes on without a lock, so let no other write there."
+    )
     return lock
+
 
 def _remove_empty(folders):
     "Take away those folders in which nothing lies, the innermost first."
     for folder in folders:
-        with contextlib.suppress(OSError): folder.rmdir()
+        with contextlib.suppress(OSError):
+            folder.rmdir()
 
 # %% ../nbs/00_core.ipynb #91627122
 def _version(name):
     "The installed version of a package, or None."
-    try: return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError: return None
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
 
 def _commit():
     "The commit of the checkout the package lies in, with + when files were changed since; None for an installed package."
     root = package_folder().parent
-    if not (root / ".git").exists(): return None
+    if not (root / ".git").exists():
+        return None
     command = ["git", "-C", str(root), "describe", "--always", "--dirty=+", "--abbrev=12", "--exclude=*"]
-    try: return subprocess.run(command, capture_output=True, text=True, timeout=10).stdout.strip() or None
-    except (OSError, subprocess.SubprocessError): return None
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=10).stdout.strip() or None
+    except (OSError, subprocess.SubprocessError):
+        return None
+
 
 def _device_name(device):
     "What a device is called by its maker."
-    import platform, torch
-    if str(device).startswith("cuda"): return torch.cuda.get_device_name(device)
-    if str(device) != "cpu": return str(device)
+    import platform
+    import torch
+
+    if str(device).startswith("cuda"):
+        return torch.cuda.get_device_name(device)
+    if str(device) != "cpu":
+        return str(device)
     with contextlib.suppress(OSError, StopIteration):
         return next(line.split(":", 1)[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name"))
     return platform.processor() or platform.machine()
 
 # %% ../nbs/00_core.ipynb #36e69a70
-def environment(device: str = "cpu"  # the device that did the work
-               ) -> dict:
+def environment(
+    device: str = "cpu",  # the device that did the work
+) -> dict:
     "What a result's record says about the machine and the versions that made it."
     import platform
+
     versions = {name: _version(name) for name in ("layerdiffusion", "torch", "diffusers", "transformers")}
-    return dict(python=platform.python_version(), **versions, commit=_commit(), device=str(device), device_name=_device_name(device),
-                cpus=os.cpu_count(), system=platform.platform(terse=True), date=datetime.now(timezone.utc).isoformat(timespec="seconds"))
+    return dict(
+        python=platform.python_version(),
+        **versions,
+        commit=_commit(),
+        device=str(device),
+        device_name=_device_name(device),
+        cpus=os.cpu_count(),
+        system=platform.platform(terse=True),
+        date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    )
 
 # %% ../nbs/00_core.ipynb #95f90b43
-def _digest(data): return hashlib.sha256(data).hexdigest()
+def _digest(data):
+    return hashlib.sha256(data).hexdigest()
+
 
 def _canonical(thing):
     "The same content as something JSON can hold, whatever object it came in."
-    if thing is None or isinstance(thing, (str, int, float, bool)): return thing
-    if isinstance(thing, bytes): return ["bytes", _digest(thing)]
-    if isinstance(thing, Path): return str(thing)
-    if isinstance(thing, dict): return {str(k): _canonical(v) for k, v in thing.items()}
-    if isinstance(thing, (list, tuple, range)): return [_canonical(v) for v in thing]
-    if is_dataclass(thing): return _canonical(asdict(thing))
-    if hasattr(thing, "model_dump"): return _canonical(thing.model_dump(mode="json"))
-    if hasattr(thing, "detach"): return ["tensor", str(thing.dtype), list(thing.shape), _digest(_bytes(thing))]
-    if hasattr(thing, "tobytes"): return ["picture", getattr(thing, "mode", ""), list(getattr(thing, "size", [])), _digest(thing.tobytes())]
+    if thing is None or isinstance(thing, (str, int, float, bool)):
+        return thing
+    if isinstance(thing, bytes):
+        return ["bytes", _digest(thing)]
+    if isinstance(thing, Path):
+        return str(thing)
+    if isinstance(thing, dict):
+        return {str(k): _canonical(v) for k, v in thing.items()}
+    if isinstance(thing, (list, tuple, range)):
+        return [_canonical(v) for v in thing]
+    if is_dataclass(thing):
+        return _canonical(asdict(thing))
+    if hasattr(thing, "model_dump"):
+        return _canonical(thing.model_dump(mode="json"))
+    if hasattr(thing, "detach"):
+        return ["tensor", str(thing.dtype), list(thing.shape), _digest(_bytes(thing))]
+    if hasattr(thing, "tobytes"):
+        return ["picture", getattr(thing, "mode", ""), list(getattr(thing, "size", [])), _digest(thing.tobytes())]
     raise TypeError(f"content_hash does not know what the content of a {type(thing).__name__} is.")
+
 
 def _bytes(tensor):
     import torch
+
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 # %% ../nbs/00_core.ipynb #88f54ec7
@@ -688,76 +1029,113 @@ def content_hash(*things  # tensors, pictures, text, numbers, lists, dicts, data
     return _digest(json.dumps(_canonical(things), sort_keys=True).encode())
 
 # %% ../nbs/00_core.ipynb #f4200108
-def pick_device(name: Optional[str] = None  # "cpu", "cuda", "cuda:1", "mps"; None: the fastest there is
-               ) -> str:
+def pick_device(
+    name: str | None = None,  # "cpu", "cuda", "cuda:1", "mps"; None: the fastest there is
+) -> str:
     "A device that this machine has."
     import torch
+
     have = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
-    if name is None: return next(k for k, v in have.items() if v)
+    if name is None:
+        return next(k for k, v in have.items() if v)
     kind, _, index = str(name).partition(":")
-    there = have.get(kind, False) and (not index or kind == "cuda" and index.isdigit() and int(index) < torch.cuda.device_count())
-    if not there: raise BadInput(f"This machine has no device {str(name)!r}; it has {', '.join(k for k, v in have.items() if v)}.")
+    there = have.get(kind, False) and (
+        not index or kind == "cuda" and index.isdigit() and int(index) < torch.cuda.device_count()
+    )
+    if not there:
+        raise BadInput(
+            f"This machine has no device {str(name)!r}; it has {', '.join(k for k, v in have.items() if v)}."
+        )
     return str(name)
 
 # %% ../nbs/00_core.ipynb #66a104f9
 _PLAIN = contextvars.ContextVar("plain_torch", default=False)
 _ALL_THREADS = dict(lock=threading.Lock(), inside=0, before=())
 
+
 @contextlib.contextmanager
 def _plain_for_all_threads():
     "What torch sets for all threads at once: the first one in makes it plain, the last one out puts it back."
     import torch
+
     def put(dtype, precision):
         torch.set_default_dtype(dtype)
-        if precision != torch.get_float32_matmul_precision(): torch.set_float32_matmul_precision(precision)
+        if precision != torch.get_float32_matmul_precision():
+            torch.set_float32_matmul_precision(precision)
+
     with _ALL_THREADS["lock"]:
-        if not _ALL_THREADS["inside"]: _ALL_THREADS["before"] = torch.get_default_dtype(), torch.get_float32_matmul_precision()
+        if not _ALL_THREADS["inside"]:
+            _ALL_THREADS["before"] = torch.get_default_dtype(), torch.get_float32_matmul_precision()
         _ALL_THREADS["inside"] += 1
         put(torch.float32, "highest")
-    try: yield
+    try:
+        yield
     finally:
         with _ALL_THREADS["lock"]:
             _ALL_THREADS["inside"] -= 1
-            if not _ALL_THREADS["inside"]: put(*_ALL_THREADS["before"])
+            if not _ALL_THREADS["inside"]:
+                put(*_ALL_THREADS["before"])
+
 
 @contextlib.contextmanager
 def plain_torch():
     "Inside the `with`, torch is as in a new process, whatever the caller has set; afterwards all is as it was, the random state too."
     import torch
-    if _PLAIN.get(): yield; return
+
+    if _PLAIN.get():
+        yield
+        return
     inside = _PLAIN.set(True)
     gpus = list(range(torch.cuda.device_count())) if torch.cuda.is_available() and torch.cuda.is_initialized() else []
     with contextlib.ExitStack() as stack:
         stack.callback(_PLAIN.reset, inside)
         stack.enter_context(_plain_for_all_threads())
-        if torch.empty(0).device.type != "cpu": stack.enter_context(torch.device("cpu"))
-        for kind in filter(torch.is_autocast_enabled, ("cpu", "cuda", "mps")): stack.enter_context(torch.autocast(kind, enabled=False))
-        for setting in (torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(gpus)): stack.enter_context(setting)
+        if torch.empty(0).device.type != "cpu":
+            stack.enter_context(torch.device("cpu"))
+        for kind in filter(torch.is_autocast_enabled, ("cpu", "cuda", "mps")):
+            stack.enter_context(torch.autocast(kind, enabled=False))
+        for setting in (torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(gpus)):
+            stack.enter_context(setting)
         yield
 
 # %% ../nbs/00_core.ipynb #42ffa583
-def shielded(f: Callable  # called from outside
-            ) -> Callable:
+def shielded(
+    f: Callable,  # called from outside
+) -> Callable:
     "The function in `plain_torch`, whatever torch is set to where it is called."
+
     @functools.wraps(f)
     def inside(*args, **kwargs):
-        with plain_torch(): return f(*_learnable(args), **_learnable(kwargs))
+        with plain_torch():
+            return f(*_learnable(args), **_learnable(kwargs))
+
     return inside
 
-LOADING = threading.RLock()  # diffusers and transformers load a model by changing torch.nn for a moment, for all threads
 
-def one_loader(f: Callable  # makes a model, or reads one
-              ) -> Callable:
+LOADING = (
+    threading.RLock()
+)  # diffusers and transformers load a model by changing torch.nn for a moment, for all threads
+
+
+def one_loader(
+    f: Callable,  # makes a model, or reads one
+) -> Callable:
     "The function, in one thread at a time."
+
     @functools.wraps(f)
     def alone(*args, **kwargs):
-        with LOADING: return f(*args, **kwargs)
+        with LOADING:
+            return f(*args, **kwargs)
+
     return alone
+
 
 def _learnable(x):
     "Tensors of `inference_mode` as ordinary ones; everything else as it is."
-    if isinstance(x, dict) and type(x) is dict: return {k: _learnable(v) for k, v in x.items()}
-    if type(x) in (list, tuple): return type(x)(map(_learnable, x))
+    if isinstance(x, dict) and type(x) is dict:
+        return {k: _learnable(v) for k, v in x.items()}
+    if type(x) in (list, tuple):
+        return type(x)(map(_learnable, x))
     return x.clone() if hasattr(x, "is_inference") and x.is_inference() else x
 
 # %% ../nbs/00_core.ipynb #3fdb212d
@@ -767,67 +1145,97 @@ class Event:
     stage: str  # which stage, in words
     step: int  # steps finished, 1 to `total`
     total: int  # how many there will be
-    loss: Optional[float] = None  # of this step, where there is one
+    loss: float | None = None  # of this step, where there is one
     seconds: float = 0.  # since the stage began
     latents: Optional["torch.Tensor"] = None  # (B, C, h, w) where the stage has them
     x0: Optional["torch.Tensor"] = None  # (B, C, h, w) the finished latents as predicted now
     image: Optional["torch.Tensor"] = None  # (B, 3, H, W) in 0-1, where the stage has drawn pictures on the way
 
 # %% ../nbs/00_core.ipynb #4cfb4ef6
-def join_callbacks(*callbacks: Optional[Callable[[Event], None]]  # any of them may be None
-                  ) -> Callable[[Event], None]:
+def join_callbacks(
+    *callbacks: Callable[[Event], None] | None,  # any of them may be None
+) -> Callable[[Event], None]:
     "One callback that calls them all, in order."
+
     def callback(event):
         for each in callbacks:
-            if each is not None: each(event)
+            if each is not None:
+                each(event)
+
     return callback
 
 # %% ../nbs/00_core.ipynb #6503cd91
-def sparkline(values: Sequence[float],  # in their order
-              width: int = 12,  # signs at most
-              marks: str = "▁▂▃▄▅▆▇█"  # from low to high
-             ) -> str:
+def sparkline(
+    values: Sequence[float],  # in their order
+    width: int = 12,  # signs at most
+    marks: str = "▁▂▃▄▅▆▇█",  # from low to high
+) -> str:
     "The course of some numbers in one line of text."
     values = [v for v in values if math.isfinite(v)]
     n = min(width, len(values))
-    means = [sum(part) / len(part) for part in (values[i * len(values) // n:(i + 1) * len(values) // n] for i in range(n))]
+    means = [
+        sum(part) / len(part) for part in (values[i * len(values) // n : (i + 1) * len(values) // n] for i in range(n))
+    ]
     low, span = min(means, default=0), max(means, default=0) - min(means, default=0) or 1
     return "".join(marks[round((m - low) / span * (len(marks) - 1))] for m in means)
 
 # %% ../nbs/00_core.ipynb #3964b224
-def progress_bars(**options  # for tqdm, such as `file=` or `disable=True`
-                 ) -> Callable[[Event], None]:
+def progress_bars(
+    **options,  # for tqdm, such as `file=` or `disable=True`
+) -> Callable[[Event], None]:
     "A callback that shows one bar for each stage, with the time left and the course of the loss."
     from tqdm.auto import tqdm
     from tqdm.std import tqdm as text_bar
+
     bars, losses, make = {}, {}, text_bar if "file" in options else tqdm
+
     def callback(event):
         if event.stage not in bars or event.step <= bars[event.stage].n:
-            bars[event.stage], losses[event.stage] = make(total=event.total, initial=event.step - 1, desc=event.stage, **options), []
+            bars[event.stage], losses[event.stage] = (
+                make(total=event.total, initial=event.step - 1, desc=event.stage, **options),
+                [],
+            )
         bar, curve = bars[event.stage], losses[event.stage]
         if event.loss is not None:
             curve.append(event.loss)
-            bar.set_postfix_str(f"loss {event.loss:.4f} {sparkline(curve, **(dict(marks='_.-=^') if getattr(bar, 'ascii', False) else {}))}", refresh=False)
+            bar.set_postfix_str(
+                f"loss {event.loss:.4f} {sparkline(curve, **(dict(marks='_.-=^') if getattr(bar, 'ascii', False) else {}))}",
+                refresh=False,
+            )
         bar.update(event.step - bar.n)
-        if event.step >= event.total: bar.close()
+        if event.step >= event.total:
+            bar.close()
+
     return callback
 
 # %% ../nbs/00_core.ipynb #334db2e4
 @dataclass
 class Preview:
     "A callback that shows what a run is making, now and then."
+
     decode: Callable[["torch.Tensor"], "torch.Tensor"]  # latents (B, C, h, w) to pictures (B, 3, H, W) in 0-1
-    show: Callable[[Event, str, Optional["Image.Image"]], None]  # gets the event, a line of text and the newest sheet, if there is one
-    every: float = .5  # seconds between two previews, at least
+    show: Callable[
+        [Event, str, Optional["Image.Image"]], None
+    ]  # gets the event, a line of text and the newest sheet, if there is one
+    every: float = 0.5  # seconds between two previews, at least
     most: int = 4  # pictures of a batch that are shown
-    def __post_init__(self): self.stage, self.step, self.start, self.due, self.sheet = None, 0, 0, 0., None
+
+    def __post_init__(self):
+        self.stage, self.step, self.start, self.due, self.sheet = None, 0, 0, 0.0, None
 
     def __call__(self, event):
-        if event.stage != self.stage or event.step <= self.step: self.stage, self.start = event.stage, event.step - 1
+        if event.stage != self.stage or event.step <= self.step:
+            self.stage, self.start = event.stage, event.step - 1
         self.step, begin = event.step, time.monotonic()
-        if begin < self.due and event.step < event.total and event.image is None: return
-        images = event.image if event.image is not None else None if event.x0 is None else self.decode(event.x0[:self.most])
-        if images is not None: self.sheet = make_sheet(list(images[:self.most]), [f"{event.stage} {event.step}/{event.total}"], self.most, cell=128)
+        if begin < self.due and event.step < event.total and event.image is None:
+            return
+        images = (
+            event.image if event.image is not None else None if event.x0 is None else self.decode(event.x0[: self.most])
+        )
+        if images is not None:
+            self.sheet = make_sheet(
+                list(images[: self.most]), [f"{event.stage} {event.step}/{event.total}"], self.most, cell=128
+            )
         self.show(event, self.line(event), self.sheet)
         end = time.monotonic()
         self.due = end + max(self.every, 9 * (end - begin))
@@ -840,17 +1248,24 @@ class Preview:
 # %% ../nbs/00_core.ipynb #a8e373ad
 def _in_notebook():
     "Something to show a preview in: one output of the running cell. None outside of a notebook."
-    try: from IPython import get_ipython, display
-    except ImportError: return None
-    if not hasattr(get_ipython(), "kernel"): return None
+    try:
+        from IPython import get_ipython, display
+    except ImportError:
+        return None
+    if not hasattr(get_ipython(), "kernel"):
+        return None
     handle = display.display(display.HTML(""), display_id=True)
     return lambda event, line, sheet: handle.update(display.HTML(_as_html(event, line, sheet)))
 
+
 def _as_html(event, line, sheet):
     "A bar, the line and the sheet as one piece of HTML."
-    import base64, io
+    import base64
+    import io
+
     bar = f'<progress value="{event.step}" max="{event.total}" style="width: 16em"></progress> {line}'
-    if sheet is None: return bar
+    if sheet is None:
+        return bar
     jpeg = io.BytesIO()
     sheet.save(jpeg, "JPEG", quality=85)
     return f'{bar}<br><img src="data:image/jpeg;base64,{base64.b64encode(jpeg.getvalue()).decode()}">'
@@ -858,17 +1273,21 @@ def _as_html(event, line, sheet):
 # %% ../nbs/00_core.ipynb #ff746c62
 def _in_file(path):
     "Something to show a preview in: a picture file."
+
     def show(event, line, sheet):
         with contextlib.suppress(BadInput):
-            if sheet is not None: write_atomic(path, sheet.save)
+            if sheet is not None:
+                write_atomic(path, sheet.save)
+
     return show
 
 # %% ../nbs/00_core.ipynb #da0ef73c
-def live_preview(decode: Callable[["torch.Tensor"], "torch.Tensor"],  # latents (B, C, h, w) to pictures (B, 3, H, W) in 0-1
-                 path: Union[str, Path, None] = None,  # a picture file that is replaced again and again; None: in the notebook
-                 every: float = .5,  # seconds between two previews, at least
-                 most: int = 4  # pictures of a batch that are shown
-                ) -> Callable[[Event], None]:
+def live_preview(
+    decode: Callable[["torch.Tensor"], "torch.Tensor"],  # latents (B, C, h, w) to pictures (B, 3, H, W) in 0-1
+    path: str | Path | None = None,  # a picture file that is replaced again and again; None: in the notebook
+    every: float = 0.5,  # seconds between two previews, at least
+    most: int = 4,  # pictures of a batch that are shown
+) -> Callable[[Event], None]:
     "A callback that shows what a run is making: in a notebook, or in a file beside progress bars."
     show = _in_file(path) if path else _in_notebook()
     bars = None if show and not path else progress_bars()

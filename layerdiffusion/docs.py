@@ -8,7 +8,14 @@ __all__ = ['NUMBERED', 'IMPORT', 'KATEX', 'RAW', 'AWAY', 'LOADED', 'find_checkou
            'settings_of', 'check_folder', 'finish', 'build_site', 'serve_site']
 
 # %% ../nbs/26_docs.ipynb #15460b5d
-import inspect, os, re, shutil, subprocess, sys, tempfile, textwrap
+import inspect
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import textwrap
 from html.parser import HTMLParser
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,60 +25,90 @@ from urllib.parse import unquote, urlsplit
 from .core import BadInput
 
 # %% ../nbs/26_docs.ipynb #f9b08abb
-def find_checkout(start: Optional[Path] = None  # a folder in it; None: where you are
-                 ) -> Path:  # its top
+def find_checkout(
+    start: Path | None = None,  # a folder in it; None: where you are
+) -> Path:  # its top
     "The checkout around a folder: the nearest one upwards with settings.ini, _quarto.yml and nbs/."
     start = Path(start or ".").resolve()
     for folder in (start, *start.parents):
-        if all((folder / name).exists() for name in ("settings.ini", "_quarto.yml", "nbs/_quarto.yml")): return folder
-    raise BadInput(f"The site is built from a checkout of the project, and {str(start)!r} is not in one; clone the repository and run this there.")
+        if all((folder / name).exists() for name in ("settings.ini", "_quarto.yml", "nbs/_quarto.yml")):
+            return folder
+    raise BadInput(
+        f"The site is built from a checkout of the project, and {str(start)!r} is not in one; clone the repository and run this there."
+    )
+
 
 def need_tools():
     "Refuse when the docs extra is not installed."
     missing = [name for name in ("nbdev", "smalldocs", "fastcore") if find_spec(name) is None]
-    if missing and sys.version_info < (3, 11): raise BadInput(f"The site is built on Python 3.11 or newer, and this is {sys.version.split()[0]}.")
-    if missing: raise BadInput(f"{' and '.join(missing)} must be installed to build the site: pip install -e \".[docs]\" does it.")
+    if missing and sys.version_info < (3, 11):
+        raise BadInput(f"The site is built on Python 3.11 or newer, and this is {sys.version.split()[0]}.")
+    if missing:
+        raise BadInput(
+            f'{" and ".join(missing)} must be installed to build the site: pip install -e ".[docs]" does it.'
+        )
 
 # %% ../nbs/26_docs.ipynb #1a4a0f50
 def brief(sym, name: str) -> str:
     "The signature with names and defaults only."
     sig = inspect.signature(sym)
     bare = [p.replace(annotation=p.empty) for p in sig.parameters.values() if p.name != "self"]
-    return textwrap.fill(name + str(sig.replace(parameters=bare, return_annotation=sig.empty)), 92, subsequent_indent="    ", break_long_words=False)
+    return textwrap.fill(
+        name + str(sig.replace(parameters=bare, return_annotation=sig.empty)),
+        92,
+        subsequent_indent="    ",
+        break_long_words=False,
+    )
+
 
 def as_cell(value) -> str:
     "A type, a default or a comment as one cell of a Markdown table."
-    if value is None or value is inspect.Parameter.empty or value is type(None): return ""
+    if value is None or value is inspect.Parameter.empty or value is type(None):
+        return ""
     text = value if isinstance(value, str) else re.sub(r"\b(?:\w+\.)+(\w+)", r"\1", inspect.formatannotation(value))
     return re.sub(r"([|*\[\]])", r"\\\1", text.replace("<", "&lt;").replace("\n", " "))
 
 # %% ../nbs/26_docs.ipynb #e2d22181
-def parameters(sym) -> List[tuple]:
+def parameters(sym) -> list[tuple]:
     "(name, type, default, comment) of each argument, and of what is returned; of each field, for settings."
     from fastcore.docments import docments
-    if hasattr(sym, "model_fields"): return [(n, f.annotation, repr(f.default), f.description) for n, f in sym.model_fields.items()]
+
+    if hasattr(sym, "model_fields"):
+        return [(n, f.annotation, repr(f.default), f.description) for n, f in sym.model_fields.items()]
     found = docments(sym, full=True)
-    kept = [(name, row.anno, "" if row.default is inspect.Parameter.empty else repr(row.default), row.docment) for name, row in found.items() if name not in ("self", "return")]
+    kept = [
+        (name, row.anno, "" if row.default is inspect.Parameter.empty else repr(row.default), row.docment)
+        for name, row in found.items()
+        if name not in ("self", "return")
+    ]
     back = found.get("return")
     return kept + ([("returns", back.anno, "", back.docment)] if back and back.docment else [])
+
 
 def parameter_table(sym) -> str:
     "The arguments as a Markdown table; nothing, if none has a comment."
     rows = parameters(sym)
-    if not any(comment for *_, comment in rows): return ""
-    body = [f"| <code>{name}</code> | {as_cell(kind)} | {as_cell(default)} | {as_cell(comment)} |" for name, kind, default, comment in rows]
+    if not any(comment for *_, comment in rows):
+        return ""
+    body = [
+        f"| <code>{name}</code> | {as_cell(kind)} | {as_cell(default)} | {as_cell(comment)} |"
+        for name, kind, default, comment in rows
+    ]
     return "\n".join(["| argument | type | default | meaning |", "| --- | --- | --- | --- |", *body])
 
 # %% ../nbs/26_docs.ipynb #6fdf6ddc
-def render_doc(sym, name: Optional[str] = None, title_level: int = 3):
+def render_doc(sym, name: str | None = None, title_level: int = 3):
     "What nbdev shows of a symbol: heading, link to the source, short signature, docstring, table."
     from nbdev.showdoc import BasicMarkdownRenderer
+
     class WithTable(BasicMarkdownRenderer):
         def _repr_markdown_(self):
             text, table = super()._repr_markdown_().replace("#LNone", ""), parameter_table(self.sym)
-            if not table: return text
+            if not table:
+                return text
             short = f"```python\n{brief(self.sym, self.nm.split('.')[-1])}\n```"
             return re.sub(r"```python\n.*?\n```", lambda _: short, text, count=1, flags=re.S) + "\n\n" + table
+
     return WithTable(sym, name=name, title_level=title_level)
 
 # %% ../nbs/26_docs.ipynb #23baff63
@@ -107,10 +144,14 @@ RAW = re.compile(r"\{\{|#\||:::|\$\$|\\begin\{|\{target=|\{\.|\]\(\w+\.ipynb|^``
 AWAY = re.compile(r"""(?:url\(|@import\s*)["']?(https?://[^"')\s]*)""")
 LOADED = dict(img="src", script="src", source="src", video="src", iframe="src", link="href")
 
+
 class Page(HTMLParser):
     "Anchors, links, loaded files and visible words of one HTML file."
-    def __init__(self, text: str  # the file's contents
-                ):
+
+    def __init__(
+        self,
+        text: str,  # the file's contents
+    ):
         super().__init__()
         self.ids, self.links, self.loads, self.words, self.inside = set(), [], [], [], []
         self.feed(re.sub(r';base64,[^"]*', "", text))  # pictures within the page
@@ -118,76 +159,107 @@ class Page(HTMLParser):
     def handle_starttag(self, tag, attrs):
         attrs = dict(attrs)
         self.ids.update(v for k in ("id", "name") if (v := attrs.get(k)))
-        if tag == "a" and attrs.get("href"): self.links.append(attrs["href"])
-        if attrs.get(LOADED.get(tag)) and attrs.get("rel") not in ("canonical", "alternate"): self.loads.append(attrs[LOADED[tag]])
-        if tag in ("pre", "code", "script", "style") or tag == "span" and "math" in (attrs.get("class") or ""): self.inside.append(tag)
+        if tag == "a" and attrs.get("href"):
+            self.links.append(attrs["href"])
+        if attrs.get(LOADED.get(tag)) and attrs.get("rel") not in ("canonical", "alternate"):
+            self.loads.append(attrs[LOADED[tag]])
+        if tag in ("pre", "code", "script", "style") or tag == "span" and "math" in (attrs.get("class") or ""):
+            self.inside.append(tag)
 
     def handle_endtag(self, tag):
-        if self.inside and self.inside[-1] == tag: self.inside.pop()
+        if self.inside and self.inside[-1] == tag:
+            self.inside.pop()
 
     def handle_data(self, data):
-        if not self.inside: self.words.append(data)
+        if not self.inside:
+            self.words.append(data)
 
 # %% ../nbs/26_docs.ipynb #9a61be22
-def faults(folder: Path  # a built site
-          ) -> List[str]:  # one sentence each
+def faults(
+    folder: Path,  # a built site
+) -> list[str]:  # one sentence each
     "Dead links and anchors, missing pictures, files of other machines, markup left over."
     pages = {p.name: Page(p.read_text(encoding="utf-8")) for p in sorted(Path(folder).glob("*.html"))}
     found = []
     for name, page in pages.items():
-        found += [f"{name}: {raw!r} is left over near {text.strip()[:60]!r}" for text in page.words for raw in RAW.findall(text)[:1]]
+        found += [
+            f"{name}: {raw!r} is left over near {text.strip()[:60]!r}"
+            for text in page.words
+            for raw in RAW.findall(text)[:1]
+        ]
         for link in page.links + page.loads:
             to = urlsplit(link)
             if to.scheme or to.netloc:
-                if link in page.loads and to.scheme != "data": found.append(f"{name}: loads {link}")
+                if link in page.loads and to.scheme != "data":
+                    found.append(f"{name}: loads {link}")
                 continue
             target, anchor = unquote(to.path) or name, unquote(to.fragment)
-            if not (Path(folder) / target).exists(): found.append(f"{name}: {link} is not there")
-            elif anchor and target in pages and anchor not in pages[target].ids: found.append(f"{name}: {link} has no such anchor")
-    found += [f"{style.name}: loads {link}" for style in Path(folder).rglob("*.css") for link in AWAY.findall(style.read_text(encoding="utf-8"))]
+            if not (Path(folder) / target).exists():
+                found.append(f"{name}: {link} is not there")
+            elif anchor and target in pages and anchor not in pages[target].ids:
+                found.append(f"{name}: {link} has no such anchor")
+    found += [
+        f"{style.name}: loads {link}"
+        for style in Path(folder).rglob("*.css")
+        for link in AWAY.findall(style.read_text(encoding="utf-8"))
+    ]
     return sorted(set(found))
 
 # %% ../nbs/26_docs.ipynb #2aeca1f2
 def build_here():
     "Build the site of the checkout in the working folder, into `_proc/_docs`; warnings end it. Runs in a process of its own."
     import warnings
+
     warnings.filterwarnings("ignore")
     from nbdev import quarto, serve
     from smalldocs.site import build
+
     quarto.refresh_quarto_yml()
     folder = serve.proc_nbs(force=True, n_workers=0)
     drop_numbers(folder, Path("_quarto.yml"))
-    shutil.copytree("nbs", folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.ipynb", "_*", "*.yml", "katex", ".*"))  # nbdev copies no subfolders
+    shutil.copytree(
+        "nbs", folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.ipynb", "_*", "*.yml", "katex", ".*")
+    )  # nbdev copies no subfolders
     left = [w for w in build(folder, quiet=True).warnings if "output-file" not in w]  # nbdev writes that key for Quarto
-    if left: sys.exit("the site has warnings: " + "; ".join(left))
+    if left:
+        sys.exit("the site has warnings: " + "; ".join(left))
 
 # %% ../nbs/26_docs.ipynb #6295c38c
 def settings_of(root: Path) -> dict:
     "The checkout's settings.ini."
     from configparser import ConfigParser
+
     config = ConfigParser(delimiters=["="])
     config.read(root / "settings.ini", encoding="utf-8")
     return dict(config["DEFAULT"])
 
+
 def check_folder(out: Path, flag: str = "--out"):
     "Refuse a folder that holds something other than a built site."
-    if out.exists() and not out.is_dir(): raise BadInput(f"{flag} {str(out)!r} is a file; name a folder.")
+    if out.exists() and not out.is_dir():
+        raise BadInput(f"{flag} {str(out)!r} is a file; name a folder.")
     if out.is_dir() and any(out.iterdir()) and not (out / "site_libs").is_dir():
-        raise BadInput(f"{flag} {str(out)!r} holds something that is not a site, and a build would replace it; name a new folder.")
+        raise BadInput(
+            f"{flag} {str(out)!r} holds something that is not a site, and a build would replace it; name a new folder."
+        )
+
 
 def finish(site: Path, katex: Path, host: str):
     "Make a built site independent of other machines."
     pages = {p: p.read_text(encoding="utf-8") for p in site.glob("*.html")}
     anchors = {p.name: Page(text).ids for p, text in pages.items()}
-    for page, text in pages.items(): page.write_text(localise(text, host, anchors), encoding="utf-8")
-    for style in site.rglob("*.css"): style.write_text(IMPORT.sub("", style.read_text(encoding="utf-8")), encoding="utf-8")  # typefaces of a server
+    for page, text in pages.items():
+        page.write_text(localise(text, host, anchors), encoding="utf-8")
+    for style in site.rglob("*.css"):
+        style.write_text(IMPORT.sub("", style.read_text(encoding="utf-8")), encoding="utf-8")  # typefaces of a server
     shutil.copytree(katex, site / "site_libs/katex")
     (site / ".nojekyll").touch()  # GitHub Pages: publish the files as they are
 
 # %% ../nbs/26_docs.ipynb #a2e89da3
-def build_site(out: Optional[Path] = None,  # folder of the site; None: `_docs` in the checkout
-               root: Optional[Path] = None  # a folder in the checkout; None: where you are
-              ) -> Path:  # the folder
+def build_site(
+    out: Path | None = None,  # folder of the site; None: `_docs` in the checkout
+    root: Path | None = None,  # a folder in the checkout; None: where you are
+) -> Path:  # the folder
     "Build the site and check it; a site with a fault is not written."
     root = find_checkout(root)
     cfg, out = settings_of(root), Path(out or root / "_docs").resolve()
@@ -196,29 +268,54 @@ def build_site(out: Optional[Path] = None,  # folder of the site; None: `_docs` 
     with tempfile.TemporaryDirectory() as d:
         work = Path(d)
         shutil.copytree(root / "nbs", work / "nbs", ignore=shutil.ignore_patterns(".*", "_proc", "_docs", "nbdev.yml"))
-        for name in ("settings.ini", "_quarto.yml"): shutil.copy(root / name, work)
-        env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")]), "PYTHONDONTWRITEBYTECODE": "1", "MPLBACKEND": "agg"}
-        done = subprocess.run([sys.executable, "-c", "from layerdiffusion.docs import build_here; build_here()"], cwd=work, env=env, capture_output=True, text=True, stdin=subprocess.DEVNULL)
-        if done.returncode: raise BadInput(f"The site could not be built: {(done.stderr.strip().splitlines() or ['no reason given'])[-1]}")
+        for name in ("settings.ini", "_quarto.yml"):
+            shutil.copy(root / name, work)
+        env = {
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")]),
+            "PYTHONDONTWRITEBYTECODE": "1",
+            "MPLBACKEND": "agg",
+        }
+        done = subprocess.run(
+            [sys.executable, "-c", "from layerdiffusion.docs import build_here; build_here()"],
+            cwd=work,
+            env=env,
+            capture_output=True,
+            text=True,
+            stdin=subprocess.DEVNULL,
+        )
+        if done.returncode:
+            raise BadInput(
+                f"The site could not be built: {(done.stderr.strip().splitlines() or ['no reason given'])[-1]}"
+            )
         site = work / "_proc/_docs"
         finish(site, root / "nbs/katex", cfg["doc_host"] + cfg["doc_baseurl"])
-        if wrong := faults(site): raise BadInput(f"The site has {len(wrong)} faults: {'; '.join(wrong[:20])}")
+        if wrong := faults(site):
+            raise BadInput(f"The site has {len(wrong)} faults: {'; '.join(wrong[:20])}")
         shutil.rmtree(out, ignore_errors=True)
         shutil.copytree(site, out)
     return out
 
 # %% ../nbs/26_docs.ipynb #b0c6382d
-def serve_site(folder: Path,  # a built site
-               port: int = 8000  # 0: any free one
-              ):
+def serve_site(
+    folder: Path,  # a built site
+    port: int = 8000,  # 0: any free one
+):
     "Show a site to the browsers of this machine until Ctrl-C."
     from functools import partial
     from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+
     class Quiet(SimpleHTTPRequestHandler):
-        def log_message(self, *args): pass
-    try: server = ThreadingHTTPServer(("127.0.0.1", port), partial(Quiet, directory=str(folder)))
-    except OSError as e: raise BadInput(f"--port {port} cannot be used: {e.strerror or e}; name another one.") from None
+        def log_message(self, *args):
+            pass
+
+    try:
+        server = ThreadingHTTPServer(("127.0.0.1", port), partial(Quiet, directory=str(folder)))
+    except OSError as e:
+        raise BadInput(f"--port {port} cannot be used: {e.strerror or e}; name another one.") from None
     with server:
         print(f"The site is at http://127.0.0.1:{server.server_port}/ until Ctrl-C.", flush=True)
-        try: server.serve_forever()
-        except KeyboardInterrupt: print()
+        try:
+            server.serve_forever()
+        except KeyboardInterrupt:
+            print()

@@ -7,9 +7,11 @@ __all__ = ['Split', 'plain_words', 'split_text', 'subject_phrase', 'subject_acti
            'embedding_objective', 'evaluate_embedding']
 
 # %% ../nbs/04_embeddings.ipynb #31ba03d3
-import re, unicodedata
+import re
+import unicodedata
 from dataclasses import dataclass
-from typing import Callable, Optional
+from typing import Optional
+from collections.abc import Callable
 
 import torch
 
@@ -18,33 +20,55 @@ from .method import embedding_loss, interpolate, noise_loss, sample_noise_and_t
 from .sd import Models
 
 # %% ../nbs/04_embeddings.ipynb #fff26ee8
-_PLACE = set("""in on at by near under beside behind inside outside along across through over above among between against beneath below around within amid underneath
-    into onto towards toward past beyond atop during next close opposite surrounded indoors outdoors underwater""".split())
+_PLACE = set(
+    ["in", "on", "at", "by", "near", "under", "beside", "behind", "inside", "outside", "along", "across", "through", "over", "above", "among", "between", "against", "beneath", "below", "around", "within", "amid", "underneath", "into", "onto", "towards", "toward", "past", "beyond", "atop", "during", "next", "close", "opposite", "surrounded", "indoors", "outdoors", "underwater"]
+)
 
 # %% ../nbs/04_embeddings.ipynb #a41aadb9
-_INVERTED = set("sits stands lies sit stand lie hangs hang waits wait sleeps sleep rests rest rises lives".split())  # on a hill stands a castle
+_INVERTED = set(
+    ["sits", "stands", "lies", "sit", "stand", "lie", "hangs", "hang", "waits", "wait", "sleeps", "sleep", "rests", "rest", "rises", "lives"]
+)  # on a hill stands a castle
+
 
 def _tidy(text: str) -> str:
-    "The sentence without its frame: no leading \"a photo of\", no full stop, \"is jumping\" as \"jumping\"."
+    'The sentence without its frame: no leading "a photo of", no full stop, "is jumping" as "jumping".'
     text = re.sub(r"\s*(?:\.{2,}|…)\s*|\s+(?:[—–-]|--)\s+", ", ", re.sub(r"\s+", " ", text))
     text = re.sub(r"(?:\s*,)+\s*(?=[^\d\s])", ", ", text)
     text = text.strip("\"'.!?,:;- ") + ("." if re.search(r"\b\w\.\w\.[\"'!?, ]*$", text) else "")
     picture = "(?:photo|photograph|picture|image|painting|drawing|portrait|close[- ]?up|shot)"
-    text = re.sub(rf"(?i)^(?:in|on) (?:this|the) {picture},? |^(?:this|here|it)(?:'s| is| are) (?=(?:an?|the|my|his|her|our|two|three)\b)", "", text)
-    text = re.sub(rf"(?i)^(?:(?:a|an|the|this) )?(?:[\w-]+ ){{0,2}}{picture} (?:of|showing|shows|depicting|depicts|in which) ", "", text)
+    text = re.sub(
+        rf"(?i)^(?:in|on) (?:this|the) {picture},? |^(?:this|here|it)(?:'s| is| are) (?=(?:an?|the|my|his|her|our|two|three)\b)",
+        "",
+        text,
+    )
+    text = re.sub(
+        rf"(?i)^(?:(?:a|an|the|this) )?(?:[\w-]+ ){{0,2}}{picture} (?:of|showing|shows|depicting|depicts|in which) ",
+        "",
+        text,
+    )
     text = re.sub(r"(?i)^there(?:'s| is| are) |^what (?=an? )", "", text)
     places = "|".join(_PLACE)
     text = re.sub(rf"(?i),? ?\bbut (?=(?:{places})\b)", " ", text).strip()
-    text = re.sub(rf"(?i),?(?: that| which| who)?(?:(?<! it)(?<! he)(?<! she)(?<! they)(?<! and)(?: is| are| was| were) (?=\w+ing\b)"
-                  rf"|'s (?=\w+ing (?:an?|the|{places})\b)|(?:'s| is| are| was| were) (?=(?:{places})\b))", " ", text)
-    text = re.sub(rf"(?i)^((?:{places}) [^,]+?),? (?:(?:is|are)|({'|'.join(sorted(_INVERTED))})) ((?:an?|the|two|three) .+)$",
-                  lambda m: " ".join(filter(None, (m[3], m[2], m[1][0].lower() + m[1][1:]))), text)
+    text = re.sub(
+        rf"(?i),?(?: that| which| who)?(?:(?<! it)(?<! he)(?<! she)(?<! they)(?<! and)(?: is| are| was| were) (?=\w+ing\b)"
+        rf"|'s (?=\w+ing (?:an?|the|{places})\b)|(?:'s| is| are| was| were) (?=(?:{places})\b))",
+        " ",
+        text,
+    )
+    text = re.sub(
+        rf"(?i)^((?:{places}) [^,]+?),? (?:(?:is|are)|({'|'.join(sorted(_INVERTED))})) ((?:an?|the|two|three) .+)$",
+        lambda m: " ".join(filter(None, (m[3], m[2], m[1][0].lower() + m[1][1:]))),
+        text,
+    )
     return re.sub(rf"(?i)^(?:a|an|the|two|three|with|{'|'.join(_PLACE)})(?= )", lambda m: m[0].lower(), text)
 
 # %% ../nbs/04_embeddings.ipynb #9edf7f4a
-_NOUNS = set("""king ring wing sting thing spring evening morning building ceiling clothing swing string wedding nothing something everything earring railing crossing awning
-    duckling gosling sibling clearing landing painting drawing setting lighting pudding dumpling herring opening""".split())
-_VERBS = set("sits stands lies jumps runs sleeps walks plays eats flies swims rests waits sit stand lie jump run sleep walk play eat fly swim".split())
+_NOUNS = set(
+    ["king", "ring", "wing", "sting", "thing", "spring", "evening", "morning", "building", "ceiling", "clothing", "swing", "string", "wedding", "nothing", "something", "everything", "earring", "railing", "crossing", "awning", "duckling", "gosling", "sibling", "clearing", "landing", "painting", "drawing", "setting", "lighting", "pudding", "dumpling", "herring", "opening"]
+)
+_VERBS = set(
+    ["sits", "stands", "lies", "jumps", "runs", "sleeps", "walks", "plays", "eats", "flies", "swims", "rests", "waits", "sit", "stand", "lie", "jump", "run", "sleep", "walk", "play", "eat", "fly", "swim"]
+)
 
 # %% ../nbs/04_embeddings.ipynb #8d939467
 def _is_verb(word: str) -> bool:
@@ -52,28 +76,40 @@ def _is_verb(word: str) -> bool:
     return word in _VERBS or (word.endswith("ing") and len(word) > 4 and word not in _NOUNS)
 
 # %% ../nbs/04_embeddings.ipynb #dc6acbd3
-_DETERMINER = set("a an the my his her its their our your this these those some one two three four many".split())
-_ATTACHED = {**dict.fromkeys("covered dressed wrapped painted written made".split(), {"in", "on", "by", "with"}),
-             **dict.fromkeys("looking looks staring stares gazing pointing".split(), _PLACE | {"with"}),
-             **dict.fromkeys("smiling smiles barking barks growling growls waving".split(), {"at", "towards", "toward", "with"})}
+_DETERMINER = set(["a", "an", "the", "my", "his", "her", "its", "their", "our", "your", "this", "these", "those", "some", "one", "two", "three", "four", "many"])
+_ATTACHED = {
+    **dict.fromkeys(["covered", "dressed", "wrapped", "painted", "written", "made"], {"in", "on", "by", "with"}),
+    **dict.fromkeys(["looking", "looks", "staring", "stares", "gazing", "pointing"], _PLACE | {"with"}),
+    **dict.fromkeys(["smiling", "smiles", "barking", "barks", "growling", "growls", "waving"], {"at", "towards", "toward", "with"}),
+}
 _FAR = re.compile(r"(in the (background|distance|backdrop)|behind (it|him|her|them))\b")
 
 # %% ../nbs/04_embeddings.ipynb #c9ad05c7
 def _starts_piece(words: list, i: int) -> bool:
     "Whether a new piece begins at word `i`."
     word, before, after = (words[k].strip(",") if 0 <= k < len(words) else "" for k in (i, i - 1, i + 1))
-    if words[i - 1].endswith(","): return True
-    if before == "and" or _FAR.match(" ".join(words[i:i + 3])): return False
-    if word in ("and", "while"): return _is_verb(after)
-    if word in ("up", "down"): return after in _DETERMINER
-    if word == "over" and after in _PLACE: return False
-    if word == "with" or word in _PLACE: return before not in _PLACE - {"over"} and word not in _ATTACHED.get(before, ())
+    if words[i - 1].endswith(","):
+        return True
+    if before == "and" or _FAR.match(" ".join(words[i : i + 3])):
+        return False
+    if word in ("and", "while"):
+        return _is_verb(after)
+    if word in ("up", "down"):
+        return after in _DETERMINER
+    if word == "over" and after in _PLACE:
+        return False
+    if word == "with" or word in _PLACE:
+        return before not in _PLACE - {"over"} and word not in _ATTACHED.get(before, ())
     return _is_verb(word) and before not in _DETERMINER | _PLACE
 
 # %% ../nbs/04_embeddings.ipynb #883a4ad6
 def _starts_subject(words: list, i: int) -> bool:
     "In a sentence that begins with its place: whether the subject begins at word `i`."
-    return words[0] in _PLACE and words[i] in _DETERMINER and words[i - 1] not in _PLACE | _DETERMINER | {"of", "to", "and", "with", "all"}
+    return (
+        words[0] in _PLACE
+        and words[i] in _DETERMINER
+        and words[i - 1] not in _PLACE | _DETERMINER | {"of", "to", "and", "with", "all"}
+    )
 
 # %% ../nbs/04_embeddings.ipynb #6ff7fd45
 def _pieces(text: str) -> list:
@@ -86,36 +122,50 @@ def _pieces(text: str) -> list:
     return [" ".join(words[a:b]) for a, b in zip(edges, edges[1:])]
 
 # %% ../nbs/04_embeddings.ipynb #54915e09
-_WORN = set("""hat cap scarf coat suit dress jacket sweater shirt t-shirt glasses sunglasses costume uniform boots shoes socks collar tie helmet crown cape hoodie clothes armour armor
-    pyjamas pajamas apron raincoat overcoat trenchcoat bathrobe robe robes gown nightgown sari kimono hijab veil tuxedo blazer blouse skirt
-    vest jeans denim trousers pants shorts overalls bikini swimsuit wetsuit spacesuit jumpsuit tracksuit tutu cloak poncho jumper cardigan
-    pullover turban beanie sombrero headscarf bandana headphones goggles mask gloves mittens sneakers sandals slippers heels braids pigtails handcuffs wheelchair leather silk
-    lace velvet white grey gray black brown orange pink blue purple red green yellow""".split())
-_BODY = set("mouth beak teeth nose back head neck tail leg legs paw paws hand hands arm arms feet knees belly side wings eyes ears hair".split())
-_STATE = re.compile(r"(?:in (?:the |mid)?air|in (?:full |slow )?(?:motion|flight|profile|love|circles)|on fire|on top|(?:on|off) (?:an?|its|the|his|her) leash"
-                    r"|(?:at|to|towards?|into|in front of) (?:the |a )?(?:camera|viewer|lens)|.* (?:it|them|him|her))")
-_OBSTACLE = set("fence hurdle log rope hoop puddle wall ball frisbee".split())
+_WORN = set(
+    ["hat", "cap", "scarf", "coat", "suit", "dress", "jacket", "sweater", "shirt", "t-shirt", "glasses", "sunglasses", "costume", "uniform", "boots", "shoes", "socks", "collar", "tie", "helmet", "crown", "cape", "hoodie", "clothes", "armour", "armor", "pyjamas", "pajamas", "apron", "raincoat", "overcoat", "trenchcoat", "bathrobe", "robe", "robes", "gown", "nightgown", "sari", "kimono", "hijab", "veil", "tuxedo", "blazer", "blouse", "skirt", "vest", "jeans", "denim", "trousers", "pants", "shorts", "overalls", "bikini", "swimsuit", "wetsuit", "spacesuit", "jumpsuit", "tracksuit", "tutu", "cloak", "poncho", "jumper", "cardigan", "pullover", "turban", "beanie", "sombrero", "headscarf", "bandana", "headphones", "goggles", "mask", "gloves", "mittens", "sneakers", "sandals", "slippers", "heels", "braids", "pigtails", "handcuffs", "wheelchair", "leather", "silk", "lace", "velvet", "white", "grey", "gray", "black", "brown", "orange", "pink", "blue", "purple", "red", "green", "yellow"]
+)
+_BODY = set(
+    ["mouth", "beak", "teeth", "nose", "back", "head", "neck", "tail", "leg", "legs", "paw", "paws", "hand", "hands", "arm", "arms", "feet", "knees", "belly", "side", "wings", "eyes", "ears", "hair"]
+)
+_STATE = re.compile(
+    r"(?:in (?:the |mid)?air|in (?:full |slow )?(?:motion|flight|profile|love|circles)|on fire|on top|(?:on|off) (?:an?|its|the|his|her) leash"
+    r"|(?:at|to|towards?|into|in front of) (?:the |a )?(?:camera|viewer|lens)|.* (?:it|them|him|her))"
+)
+_OBSTACLE = set(["fence", "hurdle", "log", "rope", "hoop", "puddle", "wall", "ball", "frisbee"])
 
 # %% ../nbs/04_embeddings.ipynb #69eb4cad
 def _is_place(piece: str) -> bool:
     "Whether a piece that begins with a place word tells where the subject is."
     words = piece.replace(",", "").split()
     first, last = words[0], words[-1]
-    if first in ("over", "through") and last in _OBSTACLE or first == "in" and last in _WORN: return False
-    return (len(words) > 1 or first in ("indoors", "outdoors", "underwater", "inside", "outside")) and last not in _BODY and not _STATE.fullmatch(" ".join(words)) and "style" not in words
+    if first in ("over", "through") and last in _OBSTACLE or first == "in" and last in _WORN:
+        return False
+    return (
+        (len(words) > 1 or first in ("indoors", "outdoors", "underwater", "inside", "outside"))
+        and last not in _BODY
+        and not _STATE.fullmatch(" ".join(words))
+        and "style" not in words
+    )
 
 # %% ../nbs/04_embeddings.ipynb #f3feaf96
 _FAR_NOUNS = ("background", "backdrop", "distance", "behind it", "behind him", "behind her", "behind them")
 
-def _kind(piece: str, before: Optional[str], subject: bool, action: bool) -> str:
-    "\"object\" or \"background\" for one piece, given the kind of the one before and whether subject and action have been named."
+
+def _kind(piece: str, before: str | None, subject: bool, action: bool) -> str:
+    '"object" or "background" for one piece, given the kind of the one before and whether subject and action have been named.'
     piece = piece.lower()
     first, last = piece.split()[0].strip(","), piece.split()[-1].strip(",")
-    if piece.strip(",").endswith(_FAR_NOUNS) and (first == "with" or before): return "background"
-    if first in _PLACE | {"up", "down"}: return "background" if _is_place(piece) else "object"
-    if first in ("and", "while") or (_is_verb(first) and not action): return "object"
-    if first == "with" and last in _WORN: return "object"
-    if first == "with" and before and not subject: return "background"
+    if piece.strip(",").endswith(_FAR_NOUNS) and (first == "with" or before):
+        return "background"
+    if first in _PLACE | {"up", "down"}:
+        return "background" if _is_place(piece) else "object"
+    if first in ("and", "while") or (_is_verb(first) and not action):
+        return "object"
+    if first == "with" and last in _WORN:
+        return "object"
+    if first == "with" and before and not subject:
+        return "background"
     return before if before and subject else "object"
 
 # %% ../nbs/04_embeddings.ipynb #ea3cc1e9
@@ -130,14 +180,18 @@ class Split:
 
 # %% ../nbs/04_embeddings.ipynb #d569acd9
 _NO_ACTION = {"wearing", "holding", "carrying", "having"}
-_HELD = re.compile(rf"(?:in|on|around|round|over|under|between|across) (?:its|his|her|their|the) (?:{'|'.join(_BODY)}),?")  # with a stick in its mouth
+_HELD = re.compile(
+    rf"(?:in|on|around|round|over|under|between|across) (?:its|his|her|their|the) (?:{'|'.join(_BODY)}),?"
+)  # with a stick in its mouth
+
 
 def _label(pieces: list) -> list:
     "Pair every piece with its kind."
     out, subject, action = [], False, False
     for piece in pieces:
         kind, first = _kind(piece, out[-1][1] if out else None, subject, action), piece.split()[0].lower()
-        if _HELD.fullmatch(piece.lower()) and out and out[-1][0].startswith("with "): out[-1] = (out[-1][0], kind)
+        if _HELD.fullmatch(piece.lower()) and out and out[-1][0].startswith("with "):
+            out[-1] = (out[-1][0], kind)
         subject |= kind == "object"
         action |= kind == "object" and _is_verb(first) and first not in _NO_ACTION
         out.append((piece, kind))
@@ -150,38 +204,73 @@ def _collect(labelled: list, kind: str) -> str:
 
 # %% ../nbs/04_embeddings.ipynb #5772b66f
 _APOSTROPHES = str.maketrans(dict.fromkeys("‘’ʼʻ′＇´`‛", "'"))
-_QUOTES = "\"“”„‟‚«»‹›〝〞「」『』《》〈〉｢｣❝❞＂″‶"
+_QUOTES = '"“”„‟‚«»‹›〝〞「」『』《》〈〉｢｣❝❞＂″‶'
+
 
 def _unquoted(text: str) -> str:
-    "No quotation marks of any language, and straight apostrophes; 6\" is 6-inch."
+    'No quotation marks of any language, and straight apostrophes; 6" is 6-inch.'
     text = re.sub(r"(?<=\d)″", "-inch", text).translate(_APOSTROPHES).replace("''", '"')
-    if text.count('"') % 2: text = re.sub(r'(?<=\d)"(?!\w)', "-inch", text, count=1)
+    if text.count('"') % 2:
+        text = re.sub(r'(?<=\d)"(?!\w)', "-inch", text, count=1)
     text = re.sub(rf"(?<=\w)[{_QUOTES}]+(?=\w)", " ", text)
     text = re.sub(rf"[{_QUOTES}]", "", text)
     return re.sub(r"(?<!\w)'((?:[^']|(?<=\w)'(?=\w))*)'(?!\w)", r"\1", text)
 
 # %% ../nbs/04_embeddings.ipynb #20e80611
-_OTHER_TOOLS = [(re.compile(pattern), kind, way_out) for pattern, kind, way_out in (
-    (r"https?://\S+|www\.\S+", "an address", "a picture of the place goes to --reference"),
-    (r"(?<!\w)(?:[:;]['-]?[()DPp]|<3)(?!\w)", "a face", "leave it out"),
-    (r"<[^<>]+>", "the name of extra weights", "leave it out"),
-    (r"(?<!\S)(?:--+|[—–]+)(?:no\b|negative\S*)[^—–]*", "an option of another tool", "what shall not be there goes to --negative-prompt"),
-    (r"(?<!\S)--+[A-Za-z][\w-]*(?: +[\d.:]+)?|(?<!\S)-[A-Za-z]+ +\d\S*|\b(?:ar|aspect|aspect ratio) +\d+:\d+|^/[A-Za-z]\w*"
-     r"|[—–]+(?:ar|v|q|s|c|w|h|iw|style|stylize|seed|chaos|niji|tile|aspect|quality)\b(?: +[\d.:]+)?",
-     "an option of another tool", "options stand outside the sentence, and --help shows those there are"),
-    (r"(?i)\b(?:negative[ _])?(?:prompt|caption|subject|object|background|place|scene|setting|style|text|title) ?[:=]", "a label",
-     "write the sentence alone; its parts go to --object and --background, what shall not be there to --negative-prompt"),
-    (r"[(\[{]+[^()\[\]{}]*[)\]}]*|[)\]}]+", "in the brackets of another tool's weights", "write the words without brackets"),
-    (r"(?i)\b(?:embedding|lora|lyco|hypernet|wildcard):\w\S*", "the name of extra weights", "leave it out"),
-    (r"&#?\w+;", "a sign as web pages write it", "write the sign itself"),
-    (r"(?i)\b(?:cfg(?: scale)?|guidance scale|(?:denoising )?strength|seed|clip skip) ?[:=]? ?\d[\d.]*|\bsampler ?[:=] ?\w+|\b\d{3,4}x\d{3,4}\b", "a setting of another tool",
-     "settings stand outside the sentence, and --help shows those there are"),
-    (r"\S*::\S*|[A-Za-z][\w'-]* ?: ?[-+]?\d*\.?\d+(?![\w:])|\b(?!C\+\+(?!\+))\w+(?:\+\+|--)+(?!\w)", "a weight of another tool", "leave it out"),
-    (r"\b(?:BREAK|AND|NOT|ADDCOMM|ADDBASE|ADDROW|ADDCOL)\b", "an operator of another tool", "write one plain sentence"),
-    (r"\S*\|\S*", "another tool's sign between two texts", "give the two parts with --object and --background"),
-    (r"[-=]+>|[←-⇿]", "an arrow", "describe the picture as it shall be afterwards"),
-    (r"\w+_\w*|(?<!\S)#(?![A-G]\b)[A-Za-z]\w*|(?<!\S)@\w+|[%~]{2,}|[*]+\w+[*]*|\w+[*]+|[*]{2,}|\\\S*|\$[A-Za-z]\w*|%[sd]\b",
-     "a tag of another tool", "write plain words with blanks between them"))]
+_OTHER_TOOLS = [
+    (re.compile(pattern), kind, way_out)
+    for pattern, kind, way_out in (
+        (r"https?://\S+|www\.\S+", "an address", "a picture of the place goes to --reference"),
+        (r"(?<!\w)(?:[:;]['-]?[()DPp]|<3)(?!\w)", "a face", "leave it out"),
+        (r"<[^<>]+>", "the name of extra weights", "leave it out"),
+        (
+            r"(?<!\S)(?:--+|[—–]+)(?:no\b|negative\S*)[^—–]*",
+            "an option of another tool",
+            "what shall not be there goes to --negative-prompt",
+        ),
+        (
+            r"(?<!\S)--+[A-Za-z][\w-]*(?: +[\d.:]+)?|(?<!\S)-[A-Za-z]+ +\d\S*|\b(?:ar|aspect|aspect ratio) +\d+:\d+|^/[A-Za-z]\w*"
+            r"|[—–]+(?:ar|v|q|s|c|w|h|iw|style|stylize|seed|chaos|niji|tile|aspect|quality)\b(?: +[\d.:]+)?",
+            "an option of another tool",
+            "options stand outside the sentence, and --help shows those there are",
+        ),
+        (
+            r"(?i)\b(?:negative[ _])?(?:prompt|caption|subject|object|background|place|scene|setting|style|text|title) ?[:=]",
+            "a label",
+            "write the sentence alone; its parts go to --object and --background, what shall not be there to --negative-prompt",
+        ),
+        (
+            r"[(\[{]+[^()\[\]{}]*[)\]}]*|[)\]}]+",
+            "in the brackets of another tool's weights",
+            "write the words without brackets",
+        ),
+        (r"(?i)\b(?:embedding|lora|lyco|hypernet|wildcard):\w\S*", "the name of extra weights", "leave it out"),
+        (r"&#?\w+;", "a sign as web pages write it", "write the sign itself"),
+        (
+            r"(?i)\b(?:cfg(?: scale)?|guidance scale|(?:denoising )?strength|seed|clip skip) ?[:=]? ?\d[\d.]*|\bsampler ?[:=] ?\w+|\b\d{3,4}x\d{3,4}\b",
+            "a setting of another tool",
+            "settings stand outside the sentence, and --help shows those there are",
+        ),
+        (
+            r"\S*::\S*|[A-Za-z][\w'-]* ?: ?[-+]?\d*\.?\d+(?![\w:])|\b(?!C\+\+(?!\+))\w+(?:\+\+|--)+(?!\w)",
+            "a weight of another tool",
+            "leave it out",
+        ),
+        (
+            r"\b(?:BREAK|AND|NOT|ADDCOMM|ADDBASE|ADDROW|ADDCOL)\b",
+            "an operator of another tool",
+            "write one plain sentence",
+        ),
+        (r"\S*\|\S*", "another tool's sign between two texts", "give the two parts with --object and --background"),
+        (r"[-=]+>|[←-⇿]", "an arrow", "describe the picture as it shall be afterwards"),
+        (
+            r"\w+_\w*|(?<!\S)#(?![A-G]\b)[A-Za-z]\w*|(?<!\S)@\w+|[%~]{2,}|[*]+\w+[*]*|\w+[*]+|[*]{2,}|\\\S*|\$[A-Za-z]\w*|%[sd]\b",
+            "a tag of another tool",
+            "write plain words with blanks between them",
+        ),
+    )
+]
+
 
 def _check_signs(text: str, what: str):
     "Refuse what another tool would take for a weight, an option or an operator, and signs that stand for words."
@@ -195,9 +284,10 @@ def _check_signs(text: str, what: str):
         raise BadInput(f"{what} holds the sign for {name!r}, which is no word: say in words what it stands for.")
 
 # %% ../nbs/04_embeddings.ipynb #f46177a7
-def plain_words(text: str,  # as somebody typed or pasted it
-                what: str = "The text"  # begins the sentence of a refusal
-               ) -> str:
+def plain_words(
+    text: str,  # as somebody typed or pasted it
+    what: str = "The text",  # begins the sentence of a refusal
+) -> str:
     "A text without quotation marks, line breaks and invisible signs; refused where it holds what only other tools read."
     if not isinstance(text, str):
         raise BadInput(f"{what} is {text!r}; give it in words, such as 'a brown dog jumping in a forest'.")
@@ -211,120 +301,197 @@ def plain_words(text: str,  # as somebody typed or pasted it
     return re.sub(rf"(?i)^please,? +(?=(?:an?|the|my|his|her|our|one|two|three)\b)|{polite}", "", text)
 
 # %% ../nbs/04_embeddings.ipynb #e358fa84
-_LITTLE = {name: set(words.split()) for name, words in dict(
-    German="""der das dem ein eine einen einem einer und im auf mit ist sind unter über neben zum zur beim vom am mein meine meinem unser unsere zwei drei hund hunde katze springt
+_LITTLE = {
+    name: set(words.split())
+    for name, words in dict(
+        German="""der das dem ein eine einen einem einer und im auf mit ist sind unter über neben zum zur beim vom am mein meine meinem unser unsere zwei drei hund hunde katze springt
         sitzt liegt steht""",
-    French="mon deux un une le la les du des dans sur avec est et qui sous chien chienne chatte saute assis assise",
-    Spanish="un una el la los las en con sobre del que está perro perra gato gata",
-    Italian="un uno una il lo la gli nel nella nello sul sulla che gatto gatta cagnolino",
-    Portuguese="um uma na nas nos em com sobre está cachorro cão gato",
-    Dutch="een het op en hond naast springt zit ligt",
-    Swedish="en ett på och med som i hund hunden katt katten", Danish="en et på og med som i hund hunden kat katten",
-    Polish="w na z się i leży siedzi skacze psa kota", Czech="na pes v se", Hungarian="egy az kutya macska",
-    Finnish="koira kissa", Turkish="bir ve köpek kedi üzerinde içinde", Indonesian="di yang dan dengan seekor anjing kucing",
-    Vietnamese="một con chó mèo trong trên").items()}
-_ENGLISH = set("""the of and with is are near under by into from its his her that which who through beside behind front next to over across
-    between""".split())
+        French="mon deux un une le la les du des dans sur avec est et qui sous chien chienne chatte saute assis assise",
+        Spanish="un una el la los las en con sobre del que está perro perra gato gata",
+        Italian="un uno una il lo la gli nel nella nello sul sulla che gatto gatta cagnolino",
+        Portuguese="um uma na nas nos em com sobre está cachorro cão gato",
+        Dutch="een het op en hond naast springt zit ligt",
+        Swedish="en ett på och med som i hund hunden katt katten",
+        Danish="en et på og med som i hund hunden kat katten",
+        Polish="w na z się i leży siedzi skacze psa kota",
+        Czech="na pes v se",
+        Hungarian="egy az kutya macska",
+        Finnish="koira kissa",
+        Turkish="bir ve köpek kedi üzerinde içinde",
+        Indonesian="di yang dan dengan seekor anjing kucing",
+        Vietnamese="một con chó mèo trong trên",
+    ).items()
+}
+_ENGLISH = set(
+    ["the", "of", "and", "with", "is", "are", "near", "under", "by", "into", "from", "its", "his", "her", "that", "which", "who", "through", "beside", "behind", "front", "next", "to", "over", "across", "between"]
+)
 _JOINTS = "de|la|le|les|el|los|las|del|der|den|dem|des|du|da|do|dos|di|della|van|von|y|e|et|en|auf|am|zu"
 _NAME = re.compile(rf"\b[A-ZÀ-Þ][\w'-]* (?:(?:{_JOINTS}) ){{0,3}}(?=[A-ZÀ-Þ])")
 _SCRIPTS = dict(CJK="Chinese characters", HIRAGANA="Japanese", KATAKANA="Japanese", HANGUL="Korean")
+
 
 def _script(text: str) -> str:
     "Which letters other than Latin a text has; empty: none."
     names = [unicodedata.name(c, "LATIN") for c in text if unicodedata.category(c)[0] == "L" and not c.isascii()]
     found = {re.split("[ -]", name)[0] for name in names} - {"LATIN", "MODIFIER", "FEMININE", "MASCULINE"}
-    if found & {"HIRAGANA", "KATAKANA"}: return "Japanese"
+    if found & {"HIRAGANA", "KATAKANA"}:
+        return "Japanese"
     return next((_SCRIPTS.get(name, f"{name.title()} letters") for name in sorted(found)), "")
+
 
 def _english(text: str) -> float:
     "How much of a text is English for certain, in little words."
     text = text.lower()
     words = re.findall(r"[^\W\d_]+", text)
     sure = sum(w in _ENGLISH or (w.endswith("ing") and len(w) > 5) for w in words)
-    return sure + len(re.findall(r"\b(?:in|on|at) (?:an?|the)\b", text)) + .5 * sum(w in ("a", "an", "in", "on", "at") for w in words)
+    return (
+        sure
+        + len(re.findall(r"\b(?:in|on|at) (?:an?|the)\b", text))
+        + 0.5 * sum(w in ("a", "an", "in", "on", "at") for w in words)
+    )
+
 
 def _language(text: str) -> str:
     "The language of a text, told by its letters or its little words; empty where it may be English."
-    if script := _script(text): return script
+    if script := _script(text):
+        return script
     unnamed = text if text.isupper() else re.sub(r"\b[A-Z]{2,}\b|(?<=\w) [A-ZÀ-Þ][\w'-]*", " ", _NAME.sub("", text))
     words = re.findall(r"[^\W\d_]+", re.sub(r"\d ?am\b", " ", unnamed.lower()))
     said = {name: sum(w in little for w in words) for name, little in _LITTLE.items()}
     nearest = [name for name, count in said.items() if count == max(said.values()) > 0]
-    foreign = max(said.values()) + .5 * sum(not w.isascii() for w in words)
-    if foreign < 1 or foreign <= _english(text): return ""
+    foreign = max(said.values()) + 0.5 * sum(not w.isascii() for w in words)
+    if foreign < 1 or foreign <= _english(text):
+        return ""
     return " or ".join(nearest) if 1 <= len(nearest) <= 2 else "another language"
 
 # %% ../nbs/04_embeddings.ipynb #0b26b312
-_WHO = (r"(?:the|an?|my|your|his|her|its|our|their|this|that|these|those|there|it|he|she|they|them|him|you|i|we|me|us|some\w*|any\w*"
-        r"|every\w*|all|each|more)\b")
+_WHO = (
+    r"(?:the|an?|my|your|his|her|its|our|their|this|that|these|those|there|it|he|she|they|them|him|you|i|we|me|us|some\w*|any\w*"
+    r"|every\w*|all|each|more)\b"
+)
 _DO = r"(?:be|become|get|go|have|look|stay|appear|jump|run|sit|stand|lie|sleep|walk|play|eat|fly|swim|rest|wait)\b"
 _HELPERS = r"can|could|would|will|may|might|shall|should|do|does|did|is|are|was|were"
-_COMMANDS = (r"make|turn|change|replace|put|let|let's|add|remove|edit|delete|erase|transform|convert|swap|insert|recolou?r|photoshop"
-             r"|generate|create|don't|do not")
-_PERHAPS = (r"move|place|set|give|show|draw|paint|render|keep|take|bring|get|have|cut|crop|rotate|flip|color|colour|dress|use|help|imagine"
-            r"|picture|design|produce|switch|extend|fix|enhance|modify|adjust|apply|position|depict|visuali[sz]e|relocate|substitute|alter"
-            r"|try|do|describe|ensure|transfer|write|send|teleport|blur|sharpen|upscale|brighten|darken|restore|undress|animate|restyle")
-_NO_PICTURES = [(re.compile(rf"(?i){pattern}"), what) for pattern, what in (
-    (rf"^(?:{_HELPERS})(?:n't)? {_WHO}|\b(?:can|could|would|will) you\b"
-     r"|^(?:why|how|when|where|who|whose|whom|who's|what's|where's|which)\b"
-     rf"|^what\b(?! an? )|^(?:{_HELPERS}|what|has|have)\b.*\?$", "is a question"),
-    (rf"^please\b|^(?:{_COMMANDS})(?![-'\w])|^(?:{_PERHAPS}) {_WHO}|\b(?:make|let|turn|put|change|move|place) (?:it|him|her|them)\b"
-     rf"|^zoom (?:in|out)\b|\bplease\b|^(?:the )?same (?:picture|photo|image)\b", "asks for a change"),
-    (r"^(?:i|we|you)(?:'\w+)? (?:\w+ ){0,2}(?:want|wish|like|love|need|prefer|hope|looking)\b"
-     r"|^(?:want|wanna|wish|need|would|gimme|looking for|if|let us|maybe|perhaps|ideally)(?![-'\w])"
-     rf"|^to {_DO}|^for {_WHO}.* to {_DO}|\b(?:should|must|shall|ought to|needs? to|would|could)(?![-'\w])"
-     rf"|\b(?:is|are) (?:supposed to\b|to {_DO})|\bwill {_DO}"
-     rf"|^(?:the|my|this|that|an?) (?:\w+ ){{0,3}}(?!about|ready|set|eager|able|unable|keen|next|close|up|down|back)"
-     rf"\w+(?<!ing) to {_DO}", "is a wish"),
-    (r"^(?:i|we|you)(?:'\w+)?(?![\w'-])", "begins with a person whom no model knows"))]
-_NOT = re.compile(r"(?i)\b(?:not(?! only| far)|(?<![\w.] )no(?! ?\.? ?\d)|(?<=[\w.] )(?-i:no)(?! ?\.? ?\d)|(?<!\w )never|(?<=\w )(?-i:never)|without|none|nobody|nothing(?! but)|neither|nor|cannot|except|instead of|rather than)"
-                  r"(?![-'\w])(?: (?:an?|the|any|its|his|her)(?= ))?(?: [\w'-]+)?|\b\w+n't\b")
+_COMMANDS = (
+    r"make|turn|change|replace|put|let|let's|add|remove|edit|delete|erase|transform|convert|swap|insert|recolou?r|photoshop"
+    r"|generate|create|don't|do not"
+)
+_PERHAPS = (
+    r"move|place|set|give|show|draw|paint|render|keep|take|bring|get|have|cut|crop|rotate|flip|color|colour|dress|use|help|imagine"
+    r"|picture|design|produce|switch|extend|fix|enhance|modify|adjust|apply|position|depict|visuali[sz]e|relocate|substitute|alter"
+    r"|try|do|describe|ensure|transfer|write|send|teleport|blur|sharpen|upscale|brighten|darken|restore|undress|animate|restyle"
+)
+_NO_PICTURES = [
+    (re.compile(rf"(?i){pattern}"), what)
+    for pattern, what in (
+        (
+            rf"^(?:{_HELPERS})(?:n't)? {_WHO}|\b(?:can|could|would|will) you\b"
+            r"|^(?:why|how|when|where|who|whose|whom|who's|what's|where's|which)\b"
+            rf"|^what\b(?! an? )|^(?:{_HELPERS}|what|has|have)\b.*\?$",
+            "is a question",
+        ),
+        (
+            rf"^please\b|^(?:{_COMMANDS})(?![-'\w])|^(?:{_PERHAPS}) {_WHO}|\b(?:make|let|turn|put|change|move|place) (?:it|him|her|them)\b"
+            rf"|^zoom (?:in|out)\b|\bplease\b|^(?:the )?same (?:picture|photo|image)\b",
+            "asks for a change",
+        ),
+        (
+            r"^(?:i|we|you)(?:'\w+)? (?:\w+ ){0,2}(?:want|wish|like|love|need|prefer|hope|looking)\b"
+            r"|^(?:want|wanna|wish|need|would|gimme|looking for|if|let us|maybe|perhaps|ideally)(?![-'\w])"
+            rf"|^to {_DO}|^for {_WHO}.* to {_DO}|\b(?:should|must|shall|ought to|needs? to|would|could)(?![-'\w])"
+            rf"|\b(?:is|are) (?:supposed to\b|to {_DO})|\bwill {_DO}"
+            rf"|^(?:the|my|this|that|an?) (?:\w+ ){{0,3}}(?!about|ready|set|eager|able|unable|keen|next|close|up|down|back)"
+            rf"\w+(?<!ing) to {_DO}",
+            "is a wish",
+        ),
+        (r"^(?:i|we|you)(?:'\w+)?(?![\w'-])", "begins with a person whom no model knows"),
+    )
+]
+_NOT = re.compile(
+    r"(?i)\b(?:not(?! only| far)|(?<![\w.] )no(?! ?\.? ?\d)|(?<=[\w.] )(?-i:no)(?! ?\.? ?\d)|(?<!\w )never|(?<=\w )(?-i:never)|without|none|nobody|nothing(?! but)|neither|nor|cannot|except|instead of|rather than)"
+    r"(?![-'\w])(?: (?:an?|the|any|its|his|her)(?= ))?(?: [\w'-]+)?|\b\w+n't\b"
+)
 
 # %% ../nbs/04_embeddings.ipynb #41e33871
-_SHORT = set("""st mt mr mrs ms dr prof jr sr ft pt rd ave blvd sgt capt lt col gen gov sen rep rev hon pres vs approx etc inc ltd co corp dept
-    est fig vol ed min max ca cf incl jan feb mar apr jun jul aug sept sep oct nov dec""".split())
-_OPENERS = set("a an the it he she they there in on at his her its this these and but my make please".split())
+_SHORT = set(
+    ["st", "mt", "mr", "mrs", "ms", "dr", "prof", "jr", "sr", "ft", "pt", "rd", "ave", "blvd", "sgt", "capt", "lt", "col", "gen", "gov", "sen", "rep", "rev", "hon", "pres", "vs", "approx", "etc", "inc", "ltd", "co", "corp", "dept", "est", "fig", "vol", "ed", "min", "max", "ca", "cf", "incl", "jan", "feb", "mar", "apr", "jun", "jul", "aug", "sept", "sep", "oct", "nov", "dec"]
+)
+_OPENERS = set(["a", "an", "the", "it", "he", "she", "they", "there", "in", "on", "at", "his", "her", "its", "this", "these", "and", "but", "my", "make", "please"])
+
 
 def _two_sentences(text: str) -> bool:
     "Whether a sentence ends inside a text; the full stop of St., U.S. or an initial ends none."
     text = re.sub(r"\.{2,}|…", ",", text)
-    if re.search(r"[!?;]+ +\w|[a-z]{2}[.!?;][A-Z][a-z]", text): return True
+    if re.search(r"[!?;]+ +\w|[a-z]{2}[.!?;][A-Z][a-z]", text):
+        return True
     for before, after in re.findall(r"(\S+)\. +(\w+)", text):
-        short = before.lower() in _SHORT or re.fullmatch(r"(?:\w\.)*\w", before) or (before.lower() == "no" and after.isdigit())
-        if not short or (after[0].isupper() and after.lower() in _OPENERS): return True
+        short = (
+            before.lower() in _SHORT
+            or re.fullmatch(r"(?:\w\.)*\w", before)
+            or (before.lower() == "no" and after.isdigit())
+        )
+        if not short or (after[0].isupper() and after.lower() in _OPENERS):
+            return True
     return False
 
 # %% ../nbs/04_embeddings.ipynb #38ba102b
-_ING = dict(jump="jumping", run="running", sit="sitting", stand="standing", lie="lying", sleep="sleeping", walk="walking", play="playing",
-            eat="eating", fly="flying", swim="swimming", rest="resting", wait="waiting")
+_ING = dict(
+    jump="jumping",
+    run="running",
+    sit="sitting",
+    stand="standing",
+    lie="lying",
+    sleep="sleeping",
+    walk="walking",
+    play="playing",
+    eat="eating",
+    fly="flying",
+    swim="swimming",
+    rest="resting",
+    wait="waiting",
+)
 _EXAMPLE = "'a brown dog jumping in a forest'"
+
 
 def _described(wish: str) -> str:
     "A wish as a description where that is easily done, else another sentence; in quotation marks."
-    if re.search(r"(?i)\b(?:turn|change|replace|swap|transform|convert|remove|delete|erase|add|into)\b", wish): return _EXAMPLE
+    if re.search(r"(?i)\b(?:turn|change|replace|swap|transform|convert|remove|delete|erase|add|into)\b", wish):
+        return _EXAMPLE
     found = re.search(r"(?i)\b(?:the|an?|my|his|her|our|their|this|that) .*\w", wish)
-    said = re.sub(r"(?i)\b(?:(?:has|have|needs?|ought) to|to|should|must|shall|could|would|needs to|can|will|may|might) (?=\w)", "", found[0] if found else "")
+    said = re.sub(
+        r"(?i)\b(?:(?:has|have|needs?|ought) to|to|should|must|shall|could|would|needs to|can|will|may|might) (?=\w)",
+        "",
+        found[0] if found else "",
+    )
     said = re.sub(rf"(?i)\bbe |\b({'|'.join(_ING)})\b", lambda m: _ING[m[1].lower()] if m[1] else "", said)
-    if not said or any(pattern.search(said) for pattern in (_NOT, *(p for p, _ in _NO_PICTURES))): return _EXAMPLE
+    if not said or any(pattern.search(said) for pattern in (_NOT, *(p for p, _ in _NO_PICTURES))):
+        return _EXAMPLE
     labelled = _label(_pieces(_tidy(said)))
     return repr(said) if all(_collect(labelled, kind) for kind in ("object", "background")) else _EXAMPLE
 
 # %% ../nbs/04_embeddings.ipynb #382e3bd8
 _BY_HAND = "give the two parts with --object and --background"
 
+
 def _check_readable(text: str):
     "Refuse what is no description, in English, of one picture."
-    if not re.search(r"\w", text): raise BadInput(f"The target text is empty ({text!r}); describe the picture you want, such as {_EXAMPLE}.")
+    if not re.search(r"\w", text):
+        raise BadInput(f"The target text is empty ({text!r}); describe the picture you want, such as {_EXAMPLE}.")
     bare = re.sub(r"(?i)^(?:(?:kindly|hey|hi|hello|ok|okay|so|now|just|then|and|but|well)[,!]? +)+", "", text)
     for pattern, what in _NO_PICTURES:
-        if pattern.search(bare): raise BadInput(f"{text!r} {what}; describe the picture you want instead, such as {_described(bare)}.")
+        if pattern.search(bare):
+            raise BadInput(f"{text!r} {what}; describe the picture you want instead, such as {_described(bare)}.")
     if language := _language(text):
-        raise BadInput(f"{text!r} seems to be in {language}, and only English is read: say it in English, such as {_EXAMPLE}, "
-                       f"or {_BY_HAND} (in Python object= and background=).")
+        raise BadInput(
+            f"{text!r} seems to be in {language}, and only English is read: say it in English, such as {_EXAMPLE}, "
+            f"or {_BY_HAND} (in Python object= and background=)."
+        )
     if found := _NOT.search(text):
-        raise BadInput(f"{text!r} says what is not there ({found[0]!r}), but a text encoder makes something of every word: "
-                       "say what is there, and give the rest to --negative-prompt.")
-    if _two_sentences(text): raise BadInput(f"{text!r} is more than one sentence; write one, or {_BY_HAND}.")
+        raise BadInput(
+            f"{text!r} says what is not there ({found[0]!r}), but a text encoder makes something of every word: "
+            "say what is there, and give the rest to --negative-prompt."
+        )
+    if _two_sentences(text):
+        raise BadInput(f"{text!r} is more than one sentence; write one, or {_BY_HAND}.")
 
 # %% ../nbs/04_embeddings.ipynb #03ce9b57
 def _check_parts(text: str, object: str, background: str):
@@ -333,18 +500,23 @@ def _check_parts(text: str, object: str, background: str):
     missing = "subject" if not first or _is_verb(first) or first in _PLACE | {"with"} else "" if background else "place"
     name = "name it" if missing == "subject" else "say where"
     only = "" if _english(text) else " (only English is read)"
-    if missing: raise BadInput(f"I find no {missing} in {text!r}{only}: {name}, as in {_EXAMPLE}, or {_BY_HAND}.")
+    if missing:
+        raise BadInput(f"I find no {missing} in {text!r}{only}: {name}, as in {_EXAMPLE}, or {_BY_HAND}.")
 
 # %% ../nbs/04_embeddings.ipynb #fd2b2710
-def split_text(text: str,  # the target text T
-               object: Optional[str] = None,  # T_a, if you want to give it yourself
-               background: Optional[str] = None  # T_b, if you want to give it yourself
-              ) -> Split:
+def split_text(
+    text: str,  # the target text T
+    object: str | None = None,  # T_a, if you want to give it yourself
+    background: str | None = None,  # T_b, if you want to give it yourself
+) -> Split:
     "Split `T` into `T_a` (the subject and what it does) and `T_b` (the place), §3.2.1."
     text = plain_words(text, "The target text")
     given = dict(object=object, background=background)
-    object, background = (plain_words(part, f"The {name} text") if part is not None else "" for name, part in given.items())
-    if object and background: return Split(object, background)
+    object, background = (
+        plain_words(part, f"The {name} text") if part is not None else "" for name, part in given.items()
+    )
+    if object and background:
+        return Split(object, background)
     _check_readable(text)
     pieces = _label(_pieces(_tidy(text)))
     a, b = object or _collect(pieces, "object"), background or _collect(pieces, "background")
@@ -353,81 +525,116 @@ def split_text(text: str,  # the target text T
 
 # %% ../nbs/04_embeddings.ipynb #d109d4cd
 def subject_phrase(text: str) -> str:
-    "Who the text is about, such as \"a brown dog\"."
-    named = [piece.strip(", ") for piece, kind in _label(_pieces(_tidy(text))) if kind == "object"] if re.search(r"\w", text) else []
-    if not named: raise BadInput(f"The text {text!r} names no subject; begin with one, such as 'a brown dog'.")
+    'Who the text is about, such as "a brown dog".'
+    named = (
+        [piece.strip(", ") for piece, kind in _label(_pieces(_tidy(text))) if kind == "object"]
+        if re.search(r"\w", text)
+        else []
+    )
+    if not named:
+        raise BadInput(f"The text {text!r} names no subject; begin with one, such as 'a brown dog'.")
     return named[0]
 
+
 def subject_action(text: str) -> str:
-    "What the subject does, such as \"jumping\"; empty where the text does not say it."
+    'What the subject does, such as "jumping"; empty where the text does not say it.'
     return " ".join([piece.strip(", ") for piece, kind in _label(_pieces(_tidy(text))) if kind == "object"][1:])
 
 # %% ../nbs/04_embeddings.ipynb #85a94028
-def region_masks(mask: Optional[torch.Tensor],  # M, the subject, (1, 1, h, w) in 0-1
-                 region: str = "background"  # "background", "object", "branch" or "none"
-                ) -> tuple:  # masks for e_a and for e_b
+def region_masks(
+    mask: torch.Tensor | None,  # M, the subject, (1, 1, h, w) in 0-1
+    region: str = "background",  # "background", "object", "branch" or "none"
+) -> tuple:  # masks for e_a and for e_b
     "Where the error counts in Eq. 2, for each of the two embeddings."
     _check_choice("region", region, ("background", "object", "branch", "none"))
-    if region == "none": return None, None
-    if mask is None: raise BadInput(f"Region {region!r} needs a mask; give one, or take region 'none'.")
+    if region == "none":
+        return None, None
+    if mask is None:
+        raise BadInput(f"Region {region!r} needs a mask; give one, or take region 'none'.")
     pair = dict(background=(1 - mask, 1 - mask), object=(mask, mask), branch=(mask, 1 - mask))[region]
-    if min(m.sum() for m in pair) == 0: raise BadInput(f"Region {region!r} is empty under this mask, so there is nothing to fit; give another mask, or take region 'none'.")
+    if min(m.sum() for m in pair) == 0:
+        raise BadInput(
+            f"Region {region!r} is empty under this mask, so there is nothing to fit; give another mask, or take region 'none'."
+        )
     return pair
 
 # %% ../nbs/04_embeddings.ipynb #487d9b49
 def _check_choice(name: str, value, choices: tuple):
     "Refuse what is not one of `choices`."
-    if value not in choices: raise BadInput(f"{name} is {value!r}; it must be one of {', '.join(choices)}.")
+    if value not in choices:
+        raise BadInput(f"{name} is {value!r}; it must be one of {', '.join(choices)}.")
 
 # %% ../nbs/04_embeddings.ipynb #647a3b0a
-def passes(e_a: torch.Tensor,  # (1, L, D) embedding of T_a
-           e_b: torch.Tensor,  # (1, L, D) embedding of T_b
-           masks: tuple,  # from `region_masks`
-           conditioning: str = "concat",  # "concat", "sum", "alternate" or "mix"
-           step: int = 0,  # which step, for "alternate"
-           alpha: float = .7  # weight of e_a, for "mix"
-          ) -> list:  # (prompt_embeds, mask) pairs
+def passes(
+    e_a: torch.Tensor,  # (1, L, D) embedding of T_a
+    e_b: torch.Tensor,  # (1, L, D) embedding of T_b
+    masks: tuple,  # from `region_masks`
+    conditioning: str = "concat",  # "concat", "sum", "alternate" or "mix"
+    step: int = 0,  # which step, for "alternate"
+    alpha: float = 0.7,  # weight of e_a, for "mix"
+) -> list:  # (prompt_embeds, mask) pairs
     "The conditions under which the U-Net is asked in one step of Eq. 2."
     _check_choice("conditioning", conditioning, ("concat", "sum", "alternate", "mix"))
     if conditioning in ("concat", "mix") and masks[0] is not masks[1] and not torch.equal(*masks):
-        raise BadInput(f"Region 'branch' gives each embedding a mask of its own, but {conditioning!r} asks only once; take conditioning 'sum' or 'alternate'.")
-    if conditioning == "concat": return [(torch.cat([e_a, e_b], 1), masks[0])]
-    if conditioning == "mix": return [(interpolate(e_a, e_b, alpha), masks[0])]
+        raise BadInput(
+            f"Region 'branch' gives each embedding a mask of its own, but {conditioning!r} asks only once; take conditioning 'sum' or 'alternate'."
+        )
+    if conditioning == "concat":
+        return [(torch.cat([e_a, e_b], 1), masks[0])]
+    if conditioning == "mix":
+        return [(interpolate(e_a, e_b, alpha), masks[0])]
     both = [(e_a, masks[0]), (e_b, masks[1])]
     return both if conditioning == "sum" else [both[step % 2]]
 
 # %% ../nbs/04_embeddings.ipynb #da8e2f17
-def embedding_objective(models: Models,
-                        e_a: torch.Tensor,  # (1, L, D) embedding of T_a, being optimised
-                        e_b: torch.Tensor,  # (1, L, D) embedding of T_b, being optimised
-                        latents: torch.Tensor,  # (1, C, h, w) of the picture to match
-                        mask: Optional[torch.Tensor],  # (1, 1, h, w) in 0-1, the subject
-                        conditioning: str = "concat",  # what [e_a, e_b] means, see `passes`
-                        region: str = "background",  # where the error counts, see `region_masks`
-                        scale: str = "all",  # mean over "all" latents or over the "mask"
-                        alpha: float = .7,  # weight of e_a, for conditioning "mix"
-                        batch: int = 1  # draws of noise and timestep in a step
-                       ) -> Callable:  # (step, generator) -> loss
+def embedding_objective(
+    models: Models,
+    e_a: torch.Tensor,  # (1, L, D) embedding of T_a, being optimised
+    e_b: torch.Tensor,  # (1, L, D) embedding of T_b, being optimised
+    latents: torch.Tensor,  # (1, C, h, w) of the picture to match
+    mask: torch.Tensor | None,  # (1, 1, h, w) in 0-1, the subject
+    conditioning: str = "concat",  # what [e_a, e_b] means, see `passes`
+    region: str = "background",  # where the error counts, see `region_masks`
+    scale: str = "all",  # mean over "all" latents or over the "mask"
+    alpha: float = 0.7,  # weight of e_a, for conditioning "mix"
+    batch: int = 1,  # draws of noise and timestep in a step
+) -> Callable:  # (step, generator) -> loss
     "Eq. 2 in one of its readings, as a function of the step, ready for `optimise`."
     _check_choice("scale", scale, ("all", "mask"))
-    masks, latents = region_masks(None if mask is None else mask.to(latents.device), region), latents.expand(batch, -1, -1, -1)
+    masks, latents = (
+        region_masks(None if mask is None else mask.to(latents.device), region),
+        latents.expand(batch, -1, -1, -1),
+    )
     passes(e_a, e_b, masks, conditioning, 0, alpha)
+
     def loss_fn(step, generator):
         noise, timesteps = sample_noise_and_t(models.scheduler, latents.shape, generator)
-        return embedding_loss(models.unet, models.scheduler, passes(e_a, e_b, masks, conditioning, step, alpha), latents, noise, timesteps, scale)
+        return embedding_loss(
+            models.unet,
+            models.scheduler,
+            passes(e_a, e_b, masks, conditioning, step, alpha),
+            latents,
+            noise,
+            timesteps,
+            scale,
+        )
+
     return loss_fn
 
 # %% ../nbs/04_embeddings.ipynb #c03dda72
 @torch.no_grad()
-def evaluate_embedding(models: Models,
-                       prompt_embeds: torch.Tensor,  # (1, L, D), one condition
-                       latents: torch.Tensor,  # (1, C, h, w)
-                       mask: Optional[torch.Tensor] = None,  # (1, 1, h, w) in 0-1, where the error counts
-                       draws: int = 16,  # how many fixed draws
-                       seed: int = 0
-                      ) -> float:
+def evaluate_embedding(
+    models: Models,
+    prompt_embeds: torch.Tensor,  # (1, L, D), one condition
+    latents: torch.Tensor,  # (1, C, h, w)
+    mask: torch.Tensor | None = None,  # (1, 1, h, w) in 0-1, where the error counts
+    draws: int = 16,  # how many fixed draws
+    seed: int = 0,
+) -> float:
     "The masked loss on fixed noise and evenly spread timesteps: comparable between embeddings."
     noise = torch.randn(draws, *latents.shape[1:], generator=torch.Generator().manual_seed(seed))
     count = models.scheduler.config.num_train_timesteps
-    timesteps = ((torch.arange(draws) + .5) * count / draws).long()
-    return noise_loss(models.unet, models.scheduler, latents.expand(draws, -1, -1, -1), noise, timesteps, prompt_embeds, mask).item()
+    timesteps = ((torch.arange(draws) + 0.5) * count / draws).long()
+    return noise_loss(
+        models.unet, models.scheduler, latents.expand(draws, -1, -1, -1), noise, timesteps, prompt_embeds, mask
+    ).item()

@@ -12,11 +12,14 @@ __all__ = ['BASELINES', 'EXPERIMENTS', 'SIZES', 'SHEETS', 'SHORTENED', 'SCORES',
            'sheet_title', 'SheetForm']
 
 # %% ../nbs/18_experiments.ipynb #14e75506
-import json, multiprocessing, time
+import json
+import multiprocessing
+import time
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Callable, Optional, Sequence
+from typing import Optional
+from collections.abc import Callable, Sequence
 
 import torch
 from PIL import Image
@@ -24,7 +27,18 @@ from tqdm import tqdm
 
 # %% ../nbs/18_experiments.ipynb #ea511c6f
 from .baselines import imagic, plug_and_play, sdedit
-from .core import BadInput, content_hash, environment, fit_image, make_sheet, one_writer, pick_device, to_pil, write_atomic, write_json
+from layerdiffusion.core import (
+    BadInput,
+    content_hash,
+    environment,
+    fit_image,
+    make_sheet,
+    one_writer,
+    pick_device,
+    to_pil,
+    write_atomic,
+    write_json,
+)
 from .identity import subject_name
 from .judge import wilson
 from .metrics import Clip, clip_score
@@ -46,35 +60,73 @@ BASELINES = dict(sdedit=sdedit, imagic=imagic, plug_and_play=plug_and_play)
 # %% ../nbs/18_experiments.ipynb #d8f49bab
 def table_1(of: str) -> list:  # `of`: "paper" or "best"
     "Table 1, (a) to (k)."
-    rows = {"(f) whole method": {}, "(a) no subject term": dict(lambda_obj=0.), "(b) no background term": dict(lambda_bg=0.), "(c) λ1 = 1": dict(lambda_obj=1.),
-            "(d) λ1 = 3": dict(lambda_obj=3.), "(e) λ1 = 1, λ2 = 3": dict(lambda_obj=1., lambda_bg=3.), "(h) no tuning": dict(tuning_steps=0),
-            "(i) no turns": dict(iterative_guidance=False), "(j) α = 1": dict(alpha=1.), "(k) α = 0": dict(alpha=0.)}
-    if of == "paper": return [Setting(name, of, options) for name, options in (rows | {"(g) no Eq. 2": dict(embedding_steps=0)}).items()]
+    rows = {
+        "(f) whole method": {},
+        "(a) no subject term": dict(lambda_obj=0.0),
+        "(b) no background term": dict(lambda_bg=0.0),
+        "(c) λ1 = 1": dict(lambda_obj=1.0),
+        "(d) λ1 = 3": dict(lambda_obj=3.0),
+        "(e) λ1 = 1, λ2 = 3": dict(lambda_obj=1.0, lambda_bg=3.0),
+        "(h) no tuning": dict(tuning_steps=0),
+        "(i) no turns": dict(iterative_guidance=False),
+        "(j) α = 1": dict(alpha=1.0),
+        "(k) α = 0": dict(alpha=0.0),
+    }
+    if of == "paper":
+        return [
+            Setting(name, of, options) for name, options in (rows | {"(g) no Eq. 2": dict(embedding_steps=0)}).items()
+        ]
     del rows["(i) no turns"]  # `best` has none
-    rows |= {"(g) with Eq. 2": dict(embedding_steps=500), "(i) with turns": dict(iterative_guidance=True), "subject not seen": dict(subject_scale=0.), "first draw": dict(target_draws=1),
-             "mask not grown": dict(target_widen=0.), "one draw a step": dict(tuning_batch=1)}
+    rows |= {
+        "(g) with Eq. 2": dict(embedding_steps=500),
+        "(i) with turns": dict(iterative_guidance=True),
+        "subject not seen": dict(subject_scale=0.0),
+        "first draw": dict(target_draws=1),
+        "mask not grown": dict(target_widen=0.0),
+        "one draw a step": dict(tuning_batch=1),
+    }
     return [Setting(name, of, options) for name, options in rows.items()]
+
 
 def validity_sheets(of: str) -> list:
     "Figs. 10–14: α 1, 0 and 0.3, then 0.7 without and with turns."
     turns = dict(iterative_guidance=True)
-    return [*(Setting(f"α = {a:g}", of, dict(alpha=a) | turns) for a in (1., 0., .3)), Setting("α = 0.7, no turns", of, dict(alpha=.7, iterative_guidance=False)), Setting("α = 0.7", of, dict(alpha=.7) | turns)]
+    return [
+        *(Setting(f"α = {a:g}", of, dict(alpha=a) | turns) for a in (1.0, 0.0, 0.3)),
+        Setting("α = 0.7, no turns", of, dict(alpha=0.7, iterative_guidance=False)),
+        Setting("α = 0.7", of, dict(alpha=0.7) | turns),
+    ]
+
 
 def alpha_sweep(of: str) -> list:
     "The α ablation: 0 to 1 in steps of 0.1."
     return [Setting(f"α = {k / 10:g}", of, dict(alpha=k / 10)) for k in range(11)]
 
+
 def step_sweep(of: str) -> list:
     "Fig. 9: steps of Eq. 2, and of Eq. 6."
-    return [*(Setting(f"Eq. 2: {n} steps", of, dict(embedding_steps=n)) for n in (0, 250, 500, 1000)), *(Setting(f"Eq. 6: {n} steps", of, dict(tuning_steps=n)) for n in ((0, 125, 250, 500) if of == "paper" else (0, 25, 50, 100, 200)))]
+    return [
+        *(Setting(f"Eq. 2: {n} steps", of, dict(embedding_steps=n)) for n in (0, 250, 500, 1000)),
+        *(
+            Setting(f"Eq. 6: {n} steps", of, dict(tuning_steps=n))
+            for n in ((0, 125, 250, 500) if of == "paper" else (0, 25, 50, 100, 200))
+        ),
+    ]
 
 # %% ../nbs/18_experiments.ipynb #6b13aefa
 def comparison(of: str) -> list:
     "Figs. 4 and 7: ours beside the baselines on the same edits and seeds."
-    return [*(Setting(f"ours, {name}", name) for name in PRESETS), *(Setting(f"SDEdit {s:g}", "sdedit", dict(strength=s)) for s in (.5, .7, .9)),
-            *(Setting(f"Imagic, {r} recipe", "imagic", dict(recipe=r)) for r in ("paper", "community")), Setting("Plug-and-Play", "plug_and_play")]
+    return [
+        *(Setting(f"ours, {name}", name) for name in PRESETS),
+        *(Setting(f"SDEdit {s:g}", "sdedit", dict(strength=s)) for s in (0.5, 0.7, 0.9)),
+        *(Setting(f"Imagic, {r} recipe", "imagic", dict(recipe=r)) for r in ("paper", "community")),
+        Setting("Plug-and-Play", "plug_and_play"),
+    ]
 
-EXPERIMENTS = dict(validity=validity_sheets, alpha=alpha_sweep, ablation=table_1, steps=step_sweep, comparison=comparison)
+
+EXPERIMENTS = dict(
+    validity=validity_sheets, alpha=alpha_sweep, ablation=table_1, steps=step_sweep, comparison=comparison
+)
 
 # %% ../nbs/18_experiments.ipynb #67bcf2f3
 SIZES = dict(quick=dict(edits=1, seeds=4, share=.2), paper=dict(edits=15, seeds=20, share=1.))
@@ -92,12 +144,25 @@ def shorten(numbers: dict, share: float) -> dict:
 # %% ../nbs/18_experiments.ipynb #8b09dfdc
 SCORES = ("right", "valid", "identity", "background", "clip")  # of each picture
 
-def numbers_of(method,  # a `LayerDiffusion`
-               setting: Setting, share: float = 1.) -> dict:
+
+def numbers_of(
+    method,  # a `LayerDiffusion`
+    setting: Setting,
+    share: float = 1.0,
+) -> dict:
     "All numbers of a setting, the model's own included."
-    if setting.method not in BASELINES: return shorten(preset(setting.method, method.models.card, **setting.options).resolve(method.models.card).model_dump(), share)
-    steps = dict(imagic=dict(embedding_steps=1000, tuning_steps=1500) if setting.options.get("recipe") == "paper" else dict(embedding_steps=500, tuning_steps=1000)).get(setting.method, {})
+    if setting.method not in BASELINES:
+        return shorten(
+            preset(setting.method, method.models.card, **setting.options).resolve(method.models.card).model_dump(),
+            share,
+        )
+    steps = dict(
+        imagic=dict(embedding_steps=1000, tuning_steps=1500)
+        if setting.options.get("recipe") == "paper"
+        else dict(embedding_steps=500, tuning_steps=1000)
+    ).get(setting.method, {})
     return shorten(dict(num_inference_steps=50) | steps | setting.options, share)
+
 
 def cell_name(method, task, setting: Setting, seeds: Sequence[int], numbers: dict) -> str:
     "What a cell is called on disk: its content in sixteen digits."
@@ -108,13 +173,26 @@ def cell_name(method, task, setting: Setting, seeds: Sequence[int], numbers: dic
 def draw_cell(method, task, setting: Setting, seeds: Sequence[int], numbers: dict) -> torch.Tensor:  # (B, 3, H, W), 0-1
     "The pictures of one setting on one edit."
     e = task.edit
-    if setting.method in BASELINES: return BASELINES[setting.method](method.models, fit_image(to_pil(e.image), method.models.size), e.text, seeds=seeds, **numbers)
-    return method.edit(to_pil(e.image), e.text, mask=e.mask, reference=to_pil(e.reference), source=e.source, seeds=seeds, config=EditConfig(**numbers)).images
+    if setting.method in BASELINES:
+        return BASELINES[setting.method](
+            method.models, fit_image(to_pil(e.image), method.models.size), e.text, seeds=seeds, **numbers
+        )
+    return method.edit(
+        to_pil(e.image),
+        e.text,
+        mask=e.mask,
+        reference=to_pil(e.reference),
+        source=e.source,
+        seeds=seeds,
+        config=EditConfig(**numbers),
+    ).images
+
 
 def save_strip(images: torch.Tensor, path: Path):
     "The pictures of a cell in one row, as WebP."
     strip = to_pil(torch.cat(list(images), 2))
     write_atomic(path, lambda p: strip.save(p, "WEBP", quality=50, method=6))
+
 
 def load_strip(path: Path) -> list:
     "The pictures of a cell again, slightly blurred by WebP."
@@ -127,16 +205,30 @@ def score_cell(method, task, images: torch.Tensor, judge=None) -> list:  # a dic
     cosine = clip_score(method.once("clip score", [], lambda _: Clip("mini")), images, task.edit.text).cosine
     return [dict(row, clip=round(c, 4)) for row, c in zip(scorer_of(method, task, judge)(images), cosine.tolist())]
 
-def run_cell(method, task, setting: Setting, seeds: Sequence[int], folder: Path, share: float = 1., judge=None) -> dict:
+
+def run_cell(
+    method, task, setting: Setting, seeds: Sequence[int], folder: Path, share: float = 1.0, judge=None
+) -> dict:
     "One setting on one edit, drawn and scored, or read when it is there."
     numbers = numbers_of(method, setting, share)
     name = cell_name(method, task, setting, seeds, numbers)
     path = Path(folder) / f"{name}.json"
-    if path.exists(): return json.loads(path.read_text()) | dict(setting=setting.name)
+    if path.exists():
+        return json.loads(path.read_text()) | dict(setting=setting.name)
     start = time.time()
     images = draw_cell(method, task, setting, seeds, numbers)
     seconds = time.time() - start
-    row = dict(name=name, setting=setting.name, edit=task.name, kind=task.kind, seeds=list(seeds), seconds=round(seconds, 1), commit=environment()["commit"], numbers=numbers, scores=score_cell(method, task, images, judge))
+    row = dict(
+        name=name,
+        setting=setting.name,
+        edit=task.name,
+        kind=task.kind,
+        seeds=list(seeds),
+        seconds=round(seconds, 1),
+        commit=environment()["commit"],
+        numbers=numbers,
+        scores=score_cell(method, task, images, judge),
+    )
     save_strip(images, path.with_suffix(".webp"))
     write_atomic(path, lambda p: Path(p).write_text(json.dumps(row, separators=(",", ":")) + "\n"))
     return row
@@ -145,6 +237,7 @@ def run_cell(method, task, setting: Setting, seeds: Sequence[int], folder: Path,
 @dataclass(frozen=True)
 class Wanted:
     "A setting of an experiment, and how much of it is asked for."
+
     experiment: str  # one of `EXPERIMENTS`
     of: str  # the preset it starts from
     setting: Setting
@@ -152,11 +245,20 @@ class Wanted:
     seeds: int
     share: float  # of all steps
 
+
 def by_tuning(method, wanted: Sequence[Wanted]) -> list:
     "The same, with those that share a tuned U-Net one after the other."
     groups = {}
-    for w in wanted: groups.setdefault(content_hash(w.setting.method in BASELINES and w.setting.method, {k: v for k, v in numbers_of(method, w.setting, w.share).items() if k not in DRAWN}), []).append(w)
+    for w in wanted:
+        groups.setdefault(
+            content_hash(
+                w.setting.method in BASELINES and w.setting.method,
+                {k: v for k, v in numbers_of(method, w.setting, w.share).items() if k not in DRAWN},
+            ),
+            [],
+        ).append(w)
     return [w for group in groups.values() for w in group]
+
 
 DRAWN = ("iterative_guidance", "eq8_index", "eq8_first")  # settings that come after the tuning
 
@@ -177,24 +279,36 @@ def _run_edit(wanted, number, folder):
     return rows
 
 # %% ../nbs/18_experiments.ipynb #10634a34
-def run_experiments(names: Sequence[str],  # of `EXPERIMENTS`
-                    size: str = "quick",  # "quick" or "paper"
-                    presets: Sequence[str] = ("best",),  # to start from
-                    folder: Path = Path("experiments"),  # gets the records, and a folder of cells
-                    workers: int = 2,  # processes
-                    device: str = "cpu",  # or several, "cuda:0,cuda:1", in turn
-                    model: str = "mini") -> dict:  # (name, preset) -> record
+def run_experiments(
+    names: Sequence[str],  # of `EXPERIMENTS`
+    size: str = "quick",  # "quick" or "paper"
+    presets: Sequence[str] = ("best",),  # to start from
+    folder: Path = Path("experiments"),  # gets the records, and a folder of cells
+    workers: int = 2,  # processes
+    device: str = "cpu",  # or several, "cuda:0,cuda:1", in turn
+    model: str = "mini",
+) -> dict:  # (name, preset) -> record
     "Run experiments edit by edit, or finish them; writes NAME-PRESET-SIZE.json of each."
-    wanted = [Wanted(n, of, s, how["edits"], how["seeds"], how["share"]) for of in presets for n in names for s in plan(n, size, of) for how in [extent(n, size)]]
-    if workers < 1: raise BadInput(f"workers is {workers}; it must be at least 1.")
+    wanted = [
+        Wanted(n, of, s, how["edits"], how["seeds"], how["share"])
+        for of in presets
+        for n in names
+        for s in plan(n, size, of)
+        for how in [extent(n, size)]
+    ]
+    if workers < 1:
+        raise BadInput(f"workers is {workers}; it must be at least 1.")
     resolve_model(model)  # refuses what is not there before processes are started
     devices, cells = [pick_device(d) for d in device.split(",")], Path(folder) / "cells"
     rows, records, made = {}, {}, dict(model=model, environment=environment(str(devices[0])), workers=workers)
+
     def keep(edit):
-        for key, row in edit: rows.setdefault(key, []).append(row)
+        for key, row in edit:
+            rows.setdefault(key, []).append(row)
         for name, of in {key for key, _ in edit}:
             records[name, of] = summary(name, size, of, plan(name, size, of), rows[name, of]) | made
             write_json(Path(folder) / f"{name}-{of}-{size}.json", records[name, of])
+
     with one_writer(folder):
         cells.mkdir(parents=True, exist_ok=True)
         pool, ticks = start_processes(workers, devices, model)
@@ -203,7 +317,16 @@ def run_experiments(names: Sequence[str],  # of `EXPERIMENTS`
             watch(jobs, ticks, sum(w.edits for w in wanted), pool, keep)
     return records
 
-def run_experiment(name: str, size: str = "quick", of: str = "best", folder: Path = Path("experiments"), workers: int = 2, device: str = "cpu", model: str = "mini") -> dict:
+
+def run_experiment(
+    name: str,
+    size: str = "quick",
+    of: str = "best",
+    folder: Path = Path("experiments"),
+    workers: int = 2,
+    device: str = "cpu",
+    model: str = "mini",
+) -> dict:
     "One experiment; see `run_experiments`."
     return run_experiments([name], size, [of], folder, workers, device, model)[name, of]
 
@@ -211,28 +334,37 @@ def run_experiment(name: str, size: str = "quick", of: str = "best", folder: Pat
 def plan(name: str, size: str, of: str) -> list:
     "The settings of an experiment; refuses names that there are not."
     for what, given, there in (("experiment", name, EXPERIMENTS), ("size", size, SIZES), ("preset", of, PRESETS)):
-        if given not in there: raise BadInput(f"There is no {what} {given!r}; there are {', '.join(there)}.")
+        if given not in there:
+            raise BadInput(f"There is no {what} {given!r}; there are {', '.join(there)}.")
     return EXPERIMENTS[name](of)
 
-def start_processes(workers: int, devices: list, model: str) -> tuple:  # the pool, and a queue with a number for each cell that is done
+
+def start_processes(
+    workers: int, devices: list, model: str
+) -> tuple:  # the pool, and a queue with a number for each cell that is done
     "Processes that have loaded the models, each on its device."
     context, threads = multiprocessing.get_context("spawn"), max(1, torch.get_num_threads() // workers)
     manager = context.Manager()
     queue, ticks = manager.Queue(), manager.Queue()
-    for k in range(workers): queue.put(devices[k % len(devices)])
+    for k in range(workers):
+        queue.put(devices[k % len(devices)])
     return ProcessPoolExecutor(workers, context, _start, (model, queue, threads, ticks)), ticks
+
 
 def watch(jobs: list, ticks, total: int, pool: ProcessPoolExecutor, keep: Callable):
     "A bar of cells, with the time that is left; `keep` gets each edit when it is complete. Ctrl-C ends the processes and keeps their cells."
     left = set(jobs)
-    with tqdm(total=total, unit="cell", smoothing=.1) as bar:
+    with tqdm(total=total, unit="cell", smoothing=0.1) as bar:
         try:
             while left:
                 ended, left = wait(left, 1, FIRST_COMPLETED)
-                for job in ended: keep(job.result())
-                while not ticks.empty(): bar.update(ticks.get())
+                for job in ended:
+                    keep(job.result())
+                while not ticks.empty():
+                    bar.update(ticks.get())
         except BaseException:
-            for process in list(pool._processes.values()): process.terminate()
+            for process in list(pool._processes.values()):
+                process.terminate()
             pool.shutdown(cancel_futures=True)
             raise
 
@@ -241,77 +373,143 @@ def summary(name, size, of, settings: list, rows: list) -> dict:
     "The table of an experiment, of those edits that are complete."
     there, names = {(r["setting"], r["edit"]): r for r in rows}, [s.name for s in settings]
     edits = sorted({r["edit"] for r in rows if all((s, r["edit"]) in there for s in names)}, key=lambda e: (len(e), e))
-    if not edits: raise BadInput(f"No edit of the experiment {name!r} is complete; run the same command again.")
+    if not edits:
+        raise BadInput(f"No edit of the experiment {name!r} is complete; run the same command again.")
     table = []
     for s in settings:
         mine = [there[s.name, e] for e in edits]
         flat = [dict(edit=r["edit"], **score) for r in mine for score in r["scores"]]
         mean = lambda row, f: round(sum(float(p[f]) for p in row["scores"]) / len(row["scores"]), 4)
-        table.append(dict(setting=s.name, method=s.method, options=s.options, n=len(flat), valid_count=sum(r["valid"] for r in flat), cells=[r["name"] for r in mine],
-                          seconds=round(sum(r["seconds"] for r in mine) / len(mine), 1), **{f: [round(v, 3) for v in interval(flat, f)] for f in SCORES}, by_edit={f: [mean(r, f) for r in mine] for f in SCORES}))
-    return dict(name=name, size=size, preset=of, command=f"layerdiffusion experiment {name} --size {size} --preset {of}", edits=edits, asked=extent(name, size)["edits"], seeds=rows[0]["seeds"],
-                commits=sorted({str(r.get("commit")) for r in rows if r["edit"] in edits}), settings=table)
+        table.append(
+            dict(
+                setting=s.name,
+                method=s.method,
+                options=s.options,
+                n=len(flat),
+                valid_count=sum(r["valid"] for r in flat),
+                cells=[r["name"] for r in mine],
+                seconds=round(sum(r["seconds"] for r in mine) / len(mine), 1),
+                **{f: [round(v, 3) for v in interval(flat, f)] for f in SCORES},
+                by_edit={f: [mean(r, f) for r in mine] for f in SCORES},
+            )
+        )
+    return dict(
+        name=name,
+        size=size,
+        preset=of,
+        command=f"layerdiffusion experiment {name} --size {size} --preset {of}",
+        edits=edits,
+        asked=extent(name, size)["edits"],
+        seeds=rows[0]["seeds"],
+        commits=sorted({str(r.get("commit")) for r in rows if r["edit"] in edits}),
+        settings=table,
+    )
 
-def load_experiment(name: str, size: Optional[str] = None,  # None: the largest there is
-                    of: str = "best", folder: Path = Path("results/experiments")) -> dict:
+
+def load_experiment(
+    name: str,
+    size: str | None = None,  # None: the largest there is
+    of: str = "best",
+    folder: Path = Path("results/experiments"),
+) -> dict:
     "A recorded experiment."
     paths = [Path(folder) / f"{name}-{of}-{s}.json" for s in ([size] if size else ["paper", "quick"])]
     path = next((p for p in paths if p.exists()), None)
-    if path is None: raise BadInput(f"{paths[0]} is not there; make it with: layerdiffusion experiment {name} --size {size or 'quick'} --preset {of} --out {folder}")
+    if path is None:
+        raise BadInput(
+            f"{paths[0]} is not there; make it with: layerdiffusion experiment {name} --size {size or 'quick'} --preset {of} --out {folder}"
+        )
     return json.loads(path.read_text())
+
 
 def recorded(name: str, folder: Path = Path("results/experiments")) -> dict:  # preset -> record
     "The largest record of an experiment for each preset that has one."
-    found = {of: load_experiment(name, of=of, folder=folder) for of in PRESETS if list(Path(folder).glob(f"{name}-{of}-*.json"))}
-    if not found: load_experiment(name, folder=folder)  # says how to make one
+    found = {
+        of: load_experiment(name, of=of, folder=folder)
+        for of in PRESETS
+        if list(Path(folder).glob(f"{name}-{of}-*.json"))
+    }
+    if not found:
+        load_experiment(name, folder=folder)  # says how to make one
     return {of: found[of] for of in ("best", "paper") if of in found}
+
 
 def told(record: dict) -> str:
     "How a record was made, in a line."
     whole = "" if len(record["edits"]) == record["asked"] else f" of {record['asked']} asked for"
-    steps = "" if SIZES.get(record["size"], {}).get("share") == 1 else "; A TRIAL: a share of all steps, so its numbers say nothing about the method"
+    steps = (
+        ""
+        if SIZES.get(record["size"], {}).get("share") == 1
+        else "; A TRIAL: a share of all steps, so its numbers say nothing about the method"
+    )
     hours = sum(r["seconds"] * len(r["cells"]) for r in record["settings"]) / 3600
     return f"{record['command']}: {len(record['edits'])} edits{whole} × {len(record['seeds'])} seeds, {hours:.1f} hours of one process on {record['environment']['device']}, drawn with commit {', '.join(record['commits'])}{steps}"
+
 
 def show_experiment(record: dict, fields: Sequence[str] = ("right", "valid", "identity", "background", "clip")) -> str:
     "The table of an experiment as text."
     lines = [f"{'':26}" + "".join(f"{f:^20}" for f in fields) + "    n"]
     for row in record["settings"]:
-        lines.append(f"{row['setting']:26}" + "".join("{:.2f} [{:.2f}, {:.2f}]".format(*row[f]).center(20) for f in fields) + f"{row['n']:5}")
+        lines.append(
+            f"{row['setting']:26}"
+            + "".join("{:.2f} [{:.2f}, {:.2f}]".format(*row[f]).center(20) for f in fields)
+            + f"{row['n']:5}"
+        )
     return "\n".join(lines)
 
 # %% ../nbs/18_experiments.ipynb #28933d95
 def row_of(record: dict, setting: str) -> dict:
     "A setting of a record by its name."
     row = next((r for r in record["settings"] if r["setting"] == setting), None)
-    if row is None: raise BadInput(f"There is no setting {setting!r} in this record; there are {', '.join(r['setting'] for r in record['settings'])}.")
+    if row is None:
+        raise BadInput(
+            f"There is no setting {setting!r} in this record; there are {', '.join(r['setting'] for r in record['settings'])}."
+        )
     return row
 
-def difference(record: dict,
-               a: str, b: str,  # two of its settings
-               field: str = "valid",  # one of `SCORES`
-               draws: int = 2000) -> tuple:  # mean of a - b, and its 95 % interval
+
+def difference(
+    record: dict,
+    a: str,
+    b: str,  # two of its settings
+    field: str = "valid",  # one of `SCORES`
+    draws: int = 2000,
+) -> tuple:  # mean of a - b, and its 95 % interval
     "How much `a` is above `b` on the same edits, with a bootstrap interval over edits."
-    if field not in SCORES: raise BadInput(f"There is no score {field!r}; there are {', '.join(SCORES)}.")
+    if field not in SCORES:
+        raise BadInput(f"There is no score {field!r}; there are {', '.join(SCORES)}.")
     one, two = (torch.tensor(row_of(record, s)["by_edit"][field]) for s in (a, b))
     gap = one - two
     again = gap[torch.randint(len(gap), (draws, len(gap)), generator=stream("difference"))].mean(1)
-    return gap.mean().item(), *torch.quantile(again, torch.tensor([.025, .975])).tolist()
+    return gap.mean().item(), *torch.quantile(again, torch.tensor([0.025, 0.975])).tolist()
 
-def compare(record: dict, a: str, b: str, field: str = "valid", least: float = 0.) -> str:
-    "Is `a` above `b` by more than `least`? The answer and the difference in a sentence; `identity` and `background` are distances, so there it is \"below\"."
+
+def compare(record: dict, a: str, b: str, field: str = "valid", least: float = 0.0) -> str:
+    'Is `a` above `b` by more than `least`? The answer and the difference in a sentence; `identity` and `background` are distances, so there it is "below".'
     far = field in ("identity", "background")
     mean, low, high = difference(record, *((b, a) if far else (a, b)), field)
     both, n = {v for s in (a, b) for v in row_of(record, s)["by_edit"][field]}, len(record["edits"])
-    ends = {1.: "all are, with both", 0.: "none is, with either"} if field in ("valid", "right") else {}
-    answer = ends[both.pop()] if len(both) == 1 and both <= set(ends) else f"{n} edit{'s are' if n > 1 else ' is'} too few to tell" if n < FEW else "yes" if low > least else "no" if high <= least else "not to be told"
+    ends = {1.0: "all are, with both", 0.0: "none is, with either"} if field in ("valid", "right") else {}
+    answer = (
+        ends[both.pop()]
+        if len(both) == 1 and both <= set(ends)
+        else f"{n} edit{'s are' if n > 1 else ' is'} too few to tell"
+        if n < FEW
+        else "yes"
+        if low > least
+        else "no"
+        if high <= least
+        else "not to be told"
+    )
     range_ = "" if n < FEW else f" [{low:+.2f}, {high:+.2f}]"
     return f"{a} {'nearer than' if far else 'above'} {b} in {field}{f' by {least:g}' if least else ''}: {answer}; difference {mean:+.2f}{range_}"
+
 
 def count_answers(sentences: Sequence[str]) -> str:  # such as "yes: 3, no: 1"
     "How often each answer of `compare` was given."
     answers = [s.rsplit(": ", 1)[1].split(";")[0] for s in sentences]
     return ", ".join(f"{a}: {answers.count(a)}" for a in dict.fromkeys(answers))
+
 
 FEW = 6  # edits: with fewer, an interval over edits is hardly more than their range
 
@@ -319,15 +517,17 @@ FEW = 6  # edits: with fewer, an interval over edits is hardly more than their r
 def plot_experiment(record: dict):
     "The scores of all settings, with 95 % intervals."
     import matplotlib.pyplot as plt
+
     rows = record["settings"][::-1]
-    fig, axes = plt.subplots(1, len(SCORES), figsize=(12, .8 + .28 * len(rows)), sharey=True)
+    fig, axes = plt.subplots(1, len(SCORES), figsize=(12, 0.8 + 0.28 * len(rows)), sharey=True)
     for ax, score in zip(axes, SCORES):
         for y, row in enumerate(rows):
             mean, low, high = row[score]
-            ax.plot([low, high], [y, y], color="C0", lw=2, alpha=.5)
+            ax.plot([low, high], [y, y], color="C0", lw=2, alpha=0.5)
             ax.plot(mean, y, "o", color="C0", ms=5)
         ax.set_title(score + (" (lower is better)" if score in ("identity", "background") else ""), fontsize=9)
-        if score != "clip": ax.axvline(.4 if score in ("identity", "background") else 1, color="0.7", lw=.8)
+        if score != "clip":
+            ax.axvline(0.4 if score in ("identity", "background") else 1, color="0.7", lw=0.8)
     axes[0].set_yticks(range(len(rows)), [row["setting"] for row in rows])
     plt.tight_layout()
     return fig
@@ -356,36 +556,55 @@ def plot_curve(records: dict,  # preset -> record, from `recorded`
 def framed(picture, good: bool, width: int = 3):
     "The picture, in a red frame if it is good."
     from PIL import ImageOps
+
     return ImageOps.expand(ImageOps.crop(picture, width), width, "#d22") if good else picture
+
 
 def read_cell(folder: Path, name: str) -> tuple:  # its numbers and scores, its pictures
     "A cell of a record."
     path = Path(folder) / "cells" / f"{name}.json"
     return json.loads(path.read_text()), load_strip(path.with_suffix(".webp"))
 
-def seed_sheet(record: dict,  # from `load_experiment` or `run_experiment`
-               setting: str,  # one of its settings
-               edit: int = 0,  # which of its edits
-               folder: Path = Path("results/experiments"),  # that holds `cells`
-               columns: int = 10,
-               corrections: Optional[dict] = None  # from `load_corrections`
-              ) -> "Image.Image":
+
+def seed_sheet(
+    record: dict,  # from `load_experiment` or `run_experiment`
+    setting: str,  # one of its settings
+    edit: int = 0,  # which of its edits
+    folder: Path = Path("results/experiments"),  # that holds `cells`
+    columns: int = 10,
+    corrections: dict | None = None,  # from `load_corrections`
+) -> "Image.Image":
     "All seeds of a setting on an edit; a red frame around the valid ones."
     name = row_of(record, setting)["cells"][edit]
     cell, pictures = read_cell(folder, name)
-    return make_sheet([framed(x, good) for x, good in zip(pictures, valid_marks(cell, corrections))], columns=columns, cell=96)
+    return make_sheet(
+        [framed(x, good) for x, good in zip(pictures, valid_marks(cell, corrections))], columns=columns, cell=96
+    )
 
-def picture_grid(record: dict, settings: Sequence[str], edit: int = 0, places: Sequence[int] = (0, 1),  # which seeds, by their place in the list
-                 folder: Path = Path("results/experiments"), columns: int = 4) -> "Image.Image":
+
+def picture_grid(
+    record: dict,
+    settings: Sequence[str],
+    edit: int = 0,
+    places: Sequence[int] = (0, 1),  # which seeds, by their place in the list
+    folder: Path = Path("results/experiments"),
+    columns: int = 4,
+) -> "Image.Image":
     "A few seeds of several settings on one edit, each with the name of its setting."
     plain = lambda s: s.replace("α", "alpha").replace("λ", "lambda ")  # the sheet's font has no Greek
     found = [(read_cell(folder, row_of(record, s)["cells"][edit])[1], s) for s in settings]
-    return make_sheet([p[k] for p, _ in found for k in places], [plain(s) if k == places[0] else f"seed {record['seeds'][k]}" for _, s in found for k in places], columns=columns, cell=128)
+    return make_sheet(
+        [p[k] for p, _ in found for k in places],
+        [plain(s) if k == places[0] else f"seed {record['seeds'][k]}" for _, s in found for k in places],
+        columns=columns,
+        cell=128,
+    )
 
 # %% ../nbs/18_experiments.ipynb #b5517e26
-def load_corrections(path: Optional[Path]) -> dict:  # cell -> place of the picture, as text -> valid or not
+def load_corrections(path: Path | None) -> dict:  # cell -> place of the picture, as text -> valid or not
     "Corrections made by hand; none where there is no file."
     return json.loads(Path(path).read_text()) if path and Path(path).exists() else {}
+
 
 def correct(path: Path, cell: str, place: int, good: bool):
     "Keep one correction."
@@ -393,12 +612,20 @@ def correct(path: Path, cell: str, place: int, good: bool):
     marks.setdefault(cell, {})[str(place)] = bool(good)
     write_json(path, marks)
 
-def valid_marks(cell: dict, corrections: Optional[dict] = None) -> list:  # of bool
+
+def valid_marks(cell: dict, corrections: dict | None = None) -> list:  # of bool
     "Which pictures of a cell are valid: as the judge says, but for corrections."
     by_hand = (corrections or {}).get(cell["name"], {})
     return [by_hand.get(str(k), row["valid"]) for k, row in enumerate(cell["scores"])]
 
-def sheet_title(record: dict, setting: str, edit: int = 0, folder: Path = Path("results/experiments"), corrections: Optional[dict] = None) -> str:
+
+def sheet_title(
+    record: dict,
+    setting: str,
+    edit: int = 0,
+    folder: Path = Path("results/experiments"),
+    corrections: dict | None = None,
+) -> str:
     "Setting, count of valid pictures and its 95 % interval (Wilson)."
     marks = valid_marks(read_cell(folder, row_of(record, setting)["cells"][edit])[0], corrections)
     low, high = wilson(sum(marks), len(marks))
@@ -407,38 +634,65 @@ def sheet_title(record: dict, setting: str, edit: int = 0, folder: Path = Path("
 # %% ../nbs/18_experiments.ipynb #ca8fa520
 class SheetForm:
     "Sheets to choose from; where corrections may be saved, the button under a picture turns the judge's mark round."
-    def __init__(self, records: dict,  # from `recorded`, or one record
-                 path: Optional[Path] = None,  # the JSON of corrections; None: only to look at
-                 folder: Path = Path("results/experiments")):
-        try: import ipywidgets as w
-        except ImportError: raise BadInput("The sheet needs ipywidgets; install it with: pip install ipywidgets") from None
-        self.records, self.path, self.folder = {records["preset"]: records} if "settings" in records else records, path, Path(folder)
+
+    def __init__(
+        self,
+        records: dict,  # from `recorded`, or one record
+        path: Path | None = None,  # the JSON of corrections; None: only to look at
+        folder: Path = Path("results/experiments"),
+    ):
+        try:
+            import ipywidgets as w
+        except ImportError:
+            raise BadInput("The sheet needs ipywidgets; install it with: pip install ipywidgets") from None
+        self.records, self.path, self.folder = (
+            {records["preset"]: records} if "settings" in records else records,
+            path,
+            Path(folder),
+        )
         self.preset, self.setting, self.edit = (w.Dropdown(description=d) for d in ("preset", "setting", "edit"))
         self.title, self.sheet = w.HTML(), w.VBox()
         self.view = w.VBox([self.preset, self.setting, self.edit, self.title, self.sheet])
         self.preset.options, self.preset.index = list(self.records), 0
         self.begin()
         self.preset.observe(lambda _: self.begin(), "value")
-        for control in (self.setting, self.edit): control.observe(lambda _: self.show(), "value")
+        for control in (self.setting, self.edit):
+            control.observe(lambda _: self.show(), "value")
 
     def begin(self):
         "Offer the settings, edits and seeds of the record that is chosen."
         import ipywidgets as w
+
         self.record, self.busy = self.records[self.preset.value], True
-        self.setting.options, self.edit.options = [r["setting"] for r in self.record["settings"]], [(e, k) for k, e in enumerate(self.record["edits"])]
+        self.setting.options, self.edit.options = (
+            [r["setting"] for r in self.record["settings"]],
+            [(e, k) for k, e in enumerate(self.record["edits"])],
+        )
         self.setting.index = self.edit.index = 0
-        self.buttons = [w.ToggleButton(tooltip=f"seed {s}: press to turn the mark round", layout=dict(width="65.5px", margin="0 2px 6px")) for s in self.record["seeds"]]
-        for k, b in enumerate(self.buttons): b.observe(lambda change, k=k: self.turn(k, change["new"]), "value")
-        tens = [self.buttons[k:k + 10] for k in range(0, len(self.buttons), 10)]
+        self.buttons = [
+            w.ToggleButton(
+                tooltip=f"seed {s}: press to turn the mark round", layout=dict(width="65.5px", margin="0 2px 6px")
+            )
+            for s in self.record["seeds"]
+        ]
+        for k, b in enumerate(self.buttons):
+            b.observe(lambda change, k=k: self.turn(k, change["new"]), "value")
+        tens = [self.buttons[k : k + 10] for k in range(0, len(self.buttons), 10)]
         self.rows = [w.Image(width=70 * min(10, len(self.buttons))) for _ in tens]
-        self.sheet.children = [x for row, ten in zip(self.rows, tens) for x in (row, *[w.HBox(ten, layout=dict(padding="0 2px"))] * (self.path is not None))]
+        self.sheet.children = [
+            x
+            for row, ten in zip(self.rows, tens)
+            for x in (row, *[w.HBox(ten, layout=dict(padding="0 2px"))] * (self.path is not None))
+        ]
         self.busy = False
         self.show()
 
     def show(self):
         "Draw the sheet, and set the buttons as the marks are."
-        if self.busy: return
+        if self.busy:
+            return
         import io
+
         marks, here = load_corrections(self.path), (self.record, self.setting.value, self.edit.value, self.folder)
         sheet = seed_sheet(*here, corrections=marks)
         for k, row in enumerate(self.rows):
@@ -446,18 +700,24 @@ class SheetForm:
             sheet.crop((0, k * tall, sheet.width, (k + 1) * tall)).save(out, "PNG")
             row.value = out.getvalue()
         self.title.value, self.busy = f"<b>{sheet_title(*here, corrections=marks)}</b>", True
-        for b, s, good in zip(self.buttons, self.record["seeds"], valid_marks(read_cell(self.folder, self.cell)[0], marks)): b.value, b.description, b.button_style = good, f"{s} {'✓' if good else '–'}", "danger" if good else ""
+        for b, s, good in zip(
+            self.buttons, self.record["seeds"], valid_marks(read_cell(self.folder, self.cell)[0], marks)
+        ):
+            b.value, b.description, b.button_style = good, f"{s} {'✓' if good else '–'}", "danger" if good else ""
         self.busy = False
 
     @property
-    def cell(self): return row_of(self.record, self.setting.value)["cells"][self.edit.value]
+    def cell(self):
+        return row_of(self.record, self.setting.value)["cells"][self.edit.value]
 
     def turn(self, place: int, good: bool):
         "Keep a correction and draw the sheet again."
-        if self.busy: return
+        if self.busy:
+            return
         correct(self.path, self.cell, place, good)
         self.show()
 
     def _ipython_display_(self):
         from IPython.display import display
+
         display(self.view)

@@ -8,8 +8,10 @@ __all__ = ['union', 'LowRank', 'trainable', 'with_prior', 'adam', 'fine_tune', '
            'left_out']
 
 # %% ../nbs/05_fine_tuning.ipynb #172ec5de
-import importlib, math
-from typing import Callable, Optional
+import importlib
+import math
+from typing import Optional
+from collections.abc import Callable
 
 import torch
 import torch.nn as nn
@@ -37,94 +39,145 @@ class LowRank(nn.Module):
     def forward(self, weight): return weight + self.b @ self.a
 
 # %% ../nbs/05_fine_tuning.ipynb #9b3d99f0
-def trainable(unet: nn.Module,  # a copy that may be changed
-              params: str = "all",  # "all", "attention" or "lora"
-              rank: int = 8,  # of "lora"
-              seed: int = 0  # of "lora"'s start
-             ) -> list:  # the parameters to optimise
+def trainable(
+    unet: nn.Module,  # a copy that may be changed
+    params: str = "all",  # "all", "attention" or "lora"
+    rank: int = 8,  # of "lora"
+    seed: int = 0,  # of "lora"'s start
+) -> list:  # the parameters to optimise
     "Choose which parameters of a U-Net may move, and switch their gradients on."
-    if params not in ("all", "attention", "lora"): raise BadInput(f"params must be all, attention or lora, not {params!r}.")
+    if params not in ("all", "attention", "lora"):
+        raise BadInput(f"params must be all, attention or lora, not {params!r}.")
     layers = [m for name, m in unet.named_modules() if ".attn" in name and isinstance(m, nn.Linear)]
-    for p in (p for m in ([unet] if params == "all" else layers) for p in m.parameters()): p.data = p.data.float()  # what moves, moves in float32
+    for p in (p for m in ([unet] if params == "all" else layers) for p in m.parameters()):
+        p.data = p.data.float()  # what moves, moves in float32
     if params == "lora":
         g = torch.Generator().manual_seed(seed)
-        for m in layers: parametrize.register_parametrization(m, "weight", LowRank(m.weight, rank, g))
+        for m in layers:
+            parametrize.register_parametrization(m, "weight", LowRank(m.weight, rank, g))
         found = [p for m in layers for p in m.parametrizations.weight[0].parameters()]
-    else: found = list(unet.parameters()) if params == "all" else [p for m in layers for p in m.parameters()]
+    else:
+        found = list(unet.parameters()) if params == "all" else [p for m in layers for p in m.parameters()]
     return [p.requires_grad_(True) for p in found]
 
 # %% ../nbs/05_fine_tuning.ipynb #f27f5fd9
-def with_prior(latents: torch.Tensor, weights: torch.Tensor, embeds: torch.Tensor,  # of `stack_layers`, and its words (B, L, D)
-               prior: Optional[tuple],  # pictures (n, C, h, w) and words (n, L, D)
-               count: int,  # how many of them
-               weight: float,  # of their mean
-               generator: torch.Generator) -> tuple:  # latents, weights and words, longer by `count`
+def with_prior(
+    latents: torch.Tensor,
+    weights: torch.Tensor,
+    embeds: torch.Tensor,  # of `stack_layers`, and its words (B, L, D)
+    prior: tuple | None,  # pictures (n, C, h, w) and words (n, L, D)
+    count: int,  # how many of them
+    weight: float,  # of their mean
+    generator: torch.Generator,
+) -> tuple:  # latents, weights and words, longer by `count`
     "The pictures of Eq. 6, and some of the model's own."
-    if not prior or not count: return latents, weights, embeds
+    if not prior or not count:
+        return latents, weights, embeds
     k = torch.randint(len(prior[0]), (count,), generator=generator).to(latents.device)
-    more = torch.full((count, *weights.shape[1:]), (weight / count) ** .5).to(weights)
+    more = torch.full((count, *weights.shape[1:]), (weight / count) ** 0.5).to(weights)
     return torch.cat([latents, prior[0][k]]), torch.cat([weights, more]), torch.cat([embeds, prior[1][k].to(embeds)])
 
 # %% ../nbs/05_fine_tuning.ipynb #7be30e5c
-def adam(params: list,  # what moves, float32
-         learning_rate: float,
-         eight_bits: bool = False  # keep its state in eight bits; needs bitsandbytes
-        ) -> torch.optim.Optimizer:
+def adam(
+    params: list,  # what moves, float32
+    learning_rate: float,
+    eight_bits: bool = False,  # keep its state in eight bits; needs bitsandbytes
+) -> torch.optim.Optimizer:
     "Adam, in one kernel where the device has one."
-    if not eight_bits: return torch.optim.Adam(params, lr=learning_rate, fused=params[0].device.type in ("cpu", "cuda"))
-    try: Adam8bit = importlib.import_module("bitsandbytes.optim").Adam8bit  # not required: only who has a small card needs it
-    except ImportError: raise BadInput("Adam in eight bits needs bitsandbytes, which is not installed: pip install bitsandbytes, or give another --memory.") from None
+    if not eight_bits:
+        return torch.optim.Adam(params, lr=learning_rate, fused=params[0].device.type in ("cpu", "cuda"))
+    try:
+        Adam8bit = importlib.import_module(
+            "bitsandbytes.optim"
+        ).Adam8bit  # not required: only who has a small card needs it
+    except ImportError:
+        raise BadInput(
+            "Adam in eight bits needs bitsandbytes, which is not installed: pip install bitsandbytes, or give another --memory."
+        ) from None
     return Adam8bit(params, lr=learning_rate)
 
 # %% ../nbs/05_fine_tuning.ipynb #50a93de9
 @shielded
-def fine_tune(models: Models,  # the loaded model; it is not changed
-              prompt_embeds: torch.Tensor,  # (1, L, D) e_opt, or (2, L, D): other words for the second picture
-              subject_latents: torch.Tensor,  # (1, C, h, w) the picture of Eq. 4
-              subject_mask: torch.Tensor,  # (1, 1, h, w) M_t
-              reference_latents: Optional[torch.Tensor],  # (1, C, h, w) the picture of Eq. 5; None: the same picture
-              reference_mask: torch.Tensor,  # (1, 1, h, w) M_r
-              steps: int = 250,  # the paper's
-              learning_rate: float = 2e-6,  # the paper's, for Stable Diffusion
-              lambda_obj: float = 2.,  # λ1
-              lambda_bg: float = 1.,  # λ2
-              scale: str = "all",  # see `masked_error`
-              params: str = "all",  # see `trainable`
-              rank: int = 8,  # of params="lora"
-              seed: int = 0,  # of noise and timesteps
-              prior: Optional[tuple] = None,  # the model's own pictures (n, C, h, w) and their words (n, L, D); None: none
-              prior_batch: int = 4,  # how many of them in each step
-              lambda_prior: float = 1.,  # their weight
-              batch: int = 1,  # draws of noise and timestep in each step
-              decay: bool = False,  # the learning rate falls to nothing along half a cosine
-              start: Optional[dict] = None,  # a difference that the copy begins with (see `weight_difference`)
-              callback: Optional[Callable[[Event], None]] = None,  # called after each step
-              begin: Optional[Callable] = None  # gets (parameters, optimizer, losses) once, may restore them, gives the step to go on from
-             ) -> tuple:  # the tuned copy of the U-Net, and the loss of each step
+def fine_tune(
+    models: Models,  # the loaded model; it is not changed
+    prompt_embeds: torch.Tensor,  # (1, L, D) e_opt, or (2, L, D): other words for the second picture
+    subject_latents: torch.Tensor,  # (1, C, h, w) the picture of Eq. 4
+    subject_mask: torch.Tensor,  # (1, 1, h, w) M_t
+    reference_latents: torch.Tensor | None,  # (1, C, h, w) the picture of Eq. 5; None: the same picture
+    reference_mask: torch.Tensor,  # (1, 1, h, w) M_r
+    steps: int = 250,  # the paper's
+    learning_rate: float = 2e-6,  # the paper's, for Stable Diffusion
+    lambda_obj: float = 2.0,  # λ1
+    lambda_bg: float = 1.0,  # λ2
+    scale: str = "all",  # see `masked_error`
+    params: str = "all",  # see `trainable`
+    rank: int = 8,  # of params="lora"
+    seed: int = 0,  # of noise and timesteps
+    prior: tuple | None = None,  # the model's own pictures (n, C, h, w) and their words (n, L, D); None: none
+    prior_batch: int = 4,  # how many of them in each step
+    lambda_prior: float = 1.0,  # their weight
+    batch: int = 1,  # draws of noise and timestep in each step
+    decay: bool = False,  # the learning rate falls to nothing along half a cosine
+    start: dict | None = None,  # a difference that the copy begins with (see `weight_difference`)
+    callback: Callable[[Event], None] | None = None,  # called after each step
+    begin: Callable | None = None,  # gets (parameters, optimizer, losses) once, may restore them, gives the step to go on from
+) -> tuple:  # the tuned copy of the U-Net, and the loss of each step
     "Eq. 4-6: tune a copy of the U-Net on the subject's picture and the reference."
     for mask in (subject_mask, reference_mask):
         if mask.shape[-2:] != subject_latents.shape[-2:]:
-            raise BadInput(f"A mask is {tuple(mask.shape[-2:])} and the latents are {tuple(subject_latents.shape[-2:])}: "
-                           "bring it to latent size first (`to_latent`).")
-    latents, weights = stack_layers(subject_latents, subject_mask, reference_latents, reference_mask, lambda_obj, lambda_bg, scale)
-    embeds, tuned = prompt_embeds.expand(len(latents), -1, -1), apply_difference(models.unet, start, torch.float32) if start else twin(models.unet)
+            raise BadInput(
+                f"A mask is {tuple(mask.shape[-2:])} and the latents are {tuple(subject_latents.shape[-2:])}: "
+                "bring it to latent size first (`to_latent`)."
+            )
+    latents, weights = stack_layers(
+        subject_latents, subject_mask, reference_latents, reference_mask, lambda_obj, lambda_bg, scale
+    )
+    embeds, tuned = (
+        prompt_embeds.expand(len(latents), -1, -1),
+        apply_difference(models.unet, start, torch.float32) if start else twin(models.unet),
+    )
+
     def loss_fn(step, generator):
-        x, w, e = (v.repeat(batch, *[1] * (v.ndim - 1)) for v in with_prior(latents, weights, embeds, prior, prior_batch, lambda_prior, generator))
+        x, w, e = (
+            v.repeat(batch, *[1] * (v.ndim - 1))
+            for v in with_prior(latents, weights, embeds, prior, prior_batch, lambda_prior, generator)
+        )
         noise, timesteps = sample_noise_and_t(models.scheduler, x.shape, generator)
-        with half(models): return layered_loss(tuned, models.scheduler, x, w, noise, timesteps, e) / batch
+        with half(models):
+            return layered_loss(tuned, models.scheduler, x, w, noise, timesteps, e) / batch
+
     moving = trainable(tuned, params, rank, seed)
     optimizer = adam(moving, learning_rate, models.how.adam8bit)
     losses = []
     done = begin(moving, optimizer, losses) if begin else 0
-    with parked(models): optimise(loss_fn, moving, steps, learning_rate, "tuning", callback, done, optimizer, seed, losses, models.gradient_scale, decay)
+    with parked(models):
+        optimise(
+            loss_fn,
+            moving,
+            steps,
+            learning_rate,
+            "tuning",
+            callback,
+            done,
+            optimizer,
+            seed,
+            losses,
+            models.gradient_scale,
+            decay,
+        )
     return settled(tuned, start), losses
 
 # %% ../nbs/05_fine_tuning.ipynb #b9b44e17
-def settled(unet: nn.Module,  # after tuning
-            start: Optional[dict] = None  # the difference it began with
-           ) -> nn.Module:
+def settled(
+    unet: nn.Module,  # after tuning
+    start: dict | None = None,  # the difference it began with
+) -> nn.Module:
     "Fold low-rank changes into the weights, remember their factors as `unet.factors`, and switch gradients off."
-    begun = {name[:-3]: (up.float(), start[f"{name[:-3]}.down"].float()) for name, up in (start or {}).items() if name.endswith(".up")}
+    begun = {
+        name[:-3]: (up.float(), start[f"{name[:-3]}.down"].float())
+        for name, up in (start or {}).items()
+        if name.endswith(".up")
+    }
     learnt = {f"{name}.weight": m for name, m in unet.named_modules() if parametrize.is_parametrized(m, "weight")}
     for name, m in learnt.items():
         up, down = m.parametrizations.weight[0].b.detach(), m.parametrizations.weight[0].a.detach()
@@ -135,50 +188,72 @@ def settled(unet: nn.Module,  # after tuning
     return unet.eval().requires_grad_(False)
 
 # %% ../nbs/05_fine_tuning.ipynb #24d8712f
-def weight_difference(unet: nn.Module,  # before
-                      tuned: nn.Module  # after
-                     ) -> dict:  # name -> float16 tensor, only of weights that moved; "name.up" and "name.down" of a LoRA
+def weight_difference(
+    unet: nn.Module,  # before
+    tuned: nn.Module,  # after
+) -> dict:  # name -> float16 tensor, only of weights that moved; "name.up" and "name.down" of a LoRA
     "What tuning changed, in half precision."
     base, learnt, out = unet.state_dict(), getattr(tuned, "factors", {}), {}
     for name, weight in tuned.state_dict().items():
         change, (up, down) = weight - base[name], learnt.get(name, (None, None))
-        if not change.half().any(): continue
-        if up is not None and _is_product(change, up.to(weight), down.to(weight), weight): out |= {f"{name}.up": up.half(), f"{name}.down": down.half()}
-        else: out[name] = change.half()
+        if not change.half().any():
+            continue
+        if up is not None and _is_product(change, up.to(weight), down.to(weight), weight):
+            out |= {f"{name}.up": up.half(), f"{name}.down": down.half()}
+        else:
+            out[name] = change.half()
     return out
+
 
 def _is_product(change, up, down, weight) -> bool:
     "Whether a change is `up @ down` and nothing more, but for the rounding of the weights that hold it."
-    return ((change - up @ down).abs().max() <= 1e-6 * weight.abs().max()).item() and up.shape[1] * sum(change.shape) < change.numel()
+    return ((change - up @ down).abs().max() <= 1e-6 * weight.abs().max()).item() and up.shape[1] * sum(
+        change.shape
+    ) < change.numel()
 
 # %% ../nbs/05_fine_tuning.ipynb #76af07d2
-def dithered(numbers: torch.Tensor,  # float32
-             dtype: torch.dtype  # float32, bfloat16 or float16
-            ) -> torch.Tensor:  # in `dtype`
+def dithered(
+    numbers: torch.Tensor,  # float32
+    dtype: torch.dtype,  # float32, bfloat16 or float16
+) -> torch.Tensor:  # in `dtype`
     "Numbers in a coarser precision, each rounded up or down so that the mean of many is kept; always the same way."
     bits = 23 + round(math.log2(torch.finfo(dtype).eps))  # binary digits of a float32 that are too fine
     place = torch.arange(numbers.numel(), dtype=torch.int32, device=numbers.device) & 65535
-    threshold = (place * 25033 & 65535) >> (16 - bits)  # 25033 / 65536 is the golden section: all heights come equally often
-    return ((numbers.contiguous().view(torch.int32) + threshold.view_as(numbers)) & -(1 << bits)).view(torch.float32).to(dtype)
+    threshold = (place * 25033 & 65535) >> (
+        16 - bits
+    )  # 25033 / 65536 is the golden section: all heights come equally often
+    return (
+        ((numbers.contiguous().view(torch.int32) + threshold.view_as(numbers)) & -(1 << bits))
+        .view(torch.float32)
+        .to(dtype)
+    )
 
 # %% ../nbs/05_fine_tuning.ipynb #de5a3c8c
-def changed(difference: dict  # from `weight_difference` or `low_rank`
-           ) -> list:  # of names
+def changed(
+    difference: dict,  # from `weight_difference` or `low_rank`
+) -> list:  # of names
     "The weights that a difference changes."
     return [name.removesuffix(".up") for name in difference if not name.endswith(".down")]
 
+
 def change_of(difference: dict, name: str) -> torch.Tensor:  # as it is kept, or (rows, columns) in float32
     "What a difference adds to one weight."
-    return difference[name] if name in difference else difference[f"{name}.up"].float() @ difference[f"{name}.down"].float()
+    return (
+        difference[name]
+        if name in difference
+        else difference[f"{name}.up"].float() @ difference[f"{name}.down"].float()
+    )
 
 # %% ../nbs/05_fine_tuning.ipynb #dd322cbf
-def apply_difference(unet: nn.Module,  # it is not changed
-                     difference: dict,  # from `weight_difference` or `low_rank`
-                     dtype: Optional[torch.dtype] = None  # of the copy; None: as the U-Net
-                    ) -> nn.Module:
+def apply_difference(
+    unet: nn.Module,  # it is not changed
+    difference: dict,  # from `weight_difference` or `low_rank`
+    dtype: torch.dtype | None = None,  # of the copy; None: as the U-Net
+) -> nn.Module:
     "A copy of a U-Net with a difference added, in the same precision (see `dithered`)."
     tuned = twin(unet)
-    for p in tuned.parameters() if dtype else (): p.data = p.data.to(dtype)
+    for p in tuned.parameters() if dtype else ():
+        p.data = p.data.to(dtype)
     weights = tuned.state_dict()
     with torch.no_grad():
         for name in changed(difference):
@@ -190,38 +265,52 @@ def apply_difference(unet: nn.Module,  # it is not changed
 # %% ../nbs/05_fine_tuning.ipynb #11085562
 def check_rank(rank):
     "Refuse a rank that is no whole number from 1."
-    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1: raise BadInput(f"rank is {rank!r}; it must be a whole number, at least 1.")
+    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
+        raise BadInput(f"rank is {rank!r}; it must be a whole number, at least 1.")
 
-def factors(matrix: torch.Tensor,  # (rows, columns)
-            rank: int  # directions kept
-           ) -> tuple:  # up (rows, rank), down (rank, columns)
+
+def factors(
+    matrix: torch.Tensor,  # (rows, columns)
+    rank: int,  # directions kept
+) -> tuple:  # up (rows, rank), down (rank, columns)
     "The best `up @ down` of a rank; zeros fill up where the matrix has fewer directions."
     check_rank(rank)
     u, s, v = torch.linalg.svd(matrix.float(), full_matrices=False)
     root, missing = s[:rank].sqrt(), max(0, rank - len(s))
-    return nn.functional.pad(u[:, :rank] * root, (0, missing)), nn.functional.pad(root[:, None] * v[:rank], (0, 0, 0, missing))
+    return nn.functional.pad(u[:, :rank] * root, (0, missing)), nn.functional.pad(
+        root[:, None] * v[:rank], (0, 0, 0, missing)
+    )
 
 # %% ../nbs/05_fine_tuning.ipynb #0626127f
 def thin(difference: dict, name: str, rank: int) -> tuple:  # up (rows, r), down (r, columns), float32
     "The best two factors for the change of one weight; what has no more than `rank` directions already stays as it is."
-    if name in difference: return factors(difference[name].flatten(1), rank)
+    if name in difference:
+        return factors(difference[name].flatten(1), rank)
     up, down = (difference[f"{name}.{end}"].float() for end in ("up", "down"))
-    if up.shape[1] <= rank: return up, down
+    if up.shape[1] <= rank:
+        return up, down
     (left, tall), (right, wide) = torch.linalg.qr(up), torch.linalg.qr(down.T)
     small = factors(tall @ wide.T, rank)
     return left @ small[0], small[1] @ right.T
 
-def low_rank(difference: dict,  # from `weight_difference`, or a low-rank one
-             rank: int  # directions kept for each matrix
-            ) -> dict:  # matrices as two thin factors, "name.down" and "name.up"
+
+def low_rank(
+    difference: dict,  # from `weight_difference`, or a low-rank one
+    rank: int,  # directions kept for each matrix
+) -> dict:  # matrices as two thin factors, "name.down" and "name.up"
     "The best approximation of a difference with matrices of the given rank."
     check_rank(rank)
     out = {}
     for name in changed(difference):
         whole = difference.get(name)
-        if whole is not None and (whole.ndim < 2 or rank * sum(whole.flatten(1).shape) >= whole.numel()): out[name] = whole.half()
-        else: out |= {f"{name}.{end}": x.half().contiguous() for end, x in zip(("up", "down"), thin(difference, name, rank))}
+        if whole is not None and (whole.ndim < 2 or rank * sum(whole.flatten(1).shape) >= whole.numel()):
+            out[name] = whole.half()
+        else:
+            out |= {
+                f"{name}.{end}": x.half().contiguous() for end, x in zip(("up", "down"), thin(difference, name, rank))
+            }
     return out
+
 
 def full_rank(difference: dict) -> dict:
     "Multiply the factors of `low_rank` out; a full difference passes through."

@@ -9,10 +9,14 @@ __all__ = ['UNET', 'VAE', 'TEXT_ENCODER', 'SAMPLERS', 'TOKENIZER', 'SCHEDULER', 
            'fetch', 'download_notice', 'resolve_model', 'weights_hash']
 
 # %% ../nbs/01_folders.ipynb #e8948f2d
-import hashlib, json, re, sys
+import hashlib
+import json
+import re
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Iterable, Optional, Sequence, Union
+from typing import Optional, Union
+from collections.abc import Iterable, Sequence
 
 # %% ../nbs/01_folders.ipynb #f612b7f2
 from .core import BadInput, as_path, package_folder
@@ -78,36 +82,46 @@ OURS = "this library is for Stable Diffusion 1 and 2, such as CompVis/stable-dif
 ONE_FILE = "StableDiffusionPipeline.from_single_file({!r}).save_pretrained('folder')"
 
 # %% ../nbs/01_folders.ipynb #c33b2752
-def _one_variant(base: str, variant: Optional[str], names: Iterable[str]) -> tuple:
+def _one_variant(base: str, variant: str | None, names: Iterable[str]) -> tuple:
     "The files of a variant among `names`, and what is wrong with them."
     middle, ending = (f".{variant}", f"(\\.{variant})?") if variant else ("", "")
     indices = {f"{base}.safetensors.index{middle}.json", f"{base}.safetensors{middle}.index.json"} & set(names)
     pattern = rf"{base}({re.escape(middle)})?-(\d+)-of-(\d+){ending}\.safetensors"
     shards = {name: m for name in sorted(names) if (m := re.fullmatch(pattern, name)) and middle in name}
     single = f"{base}{middle}.safetensors"
-    if single in names and not indices: return [single], ""
-    if not indices: return [], f"its index {base}.safetensors.index{middle}.json is missing" if shards else ""
-    if not shards: return [], f"the files that {min(indices)} lists are missing"
+    if single in names and not indices:
+        return [single], ""
+    if not indices:
+        return [], f"its index {base}.safetensors.index{middle}.json is missing" if shards else ""
+    if not shards:
+        return [], f"the files that {min(indices)} lists are missing"
     total, have = int(next(iter(shards.values()))[3]), {int(m[2]) for m in shards.values()}
     gone = [f"{base}{middle}-{k:05}-of-{total:05}.safetensors" for k in range(1, total + 1) if k not in have]
     return ([], f"{', '.join(gone)} is missing") if gone else ([*shards, min(indices)], "")
 
 # %% ../nbs/01_folders.ipynb #0b665ce7
-def weight_names(part: str,  # "unet", "vae" or "text_encoder"
-                 names: Iterable[str]  # of the files in its folder
-                ) -> tuple:  # names, variant (None: full precision), complaint
+def weight_names(
+    part: str,  # "unet", "vae" or "text_encoder"
+    names: Iterable[str],  # of the files in its folder
+) -> tuple:  # names, variant (None: full precision), complaint
     "Which of the files are a part's weights; a complaint where they are none."
     names, base = sorted(names), PARTS[part].weights
     tried = {variant: _one_variant(base, variant, names) for variant in VARIANTS}
     for variant, (files, _) in tried.items():
-        if files: return files, variant, ""
+        if files:
+            return files, variant, ""
     wrong = next((w for _, w in tried.values() if w), "")
-    if wrong: return [], None, f"{part} has not all of its weights: {wrong}; get it again"
+    if wrong:
+        return [], None, f"{part} has not all of its weights: {wrong}; get it again"
     there = ", ".join(names) or "nothing"
     pickled = [n for n in names if n.endswith((".bin", ".ckpt", ".pt", ".pth"))]
-    if pickled: cure = ("pickled files may run code and are not read; with a copy you trust, StableDiffusionPipeline"
-                        ".from_pretrained(model, use_safetensors=False).save_pretrained('folder')")
-    else: cure = f"get {base}.safetensors, the name that diffusers gives them"
+    if pickled:
+        cure = (
+            "pickled files may run code and are not read; with a copy you trust, StableDiffusionPipeline"
+            ".from_pretrained(model, use_safetensors=False).save_pretrained('folder')"
+        )
+    else:
+        cure = f"get {base}.safetensors, the name that diffusers gives them"
     return [], None, f"{part} has no weights ({base}.safetensors); it holds {there}: {cure}"
 
 # %% ../nbs/01_folders.ipynb #721bb96d
@@ -115,14 +129,18 @@ def _in_part(part: str, names: Iterable[str]) -> set:
     "The names of the files in one of the folders."
     return {n.partition("/")[2] for n in names if n.startswith(f"{part}/") and n.count("/") == 1}
 
+
 def _parts_missing(names: Sequence[str]) -> str:
     "A complaint about parts that are not there; empty where all are."
     missing = [part for part in PARTS if not _in_part(part, names)]
-    if not missing: return ""
-    if _in_part("transformer", names): return f"has a transformer and no U-Net; {OURS}"
+    if not missing:
+        return ""
+    if _in_part("transformer", names):
+        return f"has a transformer and no U-Net; {OURS}"
     gone, roots = [f"{part}/{PARTS[part].settings}" for part in missing], [n for n in names if "/" not in n]
     said = f"has no {', '.join(missing)} ({', '.join(gone)}); a model is a folder with {', '.join(PARTS)}"
-    if len(missing) == len(PARTS): said = f"holds no model, which is a folder with {', '.join(PARTS)}"
+    if len(missing) == len(PARTS):
+        said = f"holds no model, which is a folder with {', '.join(PARTS)}"
     if {"edit.json", "edit.safetensors"} & set(roots):
         return f"{said}; it holds a saved edit: load_edit(folder) draws it, and its edit.json names the model"
     if {"embeddings.safetensors", "draw.py"} <= set(roots):
@@ -130,61 +148,85 @@ def _parts_missing(names: Sequence[str]) -> str:
     whole = [n for n in roots if n.endswith((".safetensors", ".ckpt"))]
     lora = [n for n in roots if "lora" in n.lower() or n == "adapter_config.json"]
     if lora:
-        return (f"{said}; {lora[0]} is a LoRA, a change to a model: add it to its model with diffusers "
-                "(load_lora_weights, fuse_lora, save_pretrained)")
+        return (
+            f"{said}; {lora[0]} is a LoRA, a change to a model: add it to its model with diffusers "
+            "(load_lora_weights, fuse_lora, save_pretrained)"
+        )
     if whole:
-        return (f"{said}; if {whole[0]} is a whole model in one file, diffusers makes the folder of it: "
-                f"{ONE_FILE.format(whole[0])}")
-    if "config.json" in roots: return f"{said}; this seems to be one part alone, so give the folder about it"
+        return (
+            f"{said}; if {whole[0]} is a whole model in one file, diffusers makes the folder of it: "
+            f"{ONE_FILE.format(whole[0])}"
+        )
+    if "config.json" in roots:
+        return f"{said}; this seems to be one part alone, so give the folder about it"
     return said
+
 
 def _settings_missing(names: Sequence[str]) -> str:
     "A complaint about settings and vocabularies that are not there."
     for part, what in PARTS.items():
         have = _in_part(part, names)
-        if part == "tokenizer" and "special_tokens_map.json" in have: continue
+        if part == "tokenizer" and "special_tokens_map.json" in have:
+            continue
         if what.settings not in have:
-            return (f"has no {part}/{what.settings}, which says how to use the {part}; get it from where the model "
-                    "came from")
+            return (
+                f"has no {part}/{what.settings}, which says how to use the {part}; get it from where the model "
+                "came from"
+            )
     have = _in_part("tokenizer", names)
-    if any(have >= set(files) for files in VOCABULARY): return ""
+    if any(have >= set(files) for files in VOCABULARY):
+        return ""
     gone = [n for n in VOCABULARY[1] if n not in have]
-    return (f"has no tokenizer/{' and no tokenizer/'.join(gone)} (nor a tokenizer.json, which would hold both); get it "
-            "from where the model came from")
+    return (
+        f"has no tokenizer/{' and no tokenizer/'.join(gone)} (nor a tokenizer.json, which would hold both); get it "
+        "from where the model came from"
+    )
 
-def needed_files(names: Iterable[str],  # of all files, relative to the model's folder, with /
-                 where: str,  # how messages call it, such as "The model folder x"
-                 cure: str = ""  # what else to do about missing files
-                ) -> list:
+
+def needed_files(
+    names: Iterable[str],  # of all files, relative to the model's folder, with /
+    where: str,  # how messages call it, such as "The model folder x"
+    cure: str = "",  # what else to do about missing files
+) -> list:
     "The files that make up a model; refuses where one is missing."
     names = sorted(names)
     complaint = _parts_missing(names) or _settings_missing(names)
     adapters = [n for n in names if re.fullmatch(rf"({'|'.join(WEIGHTS)})/adapter_config.json", n)]
-    if adapters: complaint = f"has {adapters[0]}, a change to a part; merge it (peft, merge_and_unload) or remove it"
-    if _in_part("text_encoder_2", names): complaint = f"has two text encoders (SDXL); {OURS}"
+    if adapters:
+        complaint = f"has {adapters[0]}, a change to a part; merge it (peft, merge_and_unload) or remove it"
+    if _in_part("text_encoder_2", names):
+        complaint = f"has two text encoders (SDXL); {OURS}"
     needed = [n for n in names if n == "model_index.json" or n.rpartition("/")[0] in ("tokenizer", "scheduler")]
     for part in WEIGHTS if not complaint else ():
         files, _, wrong = weight_names(part, _in_part(part, names))
         complaint = complaint or wrong
         needed += [f"{part}/{n}" for n in (PARTS[part].settings, *files)]
-    if complaint: raise BadInput(f"{where} {complaint}{cure}.")
+    if complaint:
+        raise BadInput(f"{where} {complaint}{cure}.")
     return needed
 
 # %% ../nbs/01_folders.ipynb #26d29217
-def check_weights(path: Path  # a safetensors file
-                 ) -> dict:  # its tensors: name -> dtype, shape, data_offsets
+def check_weights(
+    path: Path,  # a safetensors file
+) -> dict:  # its tensors: name -> dtype, shape, data_offsets
     "Refuse a safetensors file that is cut short, or isn't one."
     try:
         size = path.stat().st_size
-        with open(path, "rb") as f: first = f.read(8)
-        with open(path, "rb") as f: header = f.read(min(8 + int.from_bytes(first, "little"), size))[8:]
-    except OSError as e: raise BadInput(f"The weights {path} cannot be read: {e.strerror or e}.") from None
+        with open(path, "rb") as f:
+            first = f.read(8)
+        with open(path, "rb") as f:
+            header = f.read(min(8 + int.from_bytes(first, "little"), size))[8:]
+    except OSError as e:
+        raise BadInput(f"The weights {path} cannot be read: {e.strerror or e}.") from None
     if first == b"version ":
-        raise BadInput(f"The weights {path} are a Git LFS pointer, a note where the file should be; get the file with "
-                       "`git lfs pull`.")
+        raise BadInput(
+            f"The weights {path} are a Git LFS pointer, a note where the file should be; get the file with "
+            "`git lfs pull`."
+        )
     if first[:4] in (b"PK\3\4", b"\x80\2}q"):
-        raise BadInput(f"The weights {path} are a pickled file by another name, which may run code; get the "
-                       "safetensors file.")
+        raise BadInput(
+            f"The weights {path} are a pickled file by another name, which may run code; get the safetensors file."
+        )
     try:
         tensors = {name: about for name, about in json.loads(header).items() if name != "__metadata__"}
         end = 8 + int.from_bytes(first, "little") + max(about["data_offsets"][1] for about in tensors.values())
@@ -200,40 +242,52 @@ def _names(folder: Path) -> list:
     try:
         inside = [p for p in folder.iterdir() if not p.name.startswith(".")]
         deeper = [p for f in inside if f.is_dir() for p in f.iterdir()]
-    except OSError as e: raise BadInput(f"The model folder {folder} cannot be read: {e.strerror or e}.") from None
+    except OSError as e:
+        raise BadInput(f"The model folder {folder} cannot be read: {e.strerror or e}.") from None
     return sorted(p.relative_to(folder).as_posix() for p in inside + deeper if p.is_file())
 
-def weight_files(folder: Path,  # model folder
-                 part: str  # "unet", "vae" or "text_encoder"
-                ) -> tuple:
-    "The safetensors files of a part, checked, and their variant: None, \"fp16\" or \"bf16\"."
+
+def weight_files(
+    folder: Path,  # model folder
+    part: str,  # "unet", "vae" or "text_encoder"
+) -> tuple:
+    'The safetensors files of a part, checked, and their variant: None, "fp16" or "bf16".'
     names, variant, wrong = weight_names(part, _in_part(part, _names(folder)))
-    if wrong: raise BadInput(f"The folder {folder / part}: {wrong}.")
+    if wrong:
+        raise BadInput(f"The folder {folder / part}: {wrong}.")
     files = {name: check_weights(folder / part / name) for name in names if name.endswith(".safetensors")}
     for name, tensors in files.items():
         kinds = {n: about["dtype"] for n, about in tensors.items() if "position_ids" not in n}
         odd = [f"{n} as {kind}" for n, kind in kinds.items() if kind not in FLOATS]
         if odd:
-            raise BadInput(f"The weights {folder / part / name} are stored in another form ({', '.join(odd[:3])}); get "
-                           "them in full or half precision.")
+            raise BadInput(
+                f"The weights {folder / part / name} are stored in another form ({', '.join(odd[:3])}); get "
+                "them in full or half precision."
+            )
     for index in (folder / part / name for name in names if name.endswith(".json")):
         listed = read_json(index).get("weight_map")
         if listed != {key: name for name, tensors in files.items() for key in tensors}:
             raise BadInput(f"{index} does not list what its files hold; get {part} again, index and files together.")
     return [folder / part / name for name in files], variant
 
+
 FLOATS = ("F64", "F32", "F16", "BF16")  # how the numbers of a part may be stored
 
-def read_json(path: Path  # a file of settings
-             ) -> dict:
+
+def read_json(
+    path: Path,  # a file of settings
+) -> dict:
     "The settings in a JSON file; refuses what diffusers and transformers could not read."
-    try: raw = path.read_bytes()
+    try:
+        raw = path.read_bytes()
     except OSError as e:
-        raise BadInput(f"The file {path} cannot be read: {e.strerror or e}; get it again from where the "
-                       "model came from.") from None
+        raise BadInput(
+            f"The file {path} cannot be read: {e.strerror or e}; get it again from where the model came from."
+        ) from None
     if raw[:3] == b"\xef\xbb\xbf" or raw[:2] in (b"\xff\xfe", b"\xfe\xff"):
         raise BadInput(f"The file {path} begins with a byte-order mark, which JSON must not; save it as plain UTF-8.")
-    try: data = json.loads(raw)
+    try:
+        data = json.loads(raw)
     except (ValueError, RecursionError) as e:
         raise BadInput(f"The file {path} is not JSON ({e}); get it again.") from None
     if not isinstance(data, dict):
@@ -243,11 +297,15 @@ def read_json(path: Path  # a file of settings
 # %% ../nbs/01_folders.ipynb #879d3251
 def _class_of(part: str, settings: dict):
     "The class that a part's own settings name; None where they name none."
-    if part != "text_encoder": return settings.get("_class_name", settings.get("tokenizer_class"))
+    if part != "text_encoder":
+        return settings.get("_class_name", settings.get("tokenizer_class"))
     named, kind = settings.get("architectures"), settings.get("model_type")
     return named[0] if isinstance(named, list) and named else "CLIPTextModel" if kind == "clip_text_model" else kind
 
-def _whole(value) -> bool: return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+def _whole(value) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
 
 def _check_settings(part: str, settings: dict, file: Path) -> list:
     "Hold a part's settings against its row of the table; notes about what it leaves out."
@@ -258,30 +316,41 @@ def _check_settings(part: str, settings: dict, file: Path) -> list:
         if settings.get(name) not in (None, False, 0, "default"):
             raise BadInput(f"{file}: {name} is {settings[name]!r}, so this is {kind}; {OURS}.")
     if part == "text_encoder" and "text_config" in settings:
-        raise BadInput(f"{file} is of a whole CLIP; CLIPTextModel.from_pretrained(...).save_pretrained(...) saves the "
-                       "text encoder alone.")
+        raise BadInput(
+            f"{file} is of a whole CLIP; CLIPTextModel.from_pretrained(...).save_pretrained(...) saves the "
+            "text encoder alone."
+        )
     missing = [name for name in what.needs if name not in settings]
     if missing:
-        raise BadInput(f"{file} does not say {', '.join(missing)}, and a guess would draw something else; get the file "
-                       "again from where the model came from.")
+        raise BadInput(
+            f"{file} does not say {', '.join(missing)}, and a guess would draw something else; get the file "
+            "again from where the model came from."
+        )
     for name in what.numbers:
         if not _whole(settings[name]):
-            raise BadInput(f"{file}: {name} is {settings[name]!r}; it must be a whole number above "
-                           f"0{HINTS.get(name, '')}.")
+            raise BadInput(
+                f"{file}: {name} is {settings[name]!r}; it must be a whole number above 0{HINTS.get(name, '')}."
+            )
     usual = [(name, value) for name, value in what.usual.items() if name not in settings]
     return [f"{file} gives no {name}; it is taken as {value}, what v1.4 means by that." for name, value in usual]
 
+
 HINTS = dict(sample_size=", the side of the latents it was trained on, such as 64 for pictures of 512 px")
+
 
 def _either(part: str) -> str:
     "What a part may be, in words."
     return "sampler with DDIM's noise schedule" if part == "scheduler" else " or ".join(PARTS[part].classes)
 
-def say_once(note: str  # a sentence
-            ):
+
+def say_once(
+    note: str,  # a sentence
+):
     "Print a note to stderr, the first time only."
-    if note not in _SAID: print(f"Note: {note}", file=sys.stderr, flush=True)
+    if note not in _SAID:
+        print(f"Note: {note}", file=sys.stderr, flush=True)
     _SAID.add(note)
+
 
 _SAID = set()
 
@@ -304,57 +373,82 @@ def _check_index(index: dict, file: Path) -> list:
 def _check_fit(unet: dict, vae: dict, text: dict, folder: Path):
     "Refuse parts that do not belong together."
     file, latent, reads = folder / "unet" / "config.json", vae["latent_channels"], unet["in_channels"]
-    kinds = {2 * latent + 1: "an inpainting model, which reads a mask and a masked picture, too",
-             latent + 1: "a depth model, which reads a depth map, too",
-             latent + 3: "an upscaler, which reads a small picture, too",
-             2 * latent: "an instruct-pix2pix model, which reads the input picture, too"}
+    kinds = {
+        2 * latent + 1: "an inpainting model, which reads a mask and a masked picture, too",
+        latent + 1: "a depth model, which reads a depth map, too",
+        latent + 3: "an upscaler, which reads a small picture, too",
+        2 * latent: "an instruct-pix2pix model, which reads the input picture, too",
+    }
     kind = kinds.get(reads, "made for another autoencoder")
     if reads != latent:
-        raise BadInput(f"{file}: the U-Net reads {reads} channels and its latents have {latent}, so it is {kind}; "
-                       f"{OURS}.")
+        raise BadInput(
+            f"{file}: the U-Net reads {reads} channels and its latents have {latent}, so it is {kind}; {OURS}."
+        )
     if unet["out_channels"] != latent:
-        raise BadInput(f"{file}: the U-Net answers with {unet['out_channels']} channels and its latents have {latent}; "
-                       f"{OURS}.")
+        raise BadInput(
+            f"{file}: the U-Net answers with {unet['out_channels']} channels and its latents have {latent}; {OURS}."
+        )
     colours, vae_file = (vae["in_channels"], vae["out_channels"]), folder / "vae" / "config.json"
     if colours != (3, 3):
-        raise BadInput(f"{vae_file}: the autoencoder reads {colours[0]} and gives {colours[1]} channels; pictures have "
-                       "3.")
+        raise BadInput(
+            f"{vae_file}: the autoencoder reads {colours[0]} and gives {colours[1]} channels; pictures have 3."
+        )
     width, given = unet["cross_attention_dim"], text["hidden_size"]
     if any(w != given for w in (width if isinstance(width, list) else [width])):
-        raise BadInput(f"{file}: cross_attention_dim is {width}, but the text encoder's vectors have {given} numbers "
-                       "(text_encoder/config.json, hidden_size); take both from one model (Stable Diffusion 1 has "
-                       "768, 2 has 1024).")
+        raise BadInput(
+            f"{file}: cross_attention_dim is {width}, but the text encoder's vectors have {given} numbers "
+            "(text_encoder/config.json, hidden_size); take both from one model (Stable Diffusion 1 has "
+            "768, 2 has 1024)."
+        )
     scale = vae.get("scaling_factor", VAE.usual["scaling_factor"])
     if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not 0 < scale < float("inf"):
         raise BadInput(f"{vae_file}: scaling_factor is {scale!r}; it must be a number above 0.")
 
-def check_settings(folder: Path  # with all files of settings; weights may be missing
-                  ) -> list:
+
+def check_settings(
+    folder: Path,  # with all files of settings; weights may be missing
+) -> list:
     "Refuse a model whose settings say that it does not fit; notes about what is replaced."
     files, notes = {part: folder / part / what.settings for part, what in PARTS.items()}, []
     settings = {part: read_json(file) for part, file in files.items() if part != "tokenizer" or file.is_file()}
-    for file in sorted((folder / "tokenizer").glob("*.json")): read_json(file)
-    for part, said in settings.items(): notes += _check_settings(part, said, files[part])
+    for file in sorted((folder / "tokenizer").glob("*.json")):
+        read_json(file)
+    for part, said in settings.items():
+        notes += _check_settings(part, said, files[part])
     _check_fit(settings["unet"], settings["vae"], settings["text_encoder"], folder)
     index, sampler = folder / "model_index.json", settings["scheduler"]["_class_name"]
-    if index.is_file(): notes += _check_index(read_json(index), index)
+    if index.is_file():
+        notes += _check_index(read_json(index), index)
     same = "pictures are drawn with DDIM on the same noise schedule, or with PNDM where a setting says so"
-    if sampler != "DDIMScheduler": notes.append(f"{files['scheduler']} names {sampler}; {same}.")
+    if sampler != "DDIMScheduler":
+        notes.append(f"{files['scheduler']} names {sampler}; {same}.")
     return notes
 
 # %% ../nbs/01_folders.ipynb #7ace8534
-def beside(names: Iterable[str]  # of all files in a model's folder
-          ) -> list:
+def beside(
+    names: Iterable[str],  # of all files in a model's folder
+) -> list:
     "Weights and parts among the names that are not read."
     loose = [n for n in names if n.endswith((".safetensors", ".bin", ".ckpt", ".pt", ".pth"))]
-    usual = ("diffusion_pytorch_model", "diffusion_flax_model", "model", "pytorch_model", "flax_model", "tf_model",
-             "openvino_model")
+    usual = (
+        "diffusion_pytorch_model",
+        "diffusion_flax_model",
+        "model",
+        "pytorch_model",
+        "flax_model",
+        "tf_model",
+        "openvino_model",
+    )
+
     def known(name):
         part, _, file = name.rpartition("/")
-        if part.split("/")[0] in EXTRA or part.startswith("."): return True
+        if part.split("/")[0] in EXTRA or part.startswith("."):
+            return True
         return part in PARTS and re.split(r"[.-]", file)[0] in usual
+
     short = lambda name: name if "/" not in name or name.split("/")[0] in PARTS else name.split("/")[0] + "/"
     return sorted({short(name) for name in loose if not known(name)})
+
 
 def _beside(names: Iterable[str], where: str) -> list:
     "A note about what lies beside a model and is not read."
@@ -365,123 +459,167 @@ def _beside(names: Iterable[str], where: str) -> list:
     return [f"{where} holds more than a model, and that is not read: {', '.join(found)}{cure}."] if found else []
 
 # %% ../nbs/01_folders.ipynb #1afaeaed
-def check_folder(folder: Path  # a model's
-                ) -> list:  # notes, for `say_once` when it is loaded
+def check_folder(
+    folder: Path,  # a model's
+) -> list:  # notes, for `say_once` when it is loaded
     "Refuse a folder that is no Stable Diffusion 1 or 2, naming the file and the way out."
     names, where = _names(folder), f"The model folder {folder}"
     below = (*folder.glob("*/unet/config.json"), *folder.glob("*/*/unet/config.json")) if _parts_missing(names) else ()
-    if below: raise BadInput(f"{where} holds no model itself; give {min(below).parent.parent}, which does.")
+    if below:
+        raise BadInput(f"{where} holds no model itself; give {min(below).parent.parent}, which does.")
     needed_files(names, where)
     notes = check_settings(folder)
-    for part in WEIGHTS: weight_files(folder, part)
+    for part in WEIGHTS:
+        weight_files(folder, part)
     return notes + _beside(names, where)
 
 # %% ../nbs/01_folders.ipynb #add46c13
 def _line_errors() -> tuple:
     "What goes wrong between here and the hub."
     from huggingface_hub.errors import HfHubHTTPError
+
     return (*HfHubHTTPError.__bases__, OSError, ValueError, RuntimeError)  # the first is that of all errors of the line
+
 
 def _reason(error: Exception) -> str:
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+
     first = (str(error).strip() or repr(error)).splitlines()[0]
     if isinstance(error, GatedRepoError):
-        return (f"the hub could not give it: its licence must be accepted on its page first ({first})")
+        return f"the hub could not give it: its licence must be accepted on its page first ({first})"
     if isinstance(error, RepositoryNotFoundError):
-        return (f"the hub could not give it: it knows no such repository, or a private one ({first})")
+        return f"the hub could not give it: it knows no such repository, or a private one ({first})"
     return f"the hub could not give it ({first})"
+
 
 def _listed(name: str, offline: bool) -> tuple:
     "The names of a repository's files, and why there are none."
     from huggingface_hub import HfApi, constants
-    if offline or constants.HF_HUB_OFFLINE: return None, "this machine is set to offline"
-    try: return HfApi().list_repo_files(name), ""
-    except _line_errors() as e: return None, _reason(e)
 
-def _from_cache(name: str, files: Optional[Sequence[str]], why: str) -> Path:
+    if offline or constants.HF_HUB_OFFLINE:
+        return None, "this machine is set to offline"
+    try:
+        return HfApi().list_repo_files(name), ""
+    except _line_errors() as e:
+        return None, _reason(e)
+
+
+def _from_cache(name: str, files: Sequence[str] | None, why: str) -> Path:
     "The copy that the hub's cache has, where it is complete."
     from huggingface_hub import constants, snapshot_download
-    try: folder = Path(snapshot_download(name, local_files_only=True, allow_patterns=[]))
+
+    try:
+        folder = Path(snapshot_download(name, local_files_only=True, allow_patterns=[]))
     except (OSError, ValueError):
-        raise BadInput(f"Cannot load the model {name!r}: there is no such folder, {why}, and the hub's cache "
-                       f"({constants.HF_HUB_CACHE}) has no copy; give a local folder, or 'mini'.") from None
+        raise BadInput(
+            f"Cannot load the model {name!r}: there is no such folder, {why}, and the hub's cache "
+            f"({constants.HF_HUB_CACHE}) has no copy; give a local folder, or 'mini'."
+        ) from None
     where = f"Cannot load the model {name!r}: the copy in the hub's cache ({folder})"
     cure = f"; {why}, so nothing is fetched"
     gone = [f for f in files or () if not (folder / f).is_file()]
-    if gone: raise BadInput(f"{where} has no {', '.join(gone)}{cure}.")
-    if not files: needed_files(_names(folder), where, cure)
+    if gone:
+        raise BadInput(f"{where} has no {', '.join(gone)}{cure}.")
+    if not files:
+        needed_files(_names(folder), where, cure)
     return folder
 
 # %% ../nbs/01_folders.ipynb #86828fbe
-def fetch(name: str,  # of a repository on the Hugging Face hub
-          offline: bool = False,  # never ask the hub
-          files: Optional[Sequence[str]] = None  # those that are needed; None: those of a model
-         ) -> Path:
+def fetch(
+    name: str,  # of a repository on the Hugging Face hub
+    offline: bool = False,  # never ask the hub
+    files: Sequence[str] | None = None,  # those that are needed; None: those of a model
+) -> Path:
     "The folder of a hub repository: from the cache, or downloaded after saying so."
     from huggingface_hub import constants, snapshot_download
+
     listed, why = _listed(name, offline)
-    if listed is None: return _from_cache(name, files, why)
+    if listed is None:
+        return _from_cache(name, files, why)
     where = f"The repository {name} on {constants.ENDPOINT}"
     wanted = list(files) if files else needed_files(listed, where)
     try:
         looked = snapshot_download(name, dry_run=True, tqdm_class=_no_bar(), allow_patterns=wanted)
         missing = [f for f in looked if f.will_download]
-        if missing: print(download_notice(name, [f.file_size for f in missing]), file=sys.stderr, flush=True)
+        if missing:
+            print(download_notice(name, [f.file_size for f in missing]), file=sys.stderr, flush=True)
         if not files:
             small = [f for f in wanted if f.endswith((".json", ".txt"))]
             early = snapshot_download(name, local_files_only=not missing, tqdm_class=_no_bar(), allow_patterns=small)
             check_settings(Path(early))
         folder = Path(snapshot_download(name, local_files_only=not missing, allow_patterns=wanted))
-        for note in [] if files else _beside(listed, where): say_once(note)
+        for note in [] if files else _beside(listed, where):
+            say_once(note)
         return folder
     except _line_errors() as e:
-        if isinstance(e, BadInput): raise
-        raise BadInput(f"Cannot load the model {name!r}: there is no such folder, and the download stopped "
-                       f"({_reason(e)}); the same command goes on with it.") from None
+        if isinstance(e, BadInput):
+            raise
+        raise BadInput(
+            f"Cannot load the model {name!r}: there is no such folder, and the download stopped "
+            f"({_reason(e)}); the same command goes on with it."
+        ) from None
 
-def download_notice(name: str,  # of the repository
-                    sizes: Sequence[Optional[int]]  # of its missing files, in bytes
-                   ) -> str:
+
+def download_notice(
+    name: str,  # of the repository
+    sizes: Sequence[int | None],  # of its missing files, in bytes
+) -> str:
     "What is about to be fetched, from where, how large and to where."
     from huggingface_hub import constants
+
     size = sum(s or 0 for s in sizes)
     large = f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.0f} MB"
-    return (f"Fetching {name} from {constants.ENDPOINT}: {len(sizes)} file{'s' * (len(sizes) != 1)}, {large}, "
-            f"into {constants.HF_HUB_CACHE}; Ctrl-C stops it, and the same command goes on.")
+    return (
+        f"Fetching {name} from {constants.ENDPOINT}: {len(sizes)} file{'s' * (len(sizes) != 1)}, {large}, "
+        f"into {constants.HF_HUB_CACHE}; Ctrl-C stops it, and the same command goes on."
+    )
+
 
 def _no_bar():
     "A progress bar that shows nothing."
     from tqdm.auto import tqdm
+
     silent = lambda self, *args, **kwargs: tqdm.__init__(self, *args, **kwargs | dict(disable=True))
     return type("NoBar", (tqdm,), dict(__init__=silent))
 
 # %% ../nbs/01_folders.ipynb #6dd69036
-def resolve_model(name: Union[str, Path] = "mini",  # "mini", a folder, or a repository on the Hugging Face hub
-                  offline: bool = False  # never ask the hub; what it gave before is still used
-                 ) -> Path:
+def resolve_model(
+    name: str | Path = "mini",  # "mini", a folder, or a repository on the Hugging Face hub
+    offline: bool = False,  # never ask the hub; what it gave before is still used
+) -> Path:
     "The folder that holds the model `name`."
     if not isinstance(name, (str, Path)) or not str(name).strip():
-        raise BadInput(f"The model is {name!r:.60}; give its name: 'mini', a folder, or a hub name such as "
-                       "'CompVis/stable-diffusion-v1-4'.")
+        raise BadInput(
+            f"The model is {name!r:.60}; give its name: 'mini', a folder, or a hub name such as "
+            "'CompVis/stable-diffusion-v1-4'."
+        )
     folder = package_folder() / "weights" / "mini" if str(name) == "mini" else as_path(name, "The model")
     one_file = folder.suffix.lower() in (".safetensors", ".ckpt", ".bin", ".pt", ".gguf", ".onnx")
     on_hub = re.fullmatch(r"\w[\w.-]*/[\w.-]+", str(name)) and not one_file
-    if on_hub and not folder.exists(): return fetch(str(name), offline)
-    if folder.is_dir(): return folder
+    if on_hub and not folder.exists():
+        return fetch(str(name), offline)
+    if folder.is_dir():
+        return folder
     if folder.exists():
-        raise BadInput(f"The model {str(name)!r} is a file; a model is a folder with {', '.join(PARTS)}; "
-                       f"with diffusers, {ONE_FILE.format(folder.name)} makes one.")
+        raise BadInput(
+            f"The model {str(name)!r} is a file; a model is a folder with {', '.join(PARTS)}; "
+            f"with diffusers, {ONE_FILE.format(folder.name)} makes one."
+        )
     if page := re.fullmatch(r"https?://(?:www\.)?(?:huggingface\.co|hf\.co)/([\w.-]+/[\w.-]+)(/.*)?", str(name)):
         raise BadInput(f"The model {str(name)!r} is a web address; give the name on it, {page[1]!r}.")
-    if one_file: raise BadInput(f"There is no file {str(name)!r}, and a model is a folder with {', '.join(PARTS)}.")
-    raise BadInput(f"There is no model folder {str(name)!r}; give 'mini', a folder, or a hub name such as "
-                   "'CompVis/stable-diffusion-v1-4'.")
+    if one_file:
+        raise BadInput(f"There is no file {str(name)!r}, and a model is a folder with {', '.join(PARTS)}.")
+    raise BadInput(
+        f"There is no model folder {str(name)!r}; give 'mini', a folder, or a hub name such as "
+        "'CompVis/stable-diffusion-v1-4'."
+    )
 
 # %% ../nbs/01_folders.ipynb #00ad254d
 def _digest(path, whole, pieces=1000, piece=4096):
     "Hash of a file, or of its length and `pieces` pieces if it is longer than `whole` bytes."
     size = path.stat().st_size
-    if size <= whole: return hashlib.sha256(path.read_bytes()).digest()
+    if size <= whole:
+        return hashlib.sha256(path.read_bytes()).digest()
     h = hashlib.sha256(str(size).encode())
     with open(path, "rb") as f:
         for i in range(pieces):
@@ -489,9 +627,11 @@ def _digest(path, whole, pieces=1000, piece=4096):
             h.update(f.read(piece))
     return h.digest()
 
-def weights_hash(folder: Path,  # model folder
-                 whole: int = 2**26  # files of up to this many bytes are read whole
-                ) -> str:
+
+def weights_hash(
+    folder: Path,  # model folder
+    whole: int = 2**26,  # files of up to this many bytes are read whole
+) -> str:
     "Sixteen hexadecimal digits that name a model's weights and noise schedule."
     files = [f for part in WEIGHTS for f in weight_files(folder, part)[0]]
     files += [folder / "scheduler" / "scheduler_config.json"]

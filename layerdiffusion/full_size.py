@@ -16,34 +16,86 @@ from .core import BadInput, write_json
 from .sd import PREDICTIONS, Models, quiet
 
 # %% ../nbs/25_full_size.ipynb #1543cc08
-def _narrow(n: int, width: float, by: int = 32) -> int: return max(by, round(n * width / by) * by)
+def _narrow(n: int, width: float, by: int = 32) -> int:
+    return max(by, round(n * width / by) * by)
 
-def sd_configs(version: str = "1.4",  # "1.4" or "2.1"
-               width: float = 1.,  # share of the published width
-               size: Optional[int] = None,  # px of its pictures, a multiple of 64; None: 512 for 1.4, 768 for 2.1
-               prediction_type: Optional[str] = None  # "epsilon", "v_prediction" or "sample"; None: as published
-              ) -> dict:  # unet, vae, text_encoder, scheduler
+
+def sd_configs(
+    version: str = "1.4",  # "1.4" or "2.1"
+    width: float = 1.0,  # share of the published width
+    size: int | None = None,  # px of its pictures, a multiple of 64; None: 512 for 1.4, 768 for 2.1
+    prediction_type: str | None = None,  # "epsilon", "v_prediction" or "sample"; None: as published
+) -> dict:  # unet, vae, text_encoder, scheduler
     "The settings of a published Stable Diffusion, or of a narrower one."
-    if version not in ("1.4", "2.1"): raise BadInput(f"The version {version!r} is unknown; give '1.4' or '2.1'.")
-    if prediction_type not in (None, *PREDICTIONS): raise BadInput(f"The prediction type {prediction_type!r} is unknown; give {', '.join(PREDICTIONS)}.")
+    if version not in ("1.4", "2.1"):
+        raise BadInput(f"The version {version!r} is unknown; give '1.4' or '2.1'.")
+    if prediction_type not in (None, *PREDICTIONS):
+        raise BadInput(f"The prediction type {prediction_type!r} is unknown; give {', '.join(PREDICTIONS)}.")
     second, channels = version == "2.1", [_narrow(c, width) for c in (320, 640, 1280, 1280)]
     heads = 16 if second else 12
     words, size = heads * _narrow(64, width, 8), size or (768 if second else 512)
-    return dict(unet=dict(sample_size=size // 8, in_channels=4, out_channels=4, block_out_channels=channels, layers_per_block=2, cross_attention_dim=words, use_linear_projection=second,
-                          attention_head_dim=[next(h for h in range(max(1, c // 64), 0, -1) if c % h == 0) for c in channels] if second else 8),
-                vae=dict(sample_size=size, down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4, block_out_channels=[_narrow(c, width) for c in (128, 256, 512, 512)],
-                         layers_per_block=2, latent_channels=4, scaling_factor=.18215),
-                text_encoder=dict(vocab_size=49408, hidden_size=words, intermediate_size=4 * words, num_hidden_layers=23 if second else 12, num_attention_heads=heads, max_position_embeddings=77,
-                                  hidden_act="gelu" if second else "quick_gelu", projection_dim=512 if second else 768, bos_token_id=0, eos_token_id=2, pad_token_id=1),
-                scheduler=dict(_class_name="PNDMScheduler", beta_start=.00085, beta_end=.012, beta_schedule="scaled_linear", num_train_timesteps=1000, skip_prk_steps=True, set_alpha_to_one=False, clip_sample=False, trained_betas=None,
-                               steps_offset=1, prediction_type=prediction_type or ("v_prediction" if second else "epsilon")))
+    return dict(
+        unet=dict(
+            sample_size=size // 8,
+            in_channels=4,
+            out_channels=4,
+            block_out_channels=channels,
+            layers_per_block=2,
+            cross_attention_dim=words,
+            use_linear_projection=second,
+            attention_head_dim=[next(h for h in range(max(1, c // 64), 0, -1) if c % h == 0) for c in channels]
+            if second
+            else 8,
+        ),
+        vae=dict(
+            sample_size=size,
+            down_block_types=["DownEncoderBlock2D"] * 4,
+            up_block_types=["UpDecoderBlock2D"] * 4,
+            block_out_channels=[_narrow(c, width) for c in (128, 256, 512, 512)],
+            layers_per_block=2,
+            latent_channels=4,
+            scaling_factor=0.18215,
+        ),
+        text_encoder=dict(
+            vocab_size=49408,
+            hidden_size=words,
+            intermediate_size=4 * words,
+            num_hidden_layers=23 if second else 12,
+            num_attention_heads=heads,
+            max_position_embeddings=77,
+            hidden_act="gelu" if second else "quick_gelu",
+            projection_dim=512 if second else 768,
+            bos_token_id=0,
+            eos_token_id=2,
+            pad_token_id=1,
+        ),
+        scheduler=dict(
+            _class_name="PNDMScheduler",
+            beta_start=0.00085,
+            beta_end=0.012,
+            beta_schedule="scaled_linear",
+            num_train_timesteps=1000,
+            skip_prk_steps=True,
+            set_alpha_to_one=False,
+            clip_sample=False,
+            trained_betas=None,
+            steps_offset=1,
+            prediction_type=prediction_type or ("v_prediction" if second else "epsilon"),
+        ),
+    )
 
 # %% ../nbs/25_full_size.ipynb #eb505ebf
 def build_parts(configs: dict) -> dict:  # unet, vae, text_encoder
     "The three networks, with the random weights that their classes start from."
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
-    with quiet(): return dict(unet=UNet2DConditionModel(**configs["unet"]), vae=AutoencoderKL(**configs["vae"]), text_encoder=CLIPTextModel(CLIPTextConfig(**configs["text_encoder"])))
+
+    with quiet():
+        return dict(
+            unet=UNet2DConditionModel(**configs["unet"]),
+            vae=AutoencoderKL(**configs["vae"]),
+            text_encoder=CLIPTextModel(CLIPTextConfig(**configs["text_encoder"])),
+        )
 
 # %% ../nbs/25_full_size.ipynb #2622d6b0
 @cache
@@ -51,71 +103,133 @@ def clip_tokenizer(version: str = "1.4"):  # see `sd_configs`
     "CLIP's tokenizer, as in Stable Diffusion's folders."
     from open_clip.tokenizer import SimpleTokenizer
     from transformers import CLIPTokenizer
+
     known = SimpleTokenizer()
     start, end = "<|startoftext|>", "<|endoftext|>"
     vocabulary = dict(list(known.encoder.items())[:-2]) | {start: known.sot_token_id, end: known.eot_token_id}
-    return CLIPTokenizer(vocab=vocabulary, merges=list(known.bpe_ranks), pad_token="!" if version == "2.1" else end, model_max_length=77)
+    return CLIPTokenizer(
+        vocab=vocabulary, merges=list(known.bpe_ranks), pad_token="!" if version == "2.1" else end, model_max_length=77
+    )
 
 # %% ../nbs/25_full_size.ipynb #39be6965
-def build_model(folder: Union[str, Path],  # made if it is not there
-                version: str = "1.4", width: float = 1., size: Optional[int] = None, prediction_type: Optional[str] = None,  # see `sd_configs`
-                seed: int = 0,  # of the weights
-                dtype: torch.dtype = torch.float32  # of the file's numbers
-               ) -> Path:
+def build_model(
+    folder: str | Path,  # made if it is not there
+    version: str = "1.4",
+    width: float = 1.0,
+    size: int | None = None,
+    prediction_type: str | None = None,  # see `sd_configs`
+    seed: int = 0,  # of the weights
+    dtype: torch.dtype = torch.float32,  # of the file's numbers
+) -> Path:
     "A Stable Diffusion folder with random weights."
     folder, configs = Path(folder), sd_configs(version, width, size, prediction_type)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         parts = build_parts(configs)
     with quiet():
-        for name, part in parts.items(): part.to(dtype).save_pretrained(folder / name)
+        for name, part in parts.items():
+            part.to(dtype).save_pretrained(folder / name)
     clip_tokenizer(version).save_pretrained(folder / "tokenizer")
     (folder / "scheduler").mkdir(exist_ok=True)
     write_json(folder / "scheduler" / "scheduler_config.json", configs["scheduler"])
-    classes = dict(unet=["diffusers", "UNet2DConditionModel"], vae=["diffusers", "AutoencoderKL"], text_encoder=["transformers", "CLIPTextModel"], tokenizer=["transformers", "CLIPTokenizer"],
-                   scheduler=["diffusers", "PNDMScheduler"], safety_checker=[None, None], feature_extractor=[None, None])
-    write_json(folder / "model_index.json", dict(_class_name="StableDiffusionPipeline", requires_safety_checker=False) | classes)
+    classes = dict(
+        unet=["diffusers", "UNet2DConditionModel"],
+        vae=["diffusers", "AutoencoderKL"],
+        text_encoder=["transformers", "CLIPTextModel"],
+        tokenizer=["transformers", "CLIPTokenizer"],
+        scheduler=["diffusers", "PNDMScheduler"],
+        safety_checker=[None, None],
+        feature_extractor=[None, None],
+    )
+    write_json(
+        folder / "model_index.json",
+        dict(_class_name="StableDiffusionPipeline", requires_safety_checker=False) | classes,
+    )
     return folder
 
 # %% ../nbs/25_full_size.ipynb #ae1925b2
 SAM_SHAPES = dict(vit_b=(768, 12, 12), vit_l=(1024, 24, 16), vit_h=(1280, 32, 16))  # width, blocks, heads
 
-def build_sam(path: Union[str, Path],  # ends with .pth or .safetensors
-              kind: str = "vit_b",  # "vit_b", "vit_l" or "vit_h"
-              width: float = 1., size: int = 1024,  # share of the published width; px it looks at, a multiple of 16
-              seed: int = 0) -> Path:
+
+def build_sam(
+    path: str | Path,  # ends with .pth or .safetensors
+    kind: str = "vit_b",  # "vit_b", "vit_l" or "vit_h"
+    width: float = 1.0,
+    size: int = 1024,  # share of the published width; px it looks at, a multiple of 16
+    seed: int = 0,
+) -> Path:
     "A file of Segment Anything with random weights."
     from safetensors.torch import save_file
     from segment_anything.modeling import ImageEncoderViT, MaskDecoder, PromptEncoder, Sam, TwoWayTransformer
+
     (full, depth, heads), dim, side, path = SAM_SHAPES[kind], _narrow(256, width), size // 16, Path(path)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        encoder = ImageEncoderViT(img_size=size, embed_dim=heads * _narrow(full // heads, width, 8), depth=depth, num_heads=heads, use_rel_pos=True, window_size=14,
-                                  global_attn_indexes=[depth // 4 * i - 1 for i in range(1, 5)], out_chans=dim)
-        decoder = MaskDecoder(transformer_dim=dim, transformer=TwoWayTransformer(depth=2, embedding_dim=dim, num_heads=8, mlp_dim=_narrow(2048, width)), iou_head_hidden_dim=dim)
+        encoder = ImageEncoderViT(
+            img_size=size,
+            embed_dim=heads * _narrow(full // heads, width, 8),
+            depth=depth,
+            num_heads=heads,
+            use_rel_pos=True,
+            window_size=14,
+            global_attn_indexes=[depth // 4 * i - 1 for i in range(1, 5)],
+            out_chans=dim,
+        )
+        decoder = MaskDecoder(
+            transformer_dim=dim,
+            transformer=TwoWayTransformer(depth=2, embedding_dim=dim, num_heads=8, mlp_dim=_narrow(2048, width)),
+            iou_head_hidden_dim=dim,
+        )
         sam = Sam(encoder, PromptEncoder(dim, (side, side), (size, size), mask_in_chans=16), decoder)
     path.parent.mkdir(parents=True, exist_ok=True)
-    if path.suffix == ".safetensors": save_file(sam.state_dict(), path)
-    else: torch.save(sam.state_dict(), path)
+    if path.suffix == ".safetensors":
+        save_file(sam.state_dict(), path)
+    else:
+        torch.save(sam.state_dict(), path)
     return path
 
 # %% ../nbs/25_full_size.ipynb #683f1375
-def sd_models(version: str = "1.4",  # see `sd_configs`
-              dtype: torch.dtype = torch.bfloat16,  # of the weights
-              device: str = "cuda"  # where it is thought to be
-             ) -> Models:
+def sd_models(
+    version: str = "1.4",  # see `sd_configs`
+    dtype: torch.dtype = torch.bfloat16,  # of the weights
+    device: str = "cuda",  # where it is thought to be
+) -> Models:
     "A published Stable Diffusion in its full size, with shapes and no numbers."
     from diffusers import DDIMScheduler
+
     configs = sd_configs(version)
-    with torch.device("meta"): parts = build_parts(configs)
-    with quiet(): scheduler = DDIMScheduler.from_config(configs["scheduler"], clip_sample=False)
-    return Models(f"Stable Diffusion {version}", Path("."), **parts, tokenizer=clip_tokenizer(version), scheduler=scheduler, device=torch.device(device), dtype=dtype)
+    with torch.device("meta"):
+        parts = build_parts(configs)
+    with quiet():
+        scheduler = DDIMScheduler.from_config(configs["scheduler"], clip_sample=False)
+    return Models(
+        f"Stable Diffusion {version}",
+        Path("."),
+        **parts,
+        tokenizer=clip_tokenizer(version),
+        scheduler=scheduler,
+        device=torch.device(device),
+        dtype=dtype,
+    )
 
 # %% ../nbs/25_full_size.ipynb #1e86f1d1
-def bench_job(size: str,  # "sd14" or "tiny"
-              folder: Union[str, Path]) -> dict:
+def bench_job(
+    size: str,  # "sd14" or "tiny"
+    folder: str | Path,
+) -> dict:
     "A model, a SAM and a job for `bench.bench`, with random weights."
     tiny, folder = size == "tiny", Path(folder)
-    model = build_model(folder / "model", width=.1 if tiny else 1., size=64 if tiny else None, dtype=torch.float32 if tiny else torch.float16)
-    sam = build_sam(folder / "sam_vit_b.safetensors", width=.125 if tiny else 1., size=64 if tiny else 1024)
-    return dict(model=str(model), sam=str(sam), job=dict(image="example:dog", words=("a dog jumping", "in a forest"), point=(32, 36), box=(.25, .25, .75, .85)))
+    model = build_model(
+        folder / "model",
+        width=0.1 if tiny else 1.0,
+        size=64 if tiny else None,
+        dtype=torch.float32 if tiny else torch.float16,
+    )
+    sam = build_sam(folder / "sam_vit_b.safetensors", width=0.125 if tiny else 1.0, size=64 if tiny else 1024)
+    return dict(
+        model=str(model),
+        sam=str(sam),
+        job=dict(
+            image="example:dog", words=("a dog jumping", "in a forest"), point=(32, 36), box=(0.25, 0.25, 0.75, 0.85)
+        ),
+    )

@@ -6,7 +6,8 @@
 __all__ = ['turns']
 
 # %% ../nbs/06_guidance.ipynb #91e72a07
-from typing import Callable, Literal
+from typing import Literal
+from collections.abc import Callable
 
 import torch
 
@@ -14,13 +15,16 @@ from .core import BadInput
 from .method import take_turns
 
 # %% ../nbs/06_guidance.ipynb #5a4fae52
-def turns(e_a: torch.Tensor,  # (1, L, D) the subject's fitted embedding
-          e_opt: torch.Tensor,  # (1, L, D) the mix of Eq. 3
-          index: Literal["loop", "timestep"] = "loop",  # whose parity decides
-          first: Literal["object", "opt"] = "object"  # who speaks where it is even
-         ) -> Callable[[int, torch.Tensor], torch.Tensor]:  # the `condition` of `ddim_sample`
+def turns(
+    e_a: torch.Tensor,  # (1, L, D) the subject's fitted embedding
+    e_opt: torch.Tensor,  # (1, L, D) the mix of Eq. 3
+    index: Literal["loop", "timestep"] = "loop",  # whose parity decides
+    first: Literal["object", "opt"] = "object",  # who speaks where it is even
+) -> Callable[[int, torch.Tensor], torch.Tensor]:  # the `condition` of `ddim_sample`
     "Eq. 8 in each of its readings: two embeddings take turns."
-    if index not in ("loop", "timestep"): raise BadInput(f"index must be loop or timestep, not {index!r}.")
-    if first not in ("object", "opt"): raise BadInput(f"first must be object or opt, not {first!r}.")
+    if index not in ("loop", "timestep"):
+        raise BadInput(f"index must be loop or timestep, not {index!r}.")
+    if first not in ("object", "opt"):
+        raise BadInput(f"first must be object or opt, not {first!r}.")
     condition = take_turns(e_a, e_opt) if first == "object" else take_turns(e_opt, e_a)
     return condition if index == "loop" else lambda i, t: condition(int(t), t)

@@ -10,11 +10,15 @@ __all__ = ['DIRECTIONS', 'CHANGED', 'ACTIONS', 'PLACES', 'CLIPS', 'Subject', 'cu
            'prior_texts', 'prior_pictures', 'no_hub', 'fetch_clip', 'load_clip', 'propose_source']
 
 # %% ../nbs/07_identity.ipynb #bc7464f6
-import hashlib, math, re, time
+import hashlib
+import math
+import re
+import time
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Callable, Optional, Sequence
+from typing import Optional
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -26,22 +30,35 @@ from .fine_tuning import apply_difference
 from .folders import check_weights, fetch, read_json
 from .masks import propose_subject
 from .method import noise_loss, sample_noise_and_t, stream
-from .sd import Models, check_text, ddim_sample, decode_latents, encode_image, encode_text, initial_latents
+from layerdiffusion.sd import (
+    Models,
+    check_text,
+    ddim_sample,
+    decode_latents,
+    encode_image,
+    encode_text,
+    initial_latents,
+)
 
 # %% ../nbs/07_identity.ipynb #c5f75d71
 @dataclass
 class Subject:
     "A photo's subject as the U-Net sees it."
+
     latents: torch.Tensor  # (1, C, h, w) of the subject alone, on grey
     mask: torch.Tensor  # (1, 1, h, w), its share of each latent, 0-1
 
-def cut_out(models: Models,
-            image: torch.Tensor,  # (3, H, W), 0-1
-            mask: torch.Tensor  # (1, H, W), 0 or 1
-           ) -> Subject:
+
+def cut_out(
+    models: Models,
+    image: torch.Tensor,  # (3, H, W), 0-1
+    mask: torch.Tensor,  # (1, H, W), 0 or 1
+) -> Subject:
     "The subject of a photo without its place."
-    hard = (mask > .5).to(image)
-    return Subject(encode_image(models, image * hard + .5 * (1 - hard)), F.avg_pool2d(hard[None], models.factor).to(models.device))
+    hard = (mask > 0.5).to(image)
+    return Subject(
+        encode_image(models, image * hard + 0.5 * (1 - hard)), F.avg_pool2d(hard[None], models.factor).to(models.device)
+    )
 
 # %% ../nbs/07_identity.ipynb #71f87cec
 class Listener:
@@ -62,25 +79,36 @@ def self_attention(unet) -> dict:
 # %% ../nbs/07_identity.ipynb #7a38ca33
 class SubjectAttention:
     "A processor that lets self-attention look at a subject too."
-    def __init__(self, seen, bias, scale: float = 1., weights: Optional[dict] = None):  # (1, N, C + c), (1, 1, 1, N), strength, trained matrices
+
+    def __init__(
+        self, seen, bias, scale: float = 1.0, weights: dict | None = None
+    ):  # (1, N, C + c), (1, 1, 1, N), strength, trained matrices
         self.seen, self.bias, self.scale, self.weights = seen, bias, scale, weights
 
     def __call__(self, attn, hidden_states, *args, **kwargs):
-        if self.weights: return plain_attention(attn, hidden_states, *args, **kwargs) + self.scale * self.added(attn, hidden_states)
+        if self.weights:
+            return plain_attention(attn, hidden_states, *args, **kwargs) + self.scale * self.added(attn, hidden_states)
         return self.shared(attn, hidden_states)
 
     def attend(self, attn, q, k, v, bias):
-        q, k, v = (x.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for x in (q, k.expand(len(q), -1, -1), v.expand(len(q), -1, -1)))
+        q, k, v = (
+            x.unflatten(-1, (attn.heads, -1)).transpose(1, 2)
+            for x in (q, k.expand(len(q), -1, -1), v.expand(len(q), -1, -1))
+        )
         return F.scaled_dot_product_attention(q, k, v, bias.to(q)).transpose(1, 2).flatten(2)
 
     def added(self, attn, x):
         "The second attention, with its own matrices."
         w = self.weights
-        return F.linear(self.attend(attn, x @ w["q"].T, self.seen @ w["k"].T, self.seen @ w["v"].T, self.bias), w["out"], w["out_bias"])
+        return F.linear(
+            self.attend(attn, x @ w["q"].T, self.seen @ w["k"].T, self.seen @ w["v"].T, self.bias),
+            w["out"],
+            w["out_bias"],
+        )
 
     def shared(self, attn, x):
         "One attention over places and subject; `scale` weighs the subject's."
-        both = torch.cat([x, self.seen[..., :x.shape[-1]].expand(len(x), -1, -1)], 1)
+        both = torch.cat([x, self.seen[..., : x.shape[-1]].expand(len(x), -1, -1)], 1)
         bias = torch.cat([self.bias.new_zeros(1, 1, 1, x.shape[1]), self.bias + math.log(self.scale)], -1)
         return attn.to_out[0](self.attend(attn, attn.to_q(x), attn.to_k(both), attn.to_v(both), bias))
 
@@ -88,29 +116,43 @@ class SubjectAttention:
 def _fits(name, found, own):
     "Whether a change of the U-Net, whole or as two thin factors, is of one of its weights."
     weight = name.removeprefix("unet.").removesuffix(".up").removesuffix(".down")
-    if not name.startswith("unet.") or weight not in own: return False
-    if name == f"unet.{weight}": return own[weight].shape == found[name].shape
+    if not name.startswith("unet.") or weight not in own:
+        return False
+    if name == f"unet.{weight}":
+        return own[weight].shape == found[name].shape
     up, down = (found.get(f"unet.{weight}.{part}") for part in ("up", "down"))
-    return up is not None and down is not None and len(up) * down.shape[1] == own[weight].numel() and up.shape[1] == len(down)
+    return (
+        up is not None
+        and down is not None
+        and len(up) * down.shape[1] == own[weight].numel()
+        and up.shape[1] == len(down)
+    )
 
-def subject_weights(models: Models) -> Optional[dict]:
+
+def subject_weights(models: Models) -> dict | None:
     "Trained weights for subject attention; None where the model's folder has none."
     from safetensors.torch import load_file
+
     path = models.folder / "subject" / "model.safetensors"
-    if not path.is_file(): return None
+    if not path.is_file():
+        return None
     check_weights(path)
     found, own = load_file(path), models.unet.state_dict()
     needed = {f"{name}.{k}" for name in self_attention(models.unet) for k in ("q", "k", "v", "out", "out_bias")}
     odd = sorted(needed - set(found)) or sorted(name for name in set(found) - needed if not _fits(name, found, own))
     if odd:
-        raise BadInput(f"The weights {path} were not made for this U-Net ({', '.join(odd[:3])}); get them with the "
-                       "model, or take the folder away to do without them.")
+        raise BadInput(
+            f"The weights {path} were not made for this U-Net ({', '.join(odd[:3])}); get them with the "
+            "model, or take the folder away to do without them."
+        )
     return {name: x.to(models.device, models.dtype) for name, x in found.items()}
+
 
 def subject_name(models: Models) -> str:
     "Sixteen hexadecimal digits that name the weights for subject attention; empty where there are none."
     path = models.folder / "subject" / "model.safetensors"
     return hashlib.sha256(path.read_bytes()).hexdigest()[:16] if path.is_file() else ""
+
 
 @torch.no_grad()
 def read_subject(models: Models, subject: Subject) -> dict:
@@ -118,43 +160,61 @@ def read_subject(models: Models, subject: Subject) -> dict:
     layers = self_attention(models.unet)
     before = {name: layer.processor for name, layer in layers.items()}
     try:
-        for layer in layers.values(): layer.processor = Listener()
+        for layer in layers.values():
+            layer.processor = Listener()
         models.unet(subject.latents, 0, encode_text(models, ""))
         return {name: layer.processor.seen for name, layer in layers.items()}
     finally:
-        for name, layer in layers.items(): layer.processor = before[name]
+        for name, layer in layers.items():
+            layer.processor = before[name]
 
-def small(x: torch.Tensor,  # (1, C, h, w)
-          count: int,  # places in a layer
-          pool: Callable = F.adaptive_avg_pool2d) -> torch.Tensor:  # (1, count, C)
+
+def small(
+    x: torch.Tensor,  # (1, C, h, w)
+    count: int,  # places in a layer
+    pool: Callable = F.adaptive_avg_pool2d,
+) -> torch.Tensor:  # (1, count, C)
     "Latents or a mask in a layer's size, as a list of places."
     h, w = x.shape[-2:]
-    while h * w > count: h, w = (h + 1) // 2, (w + 1) // 2
+    while h * w > count:
+        h, w = (h + 1) // 2, (w + 1) // 2
     return pool(x, (h, w)).flatten(2).transpose(1, 2)
 
 # %% ../nbs/07_identity.ipynb #11da025e
-def see_subject(models: Models,
-                subject: Subject,  # from `cut_out`
-                scale: float = 1.,  # strength, above 0
-                weights: Optional[dict] = None  # from `subject_weights`; None: the layers share their own
-               ) -> Models:
+def see_subject(
+    models: Models,
+    subject: Subject,  # from `cut_out`
+    scale: float = 1.0,  # strength, above 0
+    weights: dict | None = None,  # from `subject_weights`; None: the layers share their own
+) -> Models:
     "The same model with a U-Net that sees a subject."
-    part = lambda name: {k[len(name):]: x for k, x in (weights or {}).items() if k.startswith(name)}
+    part = lambda name: {k[len(name) :]: x for k, x in (weights or {}).items() if k.startswith(name)}
     unet = apply_difference(models.unet, part("unet."))
     for name, seen in read_subject(models, subject).items():
-        bias = (small(subject.mask, seen.shape[1], F.adaptive_max_pool2d) <= .1).to(seen).mT[:, None] * -1e4
-        if weights: seen = torch.cat([seen, small(subject.latents, seen.shape[1]).to(seen)], -1)
-        self_attention(unet)[name].processor = SubjectAttention(seen, bias, scale, part(f"{name}.") if weights else None)
+        bias = (small(subject.mask, seen.shape[1], F.adaptive_max_pool2d) <= 0.1).to(seen).mT[:, None] * -1e4
+        if weights:
+            seen = torch.cat([seen, small(subject.latents, seen.shape[1]).to(seen)], -1)
+        self_attention(unet)[name].processor = SubjectAttention(
+            seen, bias, scale, part(f"{name}.") if weights else None
+        )
     return replace(models, unet=unet)
 
 # %% ../nbs/07_identity.ipynb #fa2c41be
-DIRECTIONS = shielded(lambda: torch.nn.functional.normalize(torch.randn(24, 3, generator=torch.Generator().manual_seed(0)), dim=1))()
+DIRECTIONS = shielded(
+    lambda: torch.nn.functional.normalize(torch.randn(24, 3, generator=torch.Generator().manual_seed(0)), dim=1)
+)()
 
-def palette(image: torch.Tensor,  # (3, H, W), 0-1
-            mask: torch.Tensor,  # (1, H, W), 0 or 1
-            count: int = 32) -> torch.Tensor:
+
+def palette(
+    image: torch.Tensor,  # (3, H, W), 0-1
+    mask: torch.Tensor,  # (1, H, W), 0 or 1
+    count: int = 32,
+) -> torch.Tensor:
     "Quantiles (24, count) of the subject's colours along fixed directions."
-    return torch.quantile(DIRECTIONS @ image[:, mask[0] > .5].cpu().float(), torch.linspace(.02, .98, count), dim=1).T
+    return torch.quantile(
+        DIRECTIONS @ image[:, mask[0] > 0.5].cpu().float(), torch.linspace(0.02, 0.98, count), dim=1
+    ).T
+
 
 def unlike(image, mask, other, other_mask) -> float:
     "How different the colours of two subjects are; 0: the same."
@@ -183,41 +243,70 @@ def choose(palettes: torch.Tensor,  # (n, 24, k) of the draws
 
 # %% ../nbs/07_identity.ipynb #d5cf1b90
 @torch.no_grad()
-def search_target(models: Models, sam,
-                  text: str,  # T
-                  image: torch.Tensor,  # (3, H, W) the photo
-                  mask: torch.Tensor,  # (1, H, W) its subject
-                  draws: int = 96,  # pictures in all
-                  seed: int = 0, sampling_steps: int = 20,
-                  guidance_scale: float = 1.5,  # low, for strong guidance makes all individuals of a name alike
-                  subject_scale: float = 0.,  # of subject attention; 0: without
-                  batch: int = 16, parents: int = 4,
-                  spreads: Sequence[float] = (.6, .5, .4, .35, .3, .25, .2, .15),  # one for each generation of children
-                  target_quality: float = 0.,  # how much SAM's estimate of a mask's quality, 0-1, counts beside the likeness
-                  negative_prompt: str = "",  # the text that the pictures are led away from
-                  callback: Optional[Callable] = None) -> tuple:  # O_t (3, H, W), M_t (1, H, W), and how unlike the photo's each subject was
+def search_target(
+    models: Models,
+    sam,
+    text: str,  # T
+    image: torch.Tensor,  # (3, H, W) the photo
+    mask: torch.Tensor,  # (1, H, W) its subject
+    draws: int = 96,  # pictures in all
+    seed: int = 0,
+    sampling_steps: int = 20,
+    guidance_scale: float = 1.5,  # low, for strong guidance makes all individuals of a name alike
+    subject_scale: float = 0.0,  # of subject attention; 0: without
+    batch: int = 16,
+    parents: int = 4,
+    spreads: Sequence[float] = (0.6, 0.5, 0.4, 0.35, 0.3, 0.25, 0.2, 0.15),  # one for each generation of children
+    target_quality: float = 0.0,  # how much SAM's estimate of a mask's quality, 0-1, counts beside the likeness
+    negative_prompt: str = "",  # the text that the pictures are led away from
+    callback: Callable | None = None,
+) -> tuple:  # O_t (3, H, W), M_t (1, H, W), and how unlike the photo's each subject was
     "O_t: of many pictures of the text, the one whose subject looks most like the photo's."
     g, begin, wanted = stream("target search", seed), time.perf_counter(), palette(image, mask)
     embeds, free = encode_text(models, text), encode_text(models, negative_prompt)
-    if subject_scale: models = see_subject(models, cut_out(models, image, mask), subject_scale, subject_weights(models))
+    if subject_scale:
+        models = see_subject(models, cut_out(models, image, mask), subject_scale, subject_weights(models))
     best, history, each = [], [], draws * 2 // 3 // max(len(spreads), 1)
     shape = initial_latents(models, [0], *image.shape[-2:]).shape[1:]
-    for spread in (1., *spreads):
-        count = max(draws - len(spreads) * each, 1) if spread == 1. else each
-        noise = torch.randn(count, *shape, generator=g) if spread == 1. else breed(torch.stack([b[1] for b in best[:parents]]), count, spread, g)
+    for spread in (1.0, *spreads):
+        count = max(draws - len(spreads) * each, 1) if spread == 1.0 else each
+        noise = (
+            torch.randn(count, *shape, generator=g)
+            if spread == 1.0
+            else breed(torch.stack([b[1] for b in best[:parents]]), count, spread, g)
+        )
         for some in noise.split(batch) if count else ():
-            pictures = decode_latents(models, ddim_sample(models, embeds, free, some * models.scheduler.init_noise_sigma, sampling_steps, guidance_scale)).cpu()
+            pictures = decode_latents(
+                models,
+                ddim_sample(
+                    models, embeds, free, some * models.scheduler.init_noise_sigma, sampling_steps, guidance_scale
+                ),
+            ).cpu()
             for z, x in zip(some, pictures):
-                try: p = propose_subject(sam, x)
-                except BadInput: history.append(float("nan")); continue
+                try:
+                    p = propose_subject(sam, x)
+                except BadInput:
+                    history.append(float("nan"))
+                    continue
                 looks = palette(x, p.mask)
                 history.append((looks - wanted).abs().mean().item())
                 best.append((history[-1], z, x, p.mask, looks, p.quality))
             best.sort(key=lambda b: b[0])
-            if callback: callback(Event("target", len(history), draws, best[0][0] if best else None, time.perf_counter() - begin))
-        if not best: raise BadInput(f"In none of {len(history)} pictures of {text!r} SAM finds a subject; give another text, or object_picture='input'.")
-        if subject_scale and best[0][0] > CHANGED: break  # another coat is wanted: children of the nearest would lead away from it
-    found = best[choose(torch.stack([b[4] for b in best]), wanted, target_quality * torch.tensor([b[5] for b in best])) if subject_scale else 0]
+            if callback:
+                callback(
+                    Event("target", len(history), draws, best[0][0] if best else None, time.perf_counter() - begin)
+                )
+        if not best:
+            raise BadInput(
+                f"In none of {len(history)} pictures of {text!r} SAM finds a subject; give another text, or object_picture='input'."
+            )
+        if subject_scale and best[0][0] > CHANGED:
+            break  # another coat is wanted: children of the nearest would lead away from it
+    found = best[
+        choose(torch.stack([b[4] for b in best]), wanted, target_quality * torch.tensor([b[5] for b in best]))
+        if subject_scale
+        else 0
+    ]
     return found[2], found[3], history
 
 # %% ../nbs/07_identity.ipynb #5a3c0e12
@@ -234,26 +323,43 @@ def coat_colour(image: torch.Tensor,  # (3, H, W), 0-1
 
 # %% ../nbs/07_identity.ipynb #5a3c0e14
 @torch.no_grad()
-def typical_coat(models: Models, sam, text: str,  # T_a
-                 seed: int = 0, draws: int = 8, sampling_steps: int = 20, guidance_scale: float = 1.5) -> Optional[tuple]:
+def typical_coat(
+    models: Models,
+    sam,
+    text: str,  # T_a
+    seed: int = 0,
+    draws: int = 8,
+    sampling_steps: int = 20,
+    guidance_scale: float = 1.5,
+) -> tuple | None:
     "The coat that a text asks for, (3,), and the spread of the draws; None where SAM finds nobody in them."
     shape = initial_latents(models, [0]).shape[1:]
-    noise = torch.randn(draws, *shape, generator=stream("typical coat", seed)).to(models.device, models.dtype) * models.scheduler.init_noise_sigma
-    pictures = decode_latents(models, ddim_sample(models, encode_text(models, text), None, noise, sampling_steps, guidance_scale)).cpu()
+    noise = (
+        torch.randn(draws, *shape, generator=stream("typical coat", seed)).to(models.device, models.dtype)
+        * models.scheduler.init_noise_sigma
+    )
+    pictures = decode_latents(
+        models, ddim_sample(models, encode_text(models, text), None, noise, sampling_steps, guidance_scale)
+    ).cpu()
     found = []
     for x in pictures:
-        try: found.append(coat_colour(x, propose_subject(sam, x).mask))
-        except BadInput: pass
-    if not found: return None
+        try:
+            found.append(coat_colour(x, propose_subject(sam, x).mask))
+        except BadInput:
+            pass
+    if not found:
+        return None
     middle = torch.stack(found).median(0).values
     return middle, (torch.stack(found) - middle).norm(dim=1).median().item()
 
 # %% ../nbs/07_identity.ipynb #5a3c0e16
-def recolour(image: torch.Tensor,  # (3, H, W), 0-1
-             mask: torch.Tensor,  # (1, H, W), 0 or 1
-             old: torch.Tensor, new: torch.Tensor,  # (3,) colours
-             radius: float = .08  # fully recoloured up to this distance from a shade of `old`, not at all from twice that, in RGB
-            ) -> torch.Tensor:
+def recolour(
+    image: torch.Tensor,  # (3, H, W), 0-1
+    mask: torch.Tensor,  # (1, H, W), 0 or 1
+    old: torch.Tensor,
+    new: torch.Tensor,  # (3,) colours
+    radius: float = 0.08,  # fully recoloured up to this distance from a shade of `old`, not at all from twice that, in RGB
+) -> torch.Tensor:
     "The picture with a subject's coat in another colour."
     old, new = (c.to(image)[:, None, None] for c in (old, new))
     shade = ((image * old).sum(0, keepdim=True) / old.square().sum().clamp_min(1e-4)).clamp(0, 1.35)
@@ -261,90 +367,165 @@ def recolour(image: torch.Tensor,  # (3, H, W), 0-1
     return share * (new * shade).clamp(0, 1) + (1 - share) * image
 
 # %% ../nbs/07_identity.ipynb #5a3c0e18
-def change_coat(image: torch.Tensor,  # (3, H, W), 0-1
-                mask: torch.Tensor,  # (1, H, W)
-                asked: Optional[tuple],  # from `typical_coat`
-                worn: Optional[tuple] = None,  # the same for the photo's own words; None: the new coat is the typical one
-                least: float = .2  # colours nearer than this are one colour, in RGB
-               ) -> torch.Tensor:
+def change_coat(
+    image: torch.Tensor,  # (3, H, W), 0-1
+    mask: torch.Tensor,  # (1, H, W)
+    asked: tuple | None,  # from `typical_coat`
+    worn: tuple | None = None,  # the same for the photo's own words; None: the new coat is the typical one
+    least: float = 0.2,  # colours nearer than this are one colour, in RGB
+) -> torch.Tensor:
     "The photo with its subject in the coat that is asked for; the photo itself where it wears that already."
-    if asked is None: return image
+    if asked is None:
+        return image
     old, (new, spread) = coat_colour(image, mask), asked
-    if (old - new).norm() <= max(least, 3 * spread): return image
-    tone = 1. if worn is None or worn[1] > least / 2 else (old.mean() / worn[0].mean()).clamp(.7, 1.4)  # draws far apart: no colour is named
+    if (old - new).norm() <= max(least, 3 * spread):
+        return image
+    tone = (
+        1.0 if worn is None or worn[1] > least / 2 else (old.mean() / worn[0].mean()).clamp(0.7, 1.4)
+    )  # draws far apart: no colour is named
     return recolour(image, mask, old, (new * tone).clamp(0, 1))
 
 # %% ../nbs/07_identity.ipynb #d1b5d18e
-def with_words(text: str,  # of the picture
-               count: int = 3  # new words
-              ) -> str:
+def with_words(
+    text: str,  # of the picture
+    count: int = 3,  # new words
+) -> str:
     "The text with places for learnt words behind its subject; a text that has `*` already is left as it is."
-    if not count or "*" in text: return text
+    if not count or "*" in text:
+        return text
     subject = subject_phrase(text)
     return text.replace(subject, f"{subject} with {' '.join('*' * count)}", 1)
 
 # %% ../nbs/07_identity.ipynb #6e8453f4
-def encode_with(models: Models,
-                text: str,  # with a `*` for each learnt word
-                vectors: Optional[torch.Tensor]  # (n, D), the learnt words in order; None: there are none
-               ) -> torch.Tensor:  # (1, L, D')
+def encode_with(
+    models: Models,
+    text: str,  # with a `*` for each learnt word
+    vectors: torch.Tensor | None,  # (n, D), the learnt words in order; None: there are none
+) -> torch.Tensor:  # (1, L, D')
     "Text embeddings of a text with learnt words; `vectors` may need gradients. The text encoder must be `awake`."
-    if vectors is None or not len(vectors): return encode_text(models, text)
+    if vectors is None or not len(vectors):
+        return encode_text(models, text)
     check_text(models, text.replace("*", " "))
     encoder, pad = models.text_encoder, dict(padding="max_length", max_length=models.text_length, return_tensors="pt")
     ids, star = models.tokenizer([text], **pad).input_ids, models.tokenizer("*").input_ids[1]
-    if (ids == star).sum() != len(vectors): raise BadInput(f"The text {text!r} has room for {(ids == star).sum()} learnt words in {models.text_length} tokens, but there are {len(vectors)}; use a shorter text or fewer words.")
+    if (ids == star).sum() != len(vectors):
+        raise BadInput(
+            f"The text {text!r} has room for {(ids == star).sum()} learnt words in {models.text_length} tokens, but there are {len(vectors)}; use a shorter text or fewer words."
+        )
     table = encoder.get_input_embeddings().weight
     ids[ids == star] = len(table) + torch.arange(len(vectors))
     name = next(n for n, p in encoder.named_parameters() if p is table)
-    return torch.func.functional_call(encoder, {name: torch.cat([table, vectors.to(table)])}, (ids.to(table.device),)).last_hidden_state
+    return torch.func.functional_call(
+        encoder, {name: torch.cat([table, vectors.to(table)])}, (ids.to(table.device),)
+    ).last_hidden_state
 
 # %% ../nbs/07_identity.ipynb #068f2734
 def first_vectors(models: Models, text: str, count: int) -> torch.Tensor:
     "Where the search for `count` learnt words begins: the mean of a text's words, (count, D)."
     ids = models.tokenizer(text.replace("*", " ")).input_ids[1:-1]
-    return models.text_encoder.get_input_embeddings().weight[ids].mean(0, keepdim=True).repeat(count, 1).detach().float().clone()
+    return (
+        models.text_encoder.get_input_embeddings()
+        .weight[ids]
+        .mean(0, keepdim=True)
+        .repeat(count, 1)
+        .detach()
+        .float()
+        .clone()
+    )
 
-def word_objective(models: Models,
-                   text: str,  # what the picture shows, with a `*` for each vector
-                   vectors: torch.Tensor,  # (n, D), being optimised
-                   latents: torch.Tensor,  # (1, C, h, w) of the picture
-                   mask: torch.Tensor,  # (1, 1, h, w), the subject, 0-1
-                   scale: str = "all"  # mean over "all" latents or over the "mask"
-                  ) -> Callable:  # (step, generator) -> loss
+
+def word_objective(
+    models: Models,
+    text: str,  # what the picture shows, with a `*` for each vector
+    vectors: torch.Tensor,  # (n, D), being optimised
+    latents: torch.Tensor,  # (1, C, h, w) of the picture
+    mask: torch.Tensor,  # (1, 1, h, w), the subject, 0-1
+    scale: str = "all",  # mean over "all" latents or over the "mask"
+) -> Callable:  # (step, generator) -> loss
     "Eq. 2's loss as a function of the learnt words, ready for `optimise`."
+
     def loss_fn(step, generator):
         noise, timesteps = sample_noise_and_t(models.scheduler, latents.shape, generator)
-        return noise_loss(models.unet, models.scheduler, latents, noise, timesteps, encode_with(models, text, vectors), mask.to(latents.device), scale)
+        return noise_loss(
+            models.unet,
+            models.scheduler,
+            latents,
+            noise,
+            timesteps,
+            encode_with(models, text, vectors),
+            mask.to(latents.device),
+            scale,
+        )
+
     return loss_fn
 
 # %% ../nbs/07_identity.ipynb #383ade92
 ACTIONS = ["standing", "sitting", "lying", "jumping", "running", "sleeping", "walking", "swimming", "eating", "playing"]
-PLACES = ["in a forest", "on a beach", "in a desert", "in the snow", "in a city at night", "in a meadow", "in a kitchen", "on a street", "in a garden", "in the mountains"]
+PLACES = [
+    "in a forest",
+    "on a beach",
+    "in a desert",
+    "in the snow",
+    "in a city at night",
+    "in a meadow",
+    "in a kitchen",
+    "on a street",
+    "in a garden",
+    "in the mountains",
+]
+
 
 def known(models: Models, phrases: Sequence[str]) -> list:
     "Those phrases that a small model has the words for; a full model has all."
     words = models.card.get("words")
     return [p for p in phrases if words is None or all(w in words for w in re.findall(r"[a-z]+", p.lower()))]
 
-def prior_texts(models: Models,
-                subject: str,  # such as "a pink dog"
-                count: int, seed: int = 0) -> list:
+
+def prior_texts(
+    models: Models,
+    subject: str,  # such as "a pink dog"
+    count: int,
+    seed: int = 0,
+) -> list:
     "Texts of one subject doing different things in different places."
     actions, places = known(models, ACTIONS), known(models, PLACES)
-    order = lambda n, name: [int(i) for i in torch.randperm(n * -(-count // n), generator=stream(name, seed))[:count] % n]
-    return [f"{subject} {actions[a]} {places[p]}" for a, p in zip(order(len(actions), "prior actions"), order(len(places), "prior places"))]
+    order = lambda n, name: [
+        int(i) for i in torch.randperm(n * -(-count // n), generator=stream(name, seed))[:count] % n
+    ]
+    return [
+        f"{subject} {actions[a]} {places[p]}"
+        for a, p in zip(order(len(actions), "prior actions"), order(len(places), "prior places"))
+    ]
 
 # %% ../nbs/07_identity.ipynb #25c92cf4
-def prior_pictures(models: Models,
-                   texts: Sequence[str],  # from `prior_texts`
-                   seed: int = 0, sampling_steps: int = 20, guidance_scale: float = 7.5, batch: int = 8,
-                   negative_prompt: str = "",  # the text that the pictures are led away from
-                   callback: Optional[Callable] = None) -> tuple:  # latents (n, C, h, w), embeddings (n, L, D)
+def prior_pictures(
+    models: Models,
+    texts: Sequence[str],  # from `prior_texts`
+    seed: int = 0,
+    sampling_steps: int = 20,
+    guidance_scale: float = 7.5,
+    batch: int = 8,
+    negative_prompt: str = "",  # the text that the pictures are led away from
+    callback: Callable | None = None,
+) -> tuple:  # latents (n, C, h, w), embeddings (n, L, D)
     "What the untouched model draws for texts."
-    embeds, seeds = encode_text(models, texts), [int(s) for s in torch.randint(2**31, (len(texts),), generator=stream("prior noise", seed))]
-    drawn = [ddim_sample(models, e, encode_text(models, negative_prompt), initial_latents(models, s), sampling_steps, guidance_scale, callback=callback, stage="prior pictures")
-             for e, s in zip(embeds.split(batch), [seeds[i:i + batch] for i in range(0, len(seeds), batch)])]
+    embeds, seeds = (
+        encode_text(models, texts),
+        [int(s) for s in torch.randint(2**31, (len(texts),), generator=stream("prior noise", seed))],
+    )
+    drawn = [
+        ddim_sample(
+            models,
+            e,
+            encode_text(models, negative_prompt),
+            initial_latents(models, s),
+            sampling_steps,
+            guidance_scale,
+            callback=callback,
+            stage="prior pictures",
+        )
+        for e, s in zip(embeds.split(batch), [seeds[i : i + batch] for i in range(0, len(seeds), batch)])
+    ]
     return torch.cat(drawn), embeds
 
 # %% ../nbs/07_identity.ipynb #ffdd1d26
@@ -352,18 +533,27 @@ def prior_pictures(models: Models,
 def no_hub(wanted: bool):
     "Inside the `with`, where it is wanted, nothing asks the hub; what was fetched before is still used."
     from huggingface_hub import constants
+
     before = constants.HF_HUB_OFFLINE
     constants.HF_HUB_OFFLINE = wanted or before
-    try: yield
-    finally: constants.HF_HUB_OFFLINE = before
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
+
 
 def fetch_clip(where: str, tag: str):  # such as "ViT-B-32" and "laion2b_s34b_b79k"
     "Have the weights of an open_clip tag in the hub's cache, where open_clip looks for them; says so before they are fetched."
     import open_clip
+
     repository, _, file = open_clip.get_pretrained_cfg(where, tag).get("hf_hub", "").rpartition("/")
-    if not repository: return
+    if not repository:
+        return
     file = f"{Path(file).stem or 'open_clip_model'}.safetensors"
-    if not (fetch(repository, files=[file]) / file).exists(): raise BadInput(f"{repository} has no {file}; give another tag of {where}: {', '.join(open_clip.list_pretrained_tags_by_model(where))}.")
+    if not (fetch(repository, files=[file]) / file).exists():
+        raise BadInput(
+            f"{repository} has no {file}; give another tag of {where}: {', '.join(open_clip.list_pretrained_tags_by_model(where))}."
+        )
 
 # %% ../nbs/07_identity.ipynb #ffdd1d31
 def _clip_folder(name: str) -> Path:
@@ -374,22 +564,28 @@ def _clip_folder(name: str) -> Path:
             raise BadInput(f"There is no CLIP folder {name!r}; {CLIPS}.")
         return None
     read_json(folder / "open_clip_config.json")
-    for file in folder.glob("open_clip*.safetensors"): check_weights(file)
+    for file in folder.glob("open_clip*.safetensors"):
+        check_weights(file)
     return folder
+
 
 CLIPS = "give 'mini', a folder, or a name such as 'ViT-B-32:laion2b_s34b_b79k'"
 
+
 @shielded
 @one_loader
-def load_clip(name: str = "mini",  # "mini", a folder for open_clip, or "ViT-B-32:laion2b_s34b_b79k" and the like
-              offline: bool = False  # never ask the hub
-             ) -> tuple:  # model, preprocess, tokenizer
+def load_clip(
+    name: str = "mini",  # "mini", a folder for open_clip, or "ViT-B-32:laion2b_s34b_b79k" and the like
+    offline: bool = False,  # never ask the hub
+) -> tuple:  # model, preprocess, tokenizer
     "An open_clip model."
     import open_clip
+
     folder = _clip_folder(str(name))
     where, _, weights = (f"local-dir:{folder}", "", None) if folder else name.partition(":")
     with no_hub(offline):
-        if weights: fetch_clip(where, weights)
+        if weights:
+            fetch_clip(where, weights)
         try:
             clip, preprocess = open_clip.create_model_from_pretrained(where, pretrained=weights or None)
             return clip.eval().requires_grad_(False), preprocess, open_clip.get_tokenizer(where)
@@ -397,14 +593,21 @@ def load_clip(name: str = "mini",  # "mini", a folder for open_clip, or "ViT-B-3
             why = " ".join(str(e).split())[:300] or repr(e)
             raise BadInput(f"Cannot load the CLIP model {str(name)!r}: {why}; {CLIPS}.") from None
 
+
 @torch.no_grad()
-def propose_source(clip: tuple,  # from `load_clip`
-                   image,  # a Pillow picture
-                   subject: str,  # such as "a pink dog"
-                   actions: Sequence[str], places: Sequence[str]) -> tuple:  # the text, and CLIP's share for it among all, 0-1
+def propose_source(
+    clip: tuple,  # from `load_clip`
+    image,  # a Pillow picture
+    subject: str,  # such as "a pink dog"
+    actions: Sequence[str],
+    places: Sequence[str],
+) -> tuple:  # the text, and CLIP's share for it among all, 0-1
     "What a photo shows, as far as CLIP can tell."
     model, preprocess, tokenizer = clip
     texts = [f"{subject} {a} {p}" for a in actions for p in places]
-    picture, said = model.encode_image(preprocess(image)[None], normalize=True), model.encode_text(tokenizer(texts), normalize=True)
+    picture, said = (
+        model.encode_image(preprocess(image)[None], normalize=True),
+        model.encode_text(tokenizer(texts), normalize=True),
+    )
     share = (model.logit_scale.exp() * picture @ said.T).softmax(1)[0]
     return texts[share.argmax()], share.max().item()

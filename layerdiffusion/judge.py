@@ -8,10 +8,11 @@ __all__ = ['ANSWERS', 'QUESTIONS', 'UNSEEN', 'BROKEN', 'visible_marks', 'truths'
            'score_edit', 'development_edits', 'try_settings', 'summary']
 
 # %% ../nbs/11_judge.ipynb #ee06ab97
-import json, math
+import json
+import math
 from dataclasses import replace
 from pathlib import Path
-from typing import Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.nn as nn
@@ -20,9 +21,29 @@ import torch.nn.functional as F
 from . import world
 from .core import BadInput, package_folder, to_pil
 from .masks import propose_subject
-from .world import (COLOURS, MARKS, PARTS, SHADES, TRAITS, VALUES, Scenes, clear_mark, coat_colours, coverage,
-                                  draw_places, draw_shadows, draw_subjects, limb, make_edit, pixel_grid, render,
-                                  sample_scenes, second_colour, stream, trait)
+from layerdiffusion.world import (
+    COLOURS,
+    MARKS,
+    PARTS,
+    SHADES,
+    TRAITS,
+    VALUES,
+    Scenes,
+    clear_mark,
+    coat_colours,
+    coverage,
+    draw_places,
+    draw_shadows,
+    draw_subjects,
+    limb,
+    make_edit,
+    pixel_grid,
+    render,
+    sample_scenes,
+    second_colour,
+    stream,
+    trait,
+)
 
 # %% ../nbs/11_judge.ipynb #de126e38
 _FIRST = ("present", "species", "pose", "place", "colour", "pattern", "accessory")
@@ -33,25 +54,28 @@ QUESTIONS = {k: len(v) for k, v in ANSWERS.items()}
 # %% ../nbs/11_judge.ipynb #894f5dfc
 _WHERE = dict(saddle=("body",), belly=("body",), socks=("leg", "far"), tail_tip=("tail_tip",))
 
+
 def _with_marks(scenes):
     "The scenes with all marks drawn in, and for each mark the scenes in which the others are gone."
     at = [TRAITS.index(name) for name in MARKS]
     look = scenes.look.clone()
-    look[:, at] = torch.where(look[:, at] > .5, look[:, at], .75)
+    look[:, at] = torch.where(look[:, at] > 0.5, look[:, at], 0.75)
     alone = {name: look.clone() for name in MARKS}
-    for k, name in zip(at, MARKS): alone[name][:, [j for j in at if j != k]] = 0.
+    for k, name in zip(at, MARKS):
+        alone[name][:, [j for j in at if j != k]] = 0.0
     return replace(scenes, look=look), {name: replace(scenes, look=x) for name, x in alone.items()}
+
 
 def _mark_areas(scenes, size):
     "The seen area of each mark, name -> (B,), in pixels of a 64 px picture."
     scenes, alone = _with_marks(scenes)
     grid, px = world._subject_grid(scenes, size)
-    area = {name: 0. for name in MARKS}
+    area = {name: 0.0 for name in MARKS}
     for part, a, b, ra, rb in world.body_parts(scenes) + world.head_parts(scenes):
         d, along, across = limb(grid, a, b, ra, rb)
         cover = coverage(d, px)
         for name, one in alone.items():
-            on = world.second_area(one, part, along, across, px) if part in _WHERE[name] else 0.
+            on = world.second_area(one, part, along, across, px) if part in _WHERE[name] else 0.0
             area[name] = area[name] + (on - area[name]) * cover
     for a, b, ra, rb, _ in world.worn_parts(scenes):
         cover = coverage(limb(grid, a, b, ra, rb)[0], px)
@@ -77,21 +101,30 @@ def truths(scenes: Scenes) -> dict:
         there = clear_mark(scenes, name)
         out[name] = (there == 1).long(), here & seen[name] & (there >= 0)
     carried = torch.stack([a.bool() & asked for a, asked in (out[name] for name in MARKS)]).any(0)
-    hue, light = trait(scenes, "hue", 0, 6), trait(scenes, "light", .25, .85)
-    sure = ((light - .42).abs() > .03) & ((light - .68).abs() > .03)
-    inside = dict(second_hue=(hue - hue.round()).abs() < .35, second_light=sure)
-    for (name, clear), answer in zip(inside.items(), second_colour(scenes)): out[name] = answer, carried & clear
+    hue, light = trait(scenes, "hue", 0, 6), trait(scenes, "light", 0.25, 0.85)
+    sure = ((light - 0.42).abs() > 0.03) & ((light - 0.68).abs() > 0.03)
+    inside = dict(second_hue=(hue - hue.round()).abs() < 0.35, second_light=sure)
+    for (name, clear), answer in zip(inside.items(), second_colour(scenes)):
+        out[name] = answer, carried & clear
     return out | dict(whole=(here.long(), here))
 
 # %% ../nbs/11_judge.ipynb #86e06200
 class Block(nn.Module):
     "Two convolutions with a skip; halves the picture."
+
     def __init__(self, n_in, n_out):
         super().__init__()
         self.skip = nn.Conv2d(n_in, n_out, 1)
-        self.body = nn.Sequential(nn.Conv2d(n_in, n_out, 3, padding=1), nn.GroupNorm(8, n_out), nn.SiLU(), nn.Conv2d(n_out, n_out, 3, padding=1), nn.GroupNorm(8, n_out))
+        self.body = nn.Sequential(
+            nn.Conv2d(n_in, n_out, 3, padding=1),
+            nn.GroupNorm(8, n_out),
+            nn.SiLU(),
+            nn.Conv2d(n_out, n_out, 3, padding=1),
+            nn.GroupNorm(8, n_out),
+        )
 
-    def forward(self, x): return F.silu(F.avg_pool2d(self.skip(x) + self.body(x), 2))
+    def forward(self, x):
+        return F.silu(F.avg_pool2d(self.skip(x) + self.body(x), 2))
 
 # %% ../nbs/11_judge.ipynb #1187a270
 class Judge(nn.Module):
@@ -115,18 +148,24 @@ class Judge(nn.Module):
 def load_judge(folder=None) -> Judge:
     "The judge of a mini folder; None: the one that is shipped."
     from safetensors.torch import load_file
+
     folder = Path(folder or package_folder() / "weights" / "mini") / "judge"
-    if not (folder / "config.json").exists(): raise BadInput(f"There is no judge in {folder}; give a folder made by write_mini, or none for the shipped one.")
+    if not (folder / "config.json").exists():
+        raise BadInput(f"There is no judge in {folder}; give a folder made by write_mini, or none for the shipped one.")
     config = dict(hidden=192, questions=_FIRST) | json.loads((folder / "config.json").read_text())
     odd = [q for q in config["questions"] if q not in QUESTIONS]
-    if odd: raise BadInput(f"The judge in {folder} answers {odd[0]!r}; this version knows {', '.join(QUESTIONS)}.")
+    if odd:
+        raise BadInput(f"The judge in {folder} answers {odd[0]!r}; this version knows {', '.join(QUESTIONS)}.")
     judge = Judge(**config)
     judge.load_state_dict({k: v.float() for k, v in load_file(folder / "model.safetensors").items()})
     return judge.eval().requires_grad_(False)
 
+
 @torch.no_grad()
-def ask(judge: Judge, images: torch.Tensor  # (B, 3, H, W) in 0-1
-       ) -> dict:
+def ask(
+    judge: Judge,
+    images: torch.Tensor,  # (B, 3, H, W) in 0-1
+) -> dict:
     "The answer to every question the judge was taught, name -> (B,) indices into `ANSWERS[name]`."
     return {k: logits.argmax(1) for k, logits in judge(images.float()).items()}
 
@@ -265,76 +304,108 @@ UNSEEN = ["torn", "melted"]
 BROKEN = [kind for kind in _BREAK if kind not in UNSEEN]
 
 # %% ../nbs/11_judge.ipynb #0f44f4b2
-def break_subjects(scenes: Scenes,
-                   kind: str,  # one of `BROKEN` or `UNSEEN`
-                   generator: torch.Generator, size: int = 64  # pixels
-                  ) -> tuple:
+def break_subjects(
+    scenes: Scenes,
+    kind: str,  # one of `BROKEN` or `UNSEEN`
+    generator: torch.Generator,
+    size: int = 64,  # pixels
+) -> tuple:
     "The scenes with broken subjects: pictures (B, 3, H, W) in 0-1, and where the break is to be seen, (B,) bool."
-    if kind not in _BREAK: raise BadInput(f"There is no kind of broken animal {kind!r}; there are {', '.join(_BREAK)}.")
+    if kind not in _BREAK:
+        raise BadInput(f"There is no kind of broken animal {kind!r}; there are {', '.join(_BREAK)}.")
     background = draw_places(scenes, size)
     ground = draw_shadows(background, scenes)
     image, mask = draw_subjects(ground, scenes)
     out = _BREAK[kind](scenes, ground, image, mask, generator).clamp(0, 1)
-    changed = ((out - image).abs().amax(1, keepdim=True) > .1).sum((1, 2, 3))
+    changed = ((out - image).abs().amax(1, keepdim=True) > 0.1).sum((1, 2, 3))
     here = scenes.present
     return torch.where(here.view(-1, 1, 1, 1), out, background), here & (changed > mask.sum((1, 2, 3)) / 10)
 
 # %% ../nbs/11_judge.ipynb #5680a12c
-def broken_found(judge: Judge, n: int = 200,  # pictures of each kind
-                 level: float = 0., kinds: Sequence[str] = (*BROKEN, *UNSEEN)) -> dict:
+def broken_found(
+    judge: Judge,
+    n: int = 200,  # pictures of each kind
+    level: float = 0.0,
+    kinds: Sequence[str] = (*BROKEN, *UNSEEN),
+) -> dict:
     "Broken animals that the judge does not let pass: kind -> (found, shown)."
     out = {}
     for kind in kinds:
         scenes = sample_scenes(n, stream(f"held-out {kind}"), level)
-        some = [scenes[i:i + 8] for i in range(0, n, 8)]
+        some = [scenes[i : i + 8] for i in range(0, n, 8)]
         parts = [break_subjects(s, kind, stream(f"held-out breaks {kind}", k)) for k, s in enumerate(some)]
         images, shows = (torch.cat(x) for x in zip(*parts))
         out[kind] = int((~valid(ask(judge, images)) & shows).sum()), int(shows.sum())
     return out
 
-def sound_kept(judge: Judge, n: int = 400, level: float = 0.,
-               through=None  # an autoencoder: pictures (B, 3, H, W) to pictures
-              ) -> dict:
+
+def sound_kept(
+    judge: Judge,
+    n: int = 400,
+    level: float = 0.0,
+    through=None,  # an autoencoder: pictures (B, 3, H, W) to pictures
+) -> dict:
     "Sound animals that the judge takes for whole: how they are seen -> (kept, shown)."
     images = render(sample_scenes(n, stream("held-out sound"), level), 64)[0]
     seen = dict(drawn=images, soft=F.avg_pool2d(F.pad(images, [1] * 4, mode="replicate"), 3, 1))
-    if through: seen["autoencoder"] = torch.cat([through(x) for x in images.split(50)])
+    if through:
+        seen["autoencoder"] = torch.cat([through(x) for x in images.split(50)])
     return {name: (int(valid(ask(judge, x)).sum()), n) for name, x in seen.items()}
 
 # %% ../nbs/11_judge.ipynb #e664c05d
-def mean_colour(image, mask): return (image * mask).sum((-2, -1)) / mask.sum().clamp_min(1e-6)
+def mean_colour(image, mask):
+    return (image * mask).sum((-2, -1)) / mask.sum().clamp_min(1e-6)
+
 
 def colour_distance(sam, image: torch.Tensor, edit) -> float:
     "Distance of the mean colours of the subject found and of the true one; NaN where SAM finds nobody."
-    try: found = propose_subject(sam, image).mask
-    except BadInput: return math.nan
+    try:
+        found = propose_subject(sam, image).mask
+    except BadInput:
+        return math.nan
     return (mean_colour(image, found) - mean_colour(edit.answer, edit.answer_mask)).norm().item()
+
 
 def score_edit(judge, sam, edit, images: torch.Tensor) -> list:
     "One row per picture: valid, colour distance, background distance."
     word = lambda field: VALUES[field][getattr(edit.after, field)[0]]
     good = valid(ask(judge, images), species=word("species"), pose=word("pose"), place=word("place"))
     rest = ((images - edit.reference).abs() * (1 - edit.answer_mask)).mean((1, 2, 3))
-    return [dict(valid=bool(v), colour=colour_distance(sam, x, edit), background=r.item()) for v, x, r in zip(good, images, rest)]
+    return [
+        dict(valid=bool(v), colour=colour_distance(sam, x, edit), background=r.item())
+        for v, x, r in zip(good, images, rest)
+    ]
 
 # %% ../nbs/11_judge.ipynb #67f9c66a
-_DEVELOPMENT = [dict(species="dog", colour="brown", pose="standing", place="meadow", to=dict(pose="jumping", place="forest")),
-                dict(species="cat", colour="orange", pose="sitting", place="snow", to=dict(pose="lying", place="beach")),
-                dict(species="rabbit", colour="blue", pose="lying", place="desert", to=dict(pose="standing", place="city"))]
+_DEVELOPMENT = [
+    dict(species="dog", colour="brown", pose="standing", place="meadow", to=dict(pose="jumping", place="forest")),
+    dict(species="cat", colour="orange", pose="sitting", place="snow", to=dict(pose="lying", place="beach")),
+    dict(species="rabbit", colour="blue", pose="lying", place="desert", to=dict(pose="standing", place="city")),
+]
+
 
 def development_edits(size: int = 64) -> list:
     "Edits of the development stream, each with its true answer."
-    before = [sample_scenes(1, stream("development", i), **{k: v for k, v in d.items() if k != "to"}) for i, d in enumerate(_DEVELOPMENT)]
+    before = [
+        sample_scenes(1, stream("development", i), **{k: v for k, v in d.items() if k != "to"})
+        for i, d in enumerate(_DEVELOPMENT)
+    ]
     layout = [torch.rand(1, 16, generator=stream("development layout", i)) for i in range(len(before))]
     return [make_edit(b, size, layout=l, **d["to"]) for b, l, d in zip(before, layout, _DEVELOPMENT)]
 
 # %% ../nbs/11_judge.ipynb #501f9b24
-def try_settings(method,  # a `LayerDiffusion`
-                 judge: Judge, config, seeds=range(8)) -> list:
+def try_settings(
+    method,  # a `LayerDiffusion`
+    judge: Judge,
+    config,
+    seeds=range(8),
+) -> list:
     "Scores of all development edits under one configuration, with exact mask and reference."
     rows = []
     for edit in development_edits(method.models.size):
-        images = method.edit(to_pil(edit.image), edit.text, mask=edit.mask, reference=to_pil(edit.reference), seeds=seeds, config=config).images
+        images = method.edit(
+            to_pil(edit.image), edit.text, mask=edit.mask, reference=to_pil(edit.reference), seeds=seeds, config=config
+        ).images
         rows += [dict(edit=edit.text, seed=s, **r) for s, r in zip(seeds, score_edit(judge, method.sam, edit, images))]
     return rows
 
@@ -342,5 +413,7 @@ def try_settings(method,  # a `LayerDiffusion`
 def summary(scores: list) -> str:
     "Valid of n with its interval, as if pictures were independent, and the mean distances."
     k, n = sum(r["valid"] for r in scores), len(scores)
-    mean = lambda key: sum(v := [r[key] for r in scores if r[key] is not None and not math.isnan(r[key])]) / max(1, len(v))
+    mean = lambda key: (
+        sum(v := [r[key] for r in scores if r[key] is not None and not math.isnan(r[key])]) / max(1, len(v))
+    )
     return f"valid {k:2} of {n} [{wilson(k, n)[0]:.2f}, {wilson(k, n)[1]:.2f}]   colour {mean('colour'):.3f}   background {mean('background'):.3f}"

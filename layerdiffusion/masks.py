@@ -9,15 +9,28 @@ __all__ = ['SAM_FILES', 'WRAPPERS', 'SAM_MARK', 'RELATIVES', 'RESAMPLE', 'overla
            'move_subject']
 
 # %% ../nbs/03_masks.ipynb #8fd6f55d
-import math, os, re, warnings
+import math
+import os
+import re
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Callable, Optional, Sequence, Union
+from typing import TYPE_CHECKING, Optional, Union
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 
-from .core import BadInput, Notice, as_array, grey_numbers, load_image, one_loader, open_image, package_folder
+from layerdiffusion.core import (
+    BadInput,
+    Notice,
+    as_array,
+    grey_numbers,
+    load_image,
+    one_loader,
+    open_image,
+    package_folder,
+)
 from .core import shielded
 from .folders import check_weights, read_json
 
@@ -38,12 +51,15 @@ def overlay(image: torch.Tensor,  # (3, H, W) in 0-1
     return torch.lerp(image, tint, mask * strength) * (1 - .8 * line)
 
 # %% ../nbs/03_masks.ipynb #f1ca57f8
-def dilate(mask: torch.Tensor,  # (1, H, W) or (B, 1, H, W)
-           px: int  # pixels to grow by; negative: to shrink by
-          ) -> torch.Tensor:
+def dilate(
+    mask: torch.Tensor,  # (1, H, W) or (B, 1, H, W)
+    px: int,  # pixels to grow by; negative: to shrink by
+) -> torch.Tensor:
     "The mask grown by `px` pixels in every direction, corners included."
-    if px < 0: return 1 - dilate(1 - mask, -px)
-    for size, pad in (((2 * px + 1, 1), (px, 0)), ((1, 2 * px + 1), (0, px))): mask = F.max_pool2d(mask, size, stride=1, padding=pad)  # down, then across: quicker than a square
+    if px < 0:
+        return 1 - dilate(1 - mask, -px)
+    for size, pad in (((2 * px + 1, 1), (px, 0)), ((1, 2 * px + 1), (0, px))):
+        mask = F.max_pool2d(mask, size, stride=1, padding=pad)  # down, then across: quicker than a square
     return mask
 
 # %% ../nbs/03_masks.ipynb #743ad504
@@ -62,39 +78,59 @@ def bounding_box(mask: torch.Tensor  # (1, H, W), not empty
     return xs[0].item(), ys[0].item(), xs[-1].item() + 1, ys[-1].item() + 1
 
 # %% ../nbs/03_masks.ipynb #b228c2f5
-def inside_point(mask: torch.Tensor  # (1, H, W), not empty
-                ) -> tuple:
+def inside_point(
+    mask: torch.Tensor,  # (1, H, W), not empty
+) -> tuple:
     "A point (x, y) well inside a mask: where shrinking leaves it last."
-    inside, left = (mask > .5).float(), None
-    while inside.any(): left, inside = inside, 1 - F.max_pool2d(F.pad(1 - inside, [1] * 4, value=1.), 3, stride=1)
+    inside, left = (mask > 0.5).float(), None
+    while inside.any():
+        left, inside = inside, 1 - F.max_pool2d(F.pad(1 - inside, [1] * 4, value=1.0), 3, stride=1)
     y, x = left[0].nonzero().float().mean(0).tolist() if left[0].sum() == 1 else left[0].nonzero()[0].tolist()
-    return x + .5, y + .5
+    return x + 0.5, y + 0.5
 
 # %% ../nbs/03_masks.ipynb #2426d516
-def centre(mask: torch.Tensor  # (1, H, W) in 0-1, not empty
-          ) -> tuple:
+def centre(
+    mask: torch.Tensor,  # (1, H, W) in 0-1, not empty
+) -> tuple:
     "The middle of a mask's mass, x and y: 0 is the left or upper edge of the picture, 1 the right or lower one."
     total = mask.sum()
-    x, y = ((mask.sum((0, d)) * (torch.arange(n, device=mask.device) + .5)).sum() / total / n for d, n in ((1, mask.shape[-1]), (2, mask.shape[-2])))
+    x, y = (
+        (mask.sum((0, d)) * (torch.arange(n, device=mask.device) + 0.5)).sum() / total / n
+        for d, n in ((1, mask.shape[-1]), (2, mask.shape[-2]))
+    )
     return x.item(), y.item()
 
 # %% ../nbs/03_masks.ipynb #846f44e3
-def check_mask(mask: torch.Tensor  # (1, H, W) in 0-1
-              ) -> torch.Tensor:
+def check_mask(
+    mask: torch.Tensor,  # (1, H, W) in 0-1
+) -> torch.Tensor:
     "The mask itself, if it separates a subject from a background."
-    if not (mask > .5).any(): raise BadInput("The mask is empty: no pixel belongs to the subject; give another point, box or mask.")
-    if (mask > .5).all(): raise BadInput("The mask is full: no pixel belongs to the background; give another point, box or mask.")
+    if not (mask > 0.5).any():
+        raise BadInput("The mask is empty: no pixel belongs to the subject; give another point, box or mask.")
+    if (mask > 0.5).all():
+        raise BadInput("The mask is full: no pixel belongs to the background; give another point, box or mask.")
     return mask
 
 # %% ../nbs/03_masks.ipynb #b059dcea
-SAM_FILES = {f"vit_{k}": f"https://dl.fbaipublicfiles.com/segment_anything/sam_vit_{k}_{v}.pth" for k, v in dict(b="01ec64", l="0b3195", h="4b8939").items()}
+SAM_FILES = {
+    f"vit_{k}": f"https://dl.fbaipublicfiles.com/segment_anything/sam_vit_{k}_{v}.pth"
+    for k, v in dict(b="01ec64", l="0b3195", h="4b8939").items()
+}
 _SAM_SIZES = dict(vit_b="375 MB", vit_l="1.25 GB", vit_h="2.56 GB")
+
 
 def _build_sam(config):
     "A `Sam` from the keyword arguments of its parts."
     from segment_anything.modeling import ImageEncoderViT, MaskDecoder, PromptEncoder, Sam, TwoWayTransformer
+
     decoder = MaskDecoder(transformer=TwoWayTransformer(**config["transformer"]), **config["mask_decoder"])
-    return Sam(ImageEncoderViT(**config["image_encoder"]), PromptEncoder(**config["prompt_encoder"]), decoder, config["pixel_mean"], config["pixel_std"])
+    return Sam(
+        ImageEncoderViT(**config["image_encoder"]),
+        PromptEncoder(**config["prompt_encoder"]),
+        decoder,
+        config["pixel_mean"],
+        config["pixel_std"],
+    )
 
 # %% ../nbs/03_masks.ipynb #13e898bd
 def _sam_config(weights):
@@ -104,38 +140,79 @@ def _sam_config(weights):
     side, dim = shape("image_encoder.pos_embed")[1], shape("image_encoder.neck.0.weight")[0]
     depth = 1 + max(int(name.split(".")[2]) for name in weights if name.startswith("image_encoder.blocks."))
     reach = [(shape(f"image_encoder.blocks.{i}.attn.rel_pos_h")[0] + 1) // 2 for i in range(depth)]
-    encoder = dict(img_size=side * patch, patch_size=patch, embed_dim=width, depth=depth, num_heads=width // shape("image_encoder.blocks.0.attn.rel_pos_h")[1], use_rel_pos=True,
-                   mlp_ratio=shape("image_encoder.blocks.0.mlp.lin1.weight")[0] / width, out_chans=dim, window_size=next((n for n in reach if n != side), 0), global_attn_indexes=[i for i, n in enumerate(reach) if n == side],
-                   norm_layer=lambda n: torch.nn.LayerNorm(n, eps=1e-6))
-    prompts = dict(embed_dim=dim, image_embedding_size=(side, side), input_image_size=(side * patch, side * patch), mask_in_chans=shape("prompt_encoder.mask_downscaling.3.weight")[0])
-    transformer = dict(depth=2, embedding_dim=dim, num_heads=8, mlp_dim=shape("mask_decoder.transformer.layers.0.mlp.lin1.weight")[0])
-    decoder = dict(transformer_dim=dim, num_multimask_outputs=3, iou_head_hidden_dim=shape("mask_decoder.iou_prediction_head.layers.0.weight")[0])
-    return dict(image_encoder=encoder, prompt_encoder=prompts, transformer=transformer, mask_decoder=decoder, pixel_mean=[123.675, 116.28, 103.53], pixel_std=[58.395, 57.12, 57.375])
+    encoder = dict(
+        img_size=side * patch,
+        patch_size=patch,
+        embed_dim=width,
+        depth=depth,
+        num_heads=width // shape("image_encoder.blocks.0.attn.rel_pos_h")[1],
+        use_rel_pos=True,
+        mlp_ratio=shape("image_encoder.blocks.0.mlp.lin1.weight")[0] / width,
+        out_chans=dim,
+        window_size=next((n for n in reach if n != side), 0),
+        global_attn_indexes=[i for i, n in enumerate(reach) if n == side],
+        norm_layer=lambda n: torch.nn.LayerNorm(n, eps=1e-6),
+    )
+    prompts = dict(
+        embed_dim=dim,
+        image_embedding_size=(side, side),
+        input_image_size=(side * patch, side * patch),
+        mask_in_chans=shape("prompt_encoder.mask_downscaling.3.weight")[0],
+    )
+    transformer = dict(
+        depth=2, embedding_dim=dim, num_heads=8, mlp_dim=shape("mask_decoder.transformer.layers.0.mlp.lin1.weight")[0]
+    )
+    decoder = dict(
+        transformer_dim=dim,
+        num_multimask_outputs=3,
+        iou_head_hidden_dim=shape("mask_decoder.iou_prediction_head.layers.0.weight")[0],
+    )
+    return dict(
+        image_encoder=encoder,
+        prompt_encoder=prompts,
+        transformer=transformer,
+        mask_decoder=decoder,
+        pixel_mean=[123.675, 116.28, 103.53],
+        pixel_std=[58.395, 57.12, 57.375],
+    )
 
 # %% ../nbs/03_masks.ipynb #f9ff4c5d
 WRAPPERS = ("model", "state_dict", "model_state_dict", "sam", "sam_model", "module")  # what trainings put round weights
 SAM_MARK = "image_encoder.patch_embed.proj.weight"  # a name that every SAM has
-RELATIVES = {"image_encoder.trunk.": "SAM 2", "memory_attention.": "SAM 2",
-             "mask_decoder.hf_": "HQ-SAM", "image_encoder.patch_embed.seq.": "MobileSAM", "model.0.conv.": "FastSAM"}
+RELATIVES = {
+    "image_encoder.trunk.": "SAM 2",
+    "memory_attention.": "SAM 2",
+    "mask_decoder.hf_": "HQ-SAM",
+    "image_encoder.patch_embed.seq.": "MobileSAM",
+    "model.0.conv.": "FastSAM",
+}
+
 
 def _read_weights(path):
     "A state dict from .safetensors or .pth; never runs code that a file may contain."
     if path.suffix == ".safetensors":
         from safetensors.torch import load_file
+
         check_weights(path)
         return load_file(path)
-    try: return torch.load(path, map_location="cpu", weights_only=True)
-    except MemoryError: raise
-    except OSError as e: raise BadInput(f"The weights {str(path)!r} cannot be read: {e.strerror or e}.") from None
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except MemoryError:
+        raise
+    except OSError as e:
+        raise BadInput(f"The weights {str(path)!r} cannot be read: {e.strerror or e}.") from None
     except Exception:  # whatever else it is, the file is no file of numbers
-        raise BadInput(f"{str(path)!r} is damaged, or holds more than weights, which is not run; "
-                       "download it again.") from None
+        raise BadInput(
+            f"{str(path)!r} is damaged, or holds more than weights, which is not run; download it again."
+        ) from None
+
 
 def _unwrapped(data, name):
     "The tensors of a checkpoint by their names in SAM, out of what a training put round them."
     while isinstance(data, dict) and not any(str(name).endswith(SAM_MARK) for name in data):
         inner = next((data[name] for name in WRAPPERS if isinstance(data.get(name), dict)), None)
-        if inner is None: break
+        if inner is None:
+            break
         data = inner
     data = _plain(data)
     names = [str(name) for name in data] if isinstance(data, dict) else []
@@ -144,56 +221,78 @@ def _unwrapped(data, name):
     if relative or prefix is None:
         first = ", ".join(names[:3]) or "nothing"
         what = f"of {relative or f'another kind of SAM, or of something else (they begin with {first})'}"
-        raise BadInput(f"{name} are {what}; the published ones are at "
-                       f"{', '.join(SAM_FILES.values())}.")
+        raise BadInput(f"{name} are {what}; the published ones are at {', '.join(SAM_FILES.values())}.")
     own = {name: x for name, x in data.items() if name.startswith(prefix) and isinstance(x, torch.Tensor)}
     return {name.removeprefix(prefix): x for name, x in own.items()}
+
 
 def _filled(path, config=None):
     "The `Sam` whose weights are in a file."
     return _with_weights(_read_weights(path), config, f"The weights in {str(path)!r}", path.with_name("config.json"))
 
+
 def _with_weights(weights, config, name, config_file=None):
     "A `Sam` with these weights."
     weights = _unwrapped(weights, name)
-    try: sam = _build_sam(config or _sam_config(weights))
+    try:
+        sam = _build_sam(config or _sam_config(weights))
     except (RuntimeError, AttributeError, KeyError, TypeError, ValueError, IndexError, ZeroDivisionError) as e:
         where = f"{config_file} does not describe a SAM" if config else f"{name} are incomplete"
-        raise BadInput(f"{where} ({type(e).__name__}: {e}); get it again, or the published ones at "
-                       f"{', '.join(SAM_FILES.values())}.") from None
+        raise BadInput(
+            f"{where} ({type(e).__name__}: {e}); get it again, or the published ones at "
+            f"{', '.join(SAM_FILES.values())}."
+        ) from None
     own = {name: x.shape for name, x in sam.state_dict().items()}
     wrong = [f"{name} is missing" for name in own if name not in weights]
     wrong += [f"{name} is not known" for name in weights if name not in own]
     wrong += [f"{name} has another shape" for name in own if name in weights and own[name] != weights[name].shape]
     if wrong:
-        raise BadInput(f"{name} do not fit their SAM: "
-                       f"{', '.join(wrong[:3])}{', …' if len(wrong) > 3 else ''}; the published ones are at "
-                       f"{', '.join(SAM_FILES.values())}.")
+        raise BadInput(
+            f"{name} do not fit their SAM: "
+            f"{', '.join(wrong[:3])}{', …' if len(wrong) > 3 else ''}; the published ones are at "
+            f"{', '.join(SAM_FILES.values())}."
+        )
     sam.load_state_dict({k: v.float() for k, v in weights.items()})
     return sam
 
 # %% ../nbs/03_masks.ipynb #db729deb
-_RENAMED = [(r"^vision_encoder\.", "image_encoder."),
-            (r"^(shared_image_embedding|prompt_encoder\.shared_embedding)\.", "prompt_encoder.pe_layer."),
-            (r"\.positional_embedding$", ".positional_encoding_gaussian_matrix"),
-            (r"^prompt_encoder\.point_embed\.", "prompt_encoder.point_embeddings."),
-            (r"mask_embed\.conv1", "mask_downscaling.0"), (r"mask_embed\.layer_norm1", "mask_downscaling.1"),
-            (r"mask_embed\.conv2", "mask_downscaling.3"), (r"mask_embed\.layer_norm2", "mask_downscaling.4"),
-            (r"mask_embed\.conv3", "mask_downscaling.6"), (r"patch_embed\.projection", "patch_embed.proj"),
-            (r"neck\.conv1", "neck.0"), (r"neck\.layer_norm1", "neck.1"), (r"neck\.conv2", "neck.2"), (r"neck\.layer_norm2", "neck.3"),
-            (r"(image_encoder\.)layers\.", r"\1blocks."), (r"upscale_conv1", "output_upscaling.0"),
-            (r"upscale_layer_norm", "output_upscaling.1"), (r"upscale_conv2", "output_upscaling.3"),
-            (r"(iou_prediction_head|hypernetworks_mlps\.\d)\.layers\.0", r"\1.layers.1"), (r"\.proj_in\.", ".layers.0."),
-            (r"(iou_prediction_head|hypernetworks_mlps\.\d)\.proj_out\.", r"\1.layers.2."), (r"layer_norm", "norm")]
+_RENAMED = [
+    (r"^vision_encoder\.", "image_encoder."),
+    (r"^(shared_image_embedding|prompt_encoder\.shared_embedding)\.", "prompt_encoder.pe_layer."),
+    (r"\.positional_embedding$", ".positional_encoding_gaussian_matrix"),
+    (r"^prompt_encoder\.point_embed\.", "prompt_encoder.point_embeddings."),
+    (r"mask_embed\.conv1", "mask_downscaling.0"),
+    (r"mask_embed\.layer_norm1", "mask_downscaling.1"),
+    (r"mask_embed\.conv2", "mask_downscaling.3"),
+    (r"mask_embed\.layer_norm2", "mask_downscaling.4"),
+    (r"mask_embed\.conv3", "mask_downscaling.6"),
+    (r"patch_embed\.projection", "patch_embed.proj"),
+    (r"neck\.conv1", "neck.0"),
+    (r"neck\.layer_norm1", "neck.1"),
+    (r"neck\.conv2", "neck.2"),
+    (r"neck\.layer_norm2", "neck.3"),
+    (r"(image_encoder\.)layers\.", r"\1blocks."),
+    (r"upscale_conv1", "output_upscaling.0"),
+    (r"upscale_layer_norm", "output_upscaling.1"),
+    (r"upscale_conv2", "output_upscaling.3"),
+    (r"(iou_prediction_head|hypernetworks_mlps\.\d)\.layers\.0", r"\1.layers.1"),
+    (r"\.proj_in\.", ".layers.0."),
+    (r"(iou_prediction_head|hypernetworks_mlps\.\d)\.proj_out\.", r"\1.layers.2."),
+    (r"layer_norm", "norm"),
+]
+
 
 def _own_name(name):
     "The name in `segment_anything` of a weight of transformers' `SamModel`."
-    for pattern, own in _RENAMED: name = re.sub(pattern, own, name)
+    for pattern, own in _RENAMED:
+        name = re.sub(pattern, own, name)
     return name
+
 
 def _plain(weights):
     "Weights by the names of `segment_anything`; transformers' own names are told by their beginning."
-    if not isinstance(weights, dict) or not any(str(name).startswith("vision_encoder.") for name in weights): return weights
+    if not isinstance(weights, dict) or not any(str(name).startswith("vision_encoder.") for name in weights):
+        return weights
     return {_own_name(name): w for name, w in weights.items()}
 
 # %% ../nbs/03_masks.ipynb #9768d925
@@ -201,147 +300,223 @@ def _sam_parts(name, checkpoint):
     "The file of weights, what to build (None: its shapes say it), and whether it was trained with boxes."
     if name in SAM_FILES:
         path = Path(checkpoint or Path(SAM_FILES[name]).name).expanduser()
-        if path.is_file() or checkpoint: return path, None, True
-        raise BadInput(f"SAM {name} needs its weights ({_SAM_SIZES[name]}): download {SAM_FILES[name]} and give the file's path (checkpoint, --sam), or work in its folder.")
+        if path.is_file() or checkpoint:
+            return path, None, True
+        raise BadInput(
+            f"SAM {name} needs its weights ({_SAM_SIZES[name]}): download {SAM_FILES[name]} and give the file's path (checkpoint, --sam), or work in its folder."
+        )
     folder = package_folder() / "weights" / "mini" / "sam" if name == "mini" else Path(name).expanduser()
-    if folder.is_file() or folder.suffix in (".pth", ".safetensors"): return folder, None, True
-    if not (folder / "config.json").is_file(): raise BadInput(f"There is no SAM {str(name)!r}; choose mini, {', '.join(SAM_FILES)}, a file of published weights, or a folder with config.json and model.safetensors.")
+    if folder.is_file() or folder.suffix in (".pth", ".safetensors"):
+        return folder, None, True
+    if not (folder / "config.json").is_file():
+        raise BadInput(
+            f"There is no SAM {str(name)!r}; choose mini, {', '.join(SAM_FILES)}, a file of published weights, or a folder with config.json and model.safetensors."
+        )
     config = read_json(folder / "config.json")
-    if "model_type" not in config: return folder / "model.safetensors", config, config.get("boxes", False)
+    if "model_type" not in config:
+        return folder / "model.safetensors", config, config.get("boxes", False)
     if config["model_type"] != "sam":
-        raise BadInput(f"{str(folder)!r} holds a model of the kind {config['model_type']!r}; give transformers' SamModel, "
-                       "whose kind is 'sam', such as facebook/sam-vit-base saved by save_pretrained.")
+        raise BadInput(
+            f"{str(folder)!r} holds a model of the kind {config['model_type']!r}; give transformers' SamModel, "
+            "whose kind is 'sam', such as facebook/sam-vit-base saved by save_pretrained."
+        )
     file = next((f for f in ("model.safetensors", "pytorch_model.bin") if (folder / f).is_file()), "model.safetensors")
     return folder / file, None, True
-
 
 # %% ../nbs/03_masks.ipynb #03911500
 @shielded
 @one_loader
-def load_sam(name: Union[str, Path, "Sam"] = "mini",  # "mini", a file of published weights, "vit_b", "vit_l", "vit_h", a folder (transformers' too), or a loaded `Sam`, `SamPredictor` or `SamModel`
-             checkpoint: Union[str, Path, None] = None,  # file of weights for the published sizes; None: the one in the current folder
-             device: str = "cpu"  # where it will run
-            ) -> "Sam":
+def load_sam(
+    name: Union[
+        str, Path, "Sam"
+    ] = "mini",  # "mini", a file of published weights, "vit_b", "vit_l", "vit_h", a folder (transformers' too), or a loaded `Sam`, `SamPredictor` or `SamModel`
+    checkpoint: str | Path | None = None,  # file of weights for the published sizes; None: the one in the current folder
+    device: str = "cpu",  # where it will run
+) -> "Sam":
     "A segmenter, ready to be asked."
-    if not isinstance(name, (str, Path)): sam, boxes = _loaded(name), True
+    if not isinstance(name, (str, Path)):
+        sam, boxes = _loaded(name), True
     else:
         path, config, boxes = _sam_parts(name, checkpoint)
-        if not path.is_file(): raise BadInput(f"There is no file of weights {str(path)!r}; published ones are at {SAM_FILES['vit_b']} ({_SAM_SIZES['vit_b']}) and {SAM_FILES['vit_h']} ({_SAM_SIZES['vit_h']}).")
+        if not path.is_file():
+            raise BadInput(
+                f"There is no file of weights {str(path)!r}; published ones are at {SAM_FILES['vit_b']} ({_SAM_SIZES['vit_b']}) and {SAM_FILES['vit_h']} ({_SAM_SIZES['vit_h']})."
+            )
         sam = _filled(path, config)
     sam = sam.to(device).eval().requires_grad_(False)
     sam.knows_boxes = getattr(sam, "knows_boxes", boxes)
     return sam
 
+
 def _loaded(sam):
     "The `Sam` in an object that somebody has loaded."
-    if hasattr(sam, "set_image"): sam = sam.model  # a SamPredictor
-    if hasattr(sam, "prompt_encoder") and hasattr(sam, "image_encoder") and hasattr(sam, "mask_decoder"): return sam
-    if hasattr(sam, "vision_encoder") and hasattr(sam, "mask_decoder"): return _with_weights(sam.state_dict(), None, "The weights of this SamModel")
-    raise BadInput(f"A segmenter is a Sam or SamPredictor of segment_anything, a SamModel of transformers, a file or a folder; this is a {type(sam).__name__}.")
+    if hasattr(sam, "set_image"):
+        sam = sam.model  # a SamPredictor
+    if hasattr(sam, "prompt_encoder") and hasattr(sam, "image_encoder") and hasattr(sam, "mask_decoder"):
+        return sam
+    if hasattr(sam, "vision_encoder") and hasattr(sam, "mask_decoder"):
+        return _with_weights(sam.state_dict(), None, "The weights of this SamModel")
+    raise BadInput(
+        f"A segmenter is a Sam or SamPredictor of segment_anything, a SamModel of transformers, a file or a folder; this is a {type(sam).__name__}."
+    )
 
 # %% ../nbs/03_masks.ipynb #a1872e15
 def _check_inside(points, image):
     "Refuse points outside the picture."
     h, w = image.shape[-2:]
     for x, y in points:
-        if not (0 <= x <= w and 0 <= y <= h): raise BadInput(f"The point ({x:g}, {y:g}) is outside the picture, which is {w} pixels wide and {h} high.")
+        if not (0 <= x <= w and 0 <= y <= h):
+            raise BadInput(f"The point ({x:g}, {y:g}) is outside the picture, which is {w} pixels wide and {h} high.")
+
 
 def _as_points(point, labels):
     "One click or several as point_coords (n, 2) and point_labels (n,)."
-    if point is None: return None, None
+    if point is None:
+        return None, None
     import numpy as np
+
     coords = np.asarray(point, dtype="float32").reshape(-1, 2)
     return coords, np.asarray(check_labels(len(coords), labels), int)
 
-def check_labels(count: int,  # number of clicks
-                 labels: Optional[Sequence] = None  # one for each; None: all on the subject
-                ) -> list:  # 1 or 0 for each
+
+def check_labels(
+    count: int,  # number of clicks
+    labels: Sequence | None = None,  # one for each; None: all on the subject
+) -> list:  # 1 or 0 for each
     "What each click says, as SAM's `point_labels`: 1 is the subject, 0 is not."
-    if not count: raise BadInput("The list of points is empty; give at least one (x, y), or None for SAM's own proposal.")
-    try: labels = [1] * count if labels is None else [float(v) for v in (labels if hasattr(labels, "__len__") else [labels])]
-    except (TypeError, ValueError): raise BadInput(f"The labels of the points are {labels!r}; give 1 (the subject) or 0 (not the subject) for each.") from None
-    if len(labels) != count: raise BadInput(f"There are {count} points but {len(labels)} labels; give one label (1 subject, 0 background) for each point.")
+    if not count:
+        raise BadInput("The list of points is empty; give at least one (x, y), or None for SAM's own proposal.")
+    try:
+        labels = (
+            [1] * count if labels is None else [float(v) for v in (labels if hasattr(labels, "__len__") else [labels])]
+        )
+    except (TypeError, ValueError):
+        raise BadInput(
+            f"The labels of the points are {labels!r}; give 1 (the subject) or 0 (not the subject) for each."
+        ) from None
+    if len(labels) != count:
+        raise BadInput(
+            f"There are {count} points but {len(labels)} labels; give one label (1 subject, 0 background) for each point."
+        )
     wrong = [v for v in labels if v not in (0, 1)]
-    if wrong: raise BadInput(f"The label of a point is 1 (the subject) or 0 (not the subject), not {wrong[0]:g}.")
+    if wrong:
+        raise BadInput(f"The label of a point is 1 (the subject) or 0 (not the subject), not {wrong[0]:g}.")
     return [int(v) for v in labels]
+
 
 def _check_box(box, image):
     "Refuse boxes that are outside the picture or have no area."
-    if box is None: return None
+    if box is None:
+        return None
     import numpy as np
-    if len(box) != 4 or box[0] >= box[2] or box[1] >= box[3]: raise BadInput(f"The box {tuple(box)} has no area; give x0, y0, x1, y1 with x0 < x1 and y0 < y1.")
+
+    if len(box) != 4 or box[0] >= box[2] or box[1] >= box[3]:
+        raise BadInput(f"The box {tuple(box)} has no area; give x0, y0, x1, y1 with x0 < x1 and y0 < y1.")
     _check_inside([box[:2], box[2:]], image)
     return np.asarray(box, dtype="float32")
 
 # %% ../nbs/03_masks.ipynb #e5a96203
-def look(sam: "Sam",  # see `load_sam`; a predictor is given back as it is
-         image: torch.Tensor  # (3, H, W) in 0-1
-        ) -> "SamPredictor":
+def look(
+    sam: "Sam",  # see `load_sam`; a predictor is given back as it is
+    image: torch.Tensor,  # (3, H, W) in 0-1
+) -> "SamPredictor":
     "A predictor that has seen the picture: `find_mask` takes it in place of `sam`, and each click is quick."
     from segment_anything import SamPredictor
+
     predictor = sam if hasattr(sam, "set_image") else SamPredictor(sam)
     predictor.model.knows_boxes = getattr(predictor.model, "knows_boxes", True)  # SAM's own classes do not say it
-    if predictor.is_image_set and predictor.original_size == tuple(image.shape[-2:]): return predictor
-    if predictor.is_image_set: raise BadInput(f"The predictor has seen a picture of another size than {image.shape[-1]} x {image.shape[-2]}; call look(sam, image) for this one.")
+    if predictor.is_image_set and predictor.original_size == tuple(image.shape[-2:]):
+        return predictor
+    if predictor.is_image_set:
+        raise BadInput(
+            f"The predictor has seen a picture of another size than {image.shape[-1]} x {image.shape[-2]}; call look(sam, image) for this one."
+        )
     predictor.set_image((image.detach().cpu().permute(1, 2, 0).clamp(0, 1) * 255).round().byte().numpy())
     return predictor
 
+
 def _best_click(predictor, points, score, batch=16):
     "Of the masks that single clicks on `points` (n, 2) give, the one with the best score: score, mask, quality, point."
-    best, coords = (0.,), predictor.transform.apply_coords_torch(points[:, None], predictor.original_size).to(predictor.device)
+    best, coords = (
+        (0.0,),
+        predictor.transform.apply_coords_torch(points[:, None], predictor.original_size).to(predictor.device),
+    )
     for some, at in zip(coords.split(batch), points.split(batch)):
-        masks, quality, _ = predictor.predict_torch(some, torch.ones(some.shape[:2], dtype=torch.int, device=some.device))
+        masks, quality, _ = predictor.predict_torch(
+            some, torch.ones(some.shape[:2], dtype=torch.int, device=some.device)
+        )
         scores = score(masks.flatten(0, 1), quality.flatten())
         k = scores.argmax().item()
-        if scores[k] > best[0]: best = scores[k].item(), masks.flatten(0, 1)[k][None].float().cpu(), quality.flatten()[k].item(), tuple(at[k // masks.shape[1]].tolist())
+        if scores[k] > best[0]:
+            best = (
+                scores[k].item(),
+                masks.flatten(0, 1)[k][None].float().cpu(),
+                quality.flatten()[k].item(),
+                tuple(at[k // masks.shape[1]].tolist()),
+            )
     return best
+
 
 def _grid(box, side):
     "`side` * `side` points (n, 2) spread over a box."
-    at = (torch.arange(side) + .5) / side
+    at = (torch.arange(side) + 0.5) / side
     return torch.cartesian_prod(box[0] + at * (box[2] - box[0]), box[1] + at * (box[3] - box[1]))
 
 # %% ../nbs/03_masks.ipynb #61831470
 def _box_scores(masks, quality, box):
     "Quality times the agreement of each mask's box with `box`."
     area = lambda b: max(b[2] - b[0], 0) * max(b[3] - b[1], 0)
+
     def agreement(b):
         both = area((max(b[0], box[0]), max(b[1], box[1]), min(b[2], box[2]), min(b[3], box[3])))
         return both / (area(b) + area(box) - both)
-    return quality * torch.tensor([agreement(bounding_box(m[None])) if m.any() else 0. for m in masks], device=quality.device)
+
+    return quality * torch.tensor(
+        [agreement(bounding_box(m[None])) if m.any() else 0.0 for m in masks], device=quality.device
+    )
+
 
 def _by_box(sam, image, box):
     "The mask (1, H, W) of what a box encloses."
     predictor = look(sam, image)
-    if predictor.model.knows_boxes: return torch.from_numpy(predictor.predict(box=box, multimask_output=False)[0]).float()
+    if predictor.model.knows_boxes:
+        return torch.from_numpy(predictor.predict(box=box, multimask_output=False)[0]).float()
     found = _best_click(predictor, _grid(box, 3), lambda m, q: _box_scores(m, q, box.tolist()))
     return found[1] if len(found) > 1 else torch.zeros_like(image[:1]).cpu()
 
 # %% ../nbs/03_masks.ipynb #64fe3311
 @torch.no_grad()
-def find_mask(sam: "Sam",  # see `load_sam`, or what `look` gave for this picture
-              image: torch.Tensor,  # (3, H, W) in 0-1
-              point: Optional[Sequence] = None,  # (x, y) in pixels, or several; none and no box: `propose_subject`
-              box: Optional[Sequence] = None,  # x0, y0, x1, y1 in pixels; with points: what lies outside is cut off
-              labels: Optional[Sequence] = None,  # for several points: 1 on the subject, 0 on the background, which the published SAMs know and mini's does not
-              say: Optional[Callable] = print  # told what was taken, when nothing was asked for
-             ) -> torch.Tensor:  # (1, H, W), 0 or 1
+def find_mask(
+    sam: "Sam",  # see `load_sam`, or what `look` gave for this picture
+    image: torch.Tensor,  # (3, H, W) in 0-1
+    point: Sequence | None = None,  # (x, y) in pixels, or several; none and no box: `propose_subject`
+    box: Sequence | None = None,  # x0, y0, x1, y1 in pixels; with points: what lies outside is cut off
+    labels: Sequence | None = None,  # for several points: 1 on the subject, 0 on the background, which the published SAMs know and mini's does not
+    say: Callable | None = print,  # told what was taken, when nothing was asked for
+) -> torch.Tensor:  # (1, H, W), 0 or 1
     "The subject's mask, by clicks, by a box, by both or by SAM's own proposal."
     if point is None and box is None:
         proposal = propose_subject(sam, image)
-        if say: say(str(proposal))
+        if say:
+            say(str(proposal))
         return proposal.mask
     (coords, labels), box = _as_points(point, labels), _check_box(box, image)
-    if coords is None: return check_mask(_by_box(sam, image, box))
+    if coords is None:
+        return check_mask(_by_box(sam, image, box))
     _check_inside(coords, image)
     predictor = look(sam, image)
-    if not labels.any() and (box is None or not predictor.model.knows_boxes): raise BadInput("No point is on the subject (label 1); give one that is, beside those that are not.")
-    masks, quality, _ = predictor.predict(coords, labels, box if predictor.model.knows_boxes else None, multimask_output=len(coords) == 1 and box is None)
+    if not labels.any() and (box is None or not predictor.model.knows_boxes):
+        raise BadInput("No point is on the subject (label 1); give one that is, beside those that are not.")
+    masks, quality, _ = predictor.predict(
+        coords, labels, box if predictor.model.knows_boxes else None, multimask_output=len(coords) == 1 and box is None
+    )
     return check_mask(_cut(torch.from_numpy(masks[quality.argmax()])[None].float(), box))
+
 
 def _cut(mask, box):
     "The mask without what lies outside the box."
-    if box is None: return mask
+    if box is None:
+        return mask
     x0, y0, x1, y1 = (round(float(v)) for v in box)
     return mask * F.pad(torch.ones(1, y1 - y0, x1 - x0), (x0, mask.shape[-1] - x1, y0, mask.shape[-2] - y1))
 
@@ -349,10 +524,12 @@ def _cut(mask, box):
 @dataclass
 class Proposal:
     "What SAM takes for the subject."
+
     mask: torch.Tensor  # (1, H, W), 0 or 1
     point: tuple  # (x, y) of the click that found it
     quality: float  # SAM's own estimate of the IoU
     area: float  # share of the picture, 0-1
+
     def __str__(self):
         x, y = self.point
         return f"Taken for the subject: what is at ({x:.0f}, {y:.0f}), {self.area:.0%} of the picture; SAM's own estimate of the mask's quality is {self.quality:.2f}."
@@ -377,14 +554,16 @@ def _off_centre(masks):
 
 # %% ../nbs/03_masks.ipynb #dc7f4781
 @torch.no_grad()
-def propose_subject(sam: "Sam",  # as for `find_mask`
-                    image: torch.Tensor,  # (3, H, W) in 0-1
-                    side: int = 6  # clicks in a row; side * side in all
-                   ) -> Proposal:
+def propose_subject(
+    sam: "Sam",  # as for `find_mask`
+    image: torch.Tensor,  # (3, H, W) in 0-1
+    side: int = 6,  # clicks in a row; side * side in all
+) -> Proposal:
     "Click on a grid of points and take the mask that looks most like a subject."
     h, w = image.shape[-2:]
     found = _best_click(look(sam, image), _grid((0, 0, w, h), side), subject_scores)
-    if len(found) == 1: raise BadInput("No subject was found in the picture; give a point, a box or a mask.")
+    if len(found) == 1:
+        raise BadInput("No subject was found in the picture; give a point, a box or a mask.")
     _, mask, quality, point = found
     return Proposal(mask, point, quality, mask.mean().item())
 
@@ -392,18 +571,32 @@ def propose_subject(sam: "Sam",  # as for `find_mask`
 def _strength(x, name):
     "The numbers (H, W) of a mask as 0-1; refused where they leave open what is the subject."
     import numpy as np
-    if x.dtype.kind not in "buif": raise BadInput(f"{name} holds {x.dtype}; give numbers from 0 to 1, bool or bytes.")
-    if x.dtype.kind == "b": return x.astype("float32")
-    if x.dtype.kind == "f" and not np.isfinite(x).all(): raise BadInput(f"{name} holds numbers that are not finite (NaN or infinite).")
-    if x.min() < 0: raise BadInput(f"{name} holds numbers from {x.min():g} to {x.max():g}; a mask has none below 0, and SAM's logits become one by `logits > 0`.")
+
+    if x.dtype.kind not in "buif":
+        raise BadInput(f"{name} holds {x.dtype}; give numbers from 0 to 1, bool or bytes.")
+    if x.dtype.kind == "b":
+        return x.astype("float32")
+    if x.dtype.kind == "f" and not np.isfinite(x).all():
+        raise BadInput(f"{name} holds numbers that are not finite (NaN or infinite).")
+    if x.min() < 0:
+        raise BadInput(
+            f"{name} holds numbers from {x.min():g} to {x.max():g}; a mask has none below 0, and SAM's logits become one by `logits > 0`."
+        )
     values = np.flatnonzero(np.bincount(x.ravel())) if x.dtype in ("uint8", "uint16") else np.unique(x)
     high, whole = values[-1], x.dtype.kind != "f"
-    white = 1. if not whole and high <= 1 else 65535. if x.dtype == "uint16" and high > 255 else 255.
-    if high > white: raise BadInput(f"{name} holds numbers up to {high:g}, which leave open what is white; give 0 and 1, or 0 to 255.")
-    if len(values) <= 2 and values[0] == 0 and (whole or high >= 1) or len(values) == 1 and whole: return (x > 0).astype("float32")
+    white = 1.0 if not whole and high <= 1 else 65535.0 if x.dtype == "uint16" and high > 255 else 255.0
+    if high > white:
+        raise BadInput(
+            f"{name} holds numbers up to {high:g}, which leave open what is white; give 0 and 1, or 0 to 255."
+        )
+    if len(values) <= 2 and values[0] == 0 and (whole or high >= 1) or len(values) == 1 and whole:
+        return (x > 0).astype("float32")
     if high <= white / 2 and white > 1:
-        raise BadInput(f"{name} holds {_some(values)}, and nothing is white ({white:g}): give one of 0 and 1, the 1 for your subject alone.")
+        raise BadInput(
+            f"{name} holds {_some(values)}, and nothing is white ({white:g}): give one of 0 and 1, the 1 for your subject alone."
+        )
     return x.astype("float32") / np.float32(white)
+
 
 def _some(values):
     "A few numbers, in words."
@@ -414,31 +607,46 @@ def _some(values):
 def _painted(image, name):
     "The mask (H, W) in 0-1 of a decoded picture."
     import numpy as np
-    if image.mode == "F" or image.mode.startswith("I"): return _strength(grey_numbers(image)[0], name)
-    if image.mode in ("1", "L") and "transparency" not in image.info: return _strength(np.asarray(image), name)
+
+    if image.mode == "F" or image.mode.startswith("I"):
+        return _strength(grey_numbers(image)[0], name)
+    if image.mode in ("1", "L") and "transparency" not in image.info:
+        return _strength(np.asarray(image), name)
     if image.mode in ("LA", "PA", "RGBA", "La", "RGBa") or "transparency" in image.info:
-        if image.mode in ("La", "RGBa"): image = image.convert(image.mode.upper())
+        if image.mode in ("La", "RGBa"):
+            image = image.convert(image.mode.upper())
         cut = _cut_out(np.asarray(image.convert("RGBA")), name)
-        if cut is not None: return cut
+        if cut is not None:
+            return cut
     rgb = np.asarray(image.convert("RGB")).astype("int32")
-    if (rgb.max(2) - rgb.min(2)).max() > 24: return _two_colours(rgb, name)
+    if (rgb.max(2) - rgb.min(2)).max() > 24:
+        return _two_colours(rgb, name)
     return _strength(rgb.mean(2).round().astype("uint8"), name)
+
 
 def _cut_out(rgba, name):
     "Opaque is the subject; None where nothing is transparent."
     there, grey = rgba[..., 3] > 127, rgba[..., :3].mean(2)
-    if there.all(): return None
-    black, white = (share.mean() if share.size else 0. for share in (grey[there] < 16, grey[there] > 239))
-    if black > .01 and white > .01 and black + white > .99: raise BadInput(f"{name} has transparent parts and black and white ones, so that the subject may be either; give it without transparency.")
+    if there.all():
+        return None
+    black, white = (share.mean() if share.size else 0.0 for share in (grey[there] < 16, grey[there] > 239))
+    if black > 0.01 and white > 0.01 and black + white > 0.99:
+        raise BadInput(
+            f"{name} has transparent parts and black and white ones, so that the subject may be either; give it without transparency."
+        )
     return rgba[..., 3].astype("float32") / 255
+
 
 def _two_colours(rgb, name):
     "The colour beside black is the subject."
     import numpy as np
+
     packed = rgb @ np.array([65536, 256, 1])
-    few = np.unique(packed[::1 + len(packed) // 256, ::1 + packed.shape[1] // 256])
-    if len(few) <= 2: few = np.unique(packed)
-    if len(few) <= 2 and few[0] == 0: return (packed > 0).astype("float32")
+    few = np.unique(packed[:: 1 + len(packed) // 256, :: 1 + packed.shape[1] // 256])
+    if len(few) <= 2:
+        few = np.unique(packed)
+    if len(few) <= 2 and few[0] == 0:
+        return (packed > 0).astype("float32")
     raise BadInput(f"{name} has colours and is no mask; a mask is white where the subject is and black elsewhere.")
 
 # %% ../nbs/03_masks.ipynb #f9949793
@@ -448,32 +656,50 @@ def _run_lengths(text):
     for char in text.decode() if isinstance(text, bytes) else text:
         code = ord(char) - 48
         value, shift = value | (code & 31) << shift, shift + 5
-        if code & 32: continue
-        if code & 16: value -= 1 << shift
+        if code & 32:
+            continue
+        if code & 16:
+            value -= 1 << shift
         counts.append(value + (counts[-2] if len(counts) > 2 else 0))
         value = shift = 0
     return counts
 
+
 def _unrolled(rle):
     "The mask (H, W) of run lengths: so many pixels beside the subject, so many on it, and so on, down the columns."
     import numpy as np
+
     try:
         (h, w), counts = map(int, rle["size"]), rle["counts"]
         counts = np.asarray(_run_lengths(counts) if isinstance(counts, (str, bytes)) else counts, int)
-    except (TypeError, ValueError, KeyError, IndexError): counts, h, w = np.zeros(1, int), 1, 1
-    if counts.sum() != h * w or (counts < 0).any(): raise BadInput("The run lengths of this mask do not fit its size; give SAM's mask as an array.")
+    except (TypeError, ValueError, KeyError, IndexError):
+        counts, h, w = np.zeros(1, int), 1, 1
+    if counts.sum() != h * w or (counts < 0).any():
+        raise BadInput("The run lengths of this mask do not fit its size; give SAM's mask as an array.")
     return np.repeat(np.arange(len(counts)) % 2 == 1, counts).reshape(w, h).T
+
 
 def _one_answer(mask):
     "One mask out of what SAM's classes give."
     if isinstance(mask, (list, tuple)) and mask and all(isinstance(m, dict) or hasattr(m, "dtype") for m in mask):
-        if len(mask) != 1: raise BadInput(f"There are {len(mask)} masks in a list; give one, such as the largest: max(masks, key=lambda m: m['area']).")
-        mask, = mask
-    if isinstance(mask, dict): mask = next((mask[key] for key in ("segmentation", "mask") if key in mask), mask)
-    if hasattr(mask, "dtype") or hasattr(mask, "convert") or isinstance(mask, (str, os.PathLike)): return mask
-    if not isinstance(mask, dict): raise BadInput(f"A mask is a file, a Pillow picture, an array, a tensor or SAM's own dict; this is a {type(mask).__name__}.")
-    if "counts" in mask and "size" in mask: return _unrolled(mask)
-    raise BadInput(f"A mask from SAM has the key 'segmentation' or the keys 'size' and 'counts'; this has {', '.join(map(repr, list(mask)[:5])) or 'none'}.")
+        if len(mask) != 1:
+            raise BadInput(
+                f"There are {len(mask)} masks in a list; give one, such as the largest: max(masks, key=lambda m: m['area'])."
+            )
+        (mask,) = mask
+    if isinstance(mask, dict):
+        mask = next((mask[key] for key in ("segmentation", "mask") if key in mask), mask)
+    if hasattr(mask, "dtype") or hasattr(mask, "convert") or isinstance(mask, (str, os.PathLike)):
+        return mask
+    if not isinstance(mask, dict):
+        raise BadInput(
+            f"A mask is a file, a Pillow picture, an array, a tensor or SAM's own dict; this is a {type(mask).__name__}."
+        )
+    if "counts" in mask and "size" in mask:
+        return _unrolled(mask)
+    raise BadInput(
+        f"A mask from SAM has the key 'segmentation' or the keys 'size' and 'counts'; this has {', '.join(map(repr, list(mask)[:5])) or 'none'}."
+    )
 
 # %% ../nbs/03_masks.ipynb #f9949795
 def _array(x):
@@ -481,69 +707,101 @@ def _array(x):
     name, given = f"The mask {tuple(x.shape)}", x
     x = as_array(x)
     x = x.astype(x.dtype.newbyteorder("="), copy=False)
-    if not x.size: raise BadInput(f"{name} has no pixels.")
-    while x.ndim > 2 and len(x) == 1: x = x[0]
-    if x.ndim == 3 and x.shape[-1] in (1, 3) and (x == x[..., :1]).all(): x = x[..., 0]
-    if x.ndim == 3 and x.shape[-1] in (3, 4): return load_image(given, keep_alpha=True), name
-    if x.ndim == 2: return x, name
-    raise BadInput(f"{name} " + (f"holds {x.shape[0]} masks; give one, such as masks[scores.argmax()]." if x.ndim == 3 else
-                               "is not one mask; give (H, W) or (1, H, W)."))
+    if not x.size:
+        raise BadInput(f"{name} has no pixels.")
+    while x.ndim > 2 and len(x) == 1:
+        x = x[0]
+    if x.ndim == 3 and x.shape[-1] in (1, 3) and (x == x[..., :1]).all():
+        x = x[..., 0]
+    if x.ndim == 3 and x.shape[-1] in (3, 4):
+        return load_image(given, keep_alpha=True), name
+    if x.ndim == 2:
+        return x, name
+    raise BadInput(
+        f"{name} "
+        + (
+            f"holds {x.shape[0]} masks; give one, such as masks[scores.argmax()]."
+            if x.ndim == 3
+            else "is not one mask; give (H, W) or (1, H, W)."
+        )
+    )
+
 
 def _picture(source):
     "The mask (H, W) in 0-1 that a file or a Pillow picture shows, upright."
     import numpy as np
     from PIL import Image
+
     image, name, _, turn = open_image(source)
     name = name.replace("The picture", "The mask") if name.startswith("The picture") else f"The mask {name}"
     mask = _painted(image, name)
-    if ((mask > .25) & (mask < .75)).mean() > .5: raise BadInput(f"{name} is grey in most places; a mask is white where the subject is and black elsewhere.")
+    if ((mask > 0.25) & (mask < 0.75)).mean() > 0.5:
+        raise BadInput(f"{name} is grey in most places; a mask is white where the subject is and black elsewhere.")
     shown = Image.fromarray((mask * 255).round().astype("uint8"))
     return np.asarray(shown if turn is None else shown.transpose(turn)) / 255
 
+
 def _check_shape(have, size, whole):
     "Refuse a mask of another shape than the picture; all are (width, height), `whole` is the picture as it was."
-    if have in (size, whole): return
+    if have in (size, whole):
+        return
     (w, h), (pw, ph) = have, whole or size
-    slack = .02 * ph if whole else max(4.5, .02 * ph)  # sides at the model's size are rounded to multiples of 8
-    if abs(h * pw / w - ph) <= max(slack, ph / h, pw / w): return
+    slack = 0.02 * ph if whole else max(4.5, 0.02 * ph)  # sides at the model's size are rounded to multiples of 8
+    if abs(h * pw / w - ph) <= max(slack, ph / h, pw / w):
+        return
     raise BadInput(f"The mask is {w} x {h} pixels and the picture {pw} x {ph}; they must have the same shape.")
 
 # %% ../nbs/03_masks.ipynb #f8bede4c
-def mask_from_file(source,  # a file, a Pillow picture, an array, a tensor, or SAM's own dict; white, opaque, True or 1: the subject
-                   size: tuple,  # (height, width) of the picture it belongs to
-                   whole: Optional[tuple] = None  # (width, height) of that picture before it was fitted, which the mask may have too
-                  ) -> torch.Tensor:  # (1, H, W) in 0-1
+def mask_from_file(
+    source,  # a file, a Pillow picture, an array, a tensor, or SAM's own dict; white, opaque, True or 1: the subject
+    size: tuple,  # (height, width) of the picture it belongs to
+    whole: tuple | None = None,  # (width, height) of that picture before it was fitted, which the mask may have too
+) -> torch.Tensor:  # (1, H, W) in 0-1
     "A mask that somebody made, at the size of the picture. Floats at that very size stay as soft as they are."
     import numpy as np
     from PIL import Image
+
     source, size = _one_answer(source), tuple(size)
     x, name = _array(source) if hasattr(source, "dtype") else (source, "")
     soft = hasattr(x, "dtype") and x.dtype.kind == "f" and x.shape == size
     x = _strength(x, name) if hasattr(x, "dtype") else _picture(x)
     _check_shape(x.shape[::-1], size[::-1], whole)
-    if not soft: x = np.asarray(Image.fromarray((x * 255).round().astype("uint8")).resize(size[::-1], Image.Resampling.BOX)) > 127
+    if not soft:
+        x = (
+            np.asarray(Image.fromarray((x * 255).round().astype("uint8")).resize(size[::-1], Image.Resampling.BOX))
+            > 127
+        )
     return _warn_inverted(check_mask(torch.from_numpy(np.array(x, "float32"))[None]))
+
 
 def _warn_inverted(mask):
     "The mask, with a word where it looks turned inside out."
-    inside = mask[0] > .5
+    inside = mask[0] > 0.5
     if torch.cat([inside[0], inside[-1], inside[:, 0], inside[:, -1]]).all():
-        warnings.warn(Notice("The mask takes the whole edge of the picture for the subject; if its background is meant, turn black and white round."), stacklevel=4)
+        warnings.warn(
+            Notice(
+                "The mask takes the whole edge of the picture for the subject; if its background is meant, turn black and white round."
+            ),
+            stacklevel=4,
+        )
     return mask
 
 # %% ../nbs/03_masks.ipynb #cd535981
 RESAMPLE = dict(area="area", nearest="nearest-exact", bilinear="bilinear")
 
-def to_latent(mask: torch.Tensor,  # (1, H, W) or (B, 1, H, W) in 0-1
-              latent_hw: tuple,  # (height, width) of the latents
-              resample: str = "area",  # "area", "nearest" or "bilinear"
-              hard: bool = False  # cut at one half
-             ) -> torch.Tensor:  # (B, 1, h, w) in 0-1
+
+def to_latent(
+    mask: torch.Tensor,  # (1, H, W) or (B, 1, H, W) in 0-1
+    latent_hw: tuple,  # (height, width) of the latents
+    resample: str = "area",  # "area", "nearest" or "bilinear"
+    hard: bool = False,  # cut at one half
+) -> torch.Tensor:  # (B, 1, h, w) in 0-1
     "A mask at the size of the latents."
-    if resample not in RESAMPLE: raise BadInput(f"A mask can be resampled by {', '.join(RESAMPLE)}, not by {resample!r}.")
+    if resample not in RESAMPLE:
+        raise BadInput(f"A mask can be resampled by {', '.join(RESAMPLE)}, not by {resample!r}.")
     mask = (mask if mask.ndim == 4 else mask[None]).float()
     mask = F.interpolate(mask, tuple(latent_hw), mode=RESAMPLE[resample])
-    return (mask >= .5).float() if hard else mask
+    return (mask >= 0.5).float() if hard else mask
 
 # %% ../nbs/03_masks.ipynb #f47d53e6
 def composite(subject: torch.Tensor,  # (3, H, W) picture that shows the subject
@@ -554,12 +812,14 @@ def composite(subject: torch.Tensor,  # (3, H, W) picture that shows the subject
     return mask * subject + (1 - mask) * background
 
 # %% ../nbs/03_masks.ipynb #b3827f98
-def fill_hole(image: torch.Tensor,  # (3, H, W) in 0-1
-              mask: torch.Tensor  # (1, H, W), 1 where the picture is to be forgotten
-             ) -> torch.Tensor:
+def fill_hole(
+    image: torch.Tensor,  # (3, H, W) in 0-1
+    mask: torch.Tensor,  # (1, H, W), 1 where the picture is to be forgotten
+) -> torch.Tensor:
     "The picture with the masked part filled smoothly from its surroundings."
     known, (h, w) = 1 - mask, image.shape[-2:]
-    if min(h, w) == 1 or known.min() > 0: return image
+    if min(h, w) == 1 or known.min() > 0:
+        return image
     colour, weight = (F.adaptive_avg_pool2d(v, ((h + 1) // 2, (w + 1) // 2)) for v in (image * known, known))
     coarse = fill_hole(colour / weight.clamp_min(1e-6), (weight == 0).float())
     return composite(image, known, F.interpolate(coarse[None], (h, w), mode="bilinear")[0])
@@ -579,26 +839,33 @@ def _warp(x, anchor, dx, dy, scale):
     return F.avg_pool2d(F.grid_sample(x[None], grid, align_corners=False), k)[0]
 
 # %% ../nbs/03_masks.ipynb #05c9b429
-def move_mask(mask: torch.Tensor,  # (1, H, W) in 0-1
-              dx: float = 0.,  # to the right, 1 is the picture's width
-              dy: float = 0.,  # down, 1 is the picture's height
-              scale: float = 1.  # size afterwards, 1 is as it was; the feet stay where they are
-             ) -> torch.Tensor:
+def move_mask(
+    mask: torch.Tensor,  # (1, H, W) in 0-1
+    dx: float = 0.0,  # to the right, 1 is the picture's width
+    dy: float = 0.0,  # down, 1 is the picture's height
+    scale: float = 1.0,  # size afterwards, 1 is as it was; the feet stay where they are
+) -> torch.Tensor:
     "The mask moved and resized."
-    if not .05 <= scale <= 20: raise BadInput(f"The scale of a subject must be between 0.05 and 20, not {scale}.")
+    if not 0.05 <= scale <= 20:
+        raise BadInput(f"The scale of a subject must be between 0.05 and 20, not {scale}.")
     moved = _warp(mask, _feet(check_mask(mask)), dx, dy, scale).clamp(0, 1)
-    if not (moved > .5).any(): raise BadInput(f"Moved by {dx:g}, {dy:g} and resized by {scale:g}, nothing of the subject is left in the picture.")
+    if not (moved > 0.5).any():
+        raise BadInput(
+            f"Moved by {dx:g}, {dy:g} and resized by {scale:g}, nothing of the subject is left in the picture."
+        )
     return check_mask(moved)
 
 # %% ../nbs/03_masks.ipynb #fff5bf7e
-def move_subject(image: torch.Tensor,  # (3, H, W) in 0-1
-                 mask: torch.Tensor,  # (1, H, W) in 0-1
-                 dx: float = 0.,  # to the right, 1 is the picture's width
-                 dy: float = 0.,  # down, 1 is the picture's height
-                 scale: float = 1.,  # size afterwards, 1 is as it was
-                 background: Optional[torch.Tensor] = None  # (3, H, W); None: the same picture, its subject filled over
-                ) -> tuple:  # the picture (3, H, W) and its mask (1, H, W)
+def move_subject(
+    image: torch.Tensor,  # (3, H, W) in 0-1
+    mask: torch.Tensor,  # (1, H, W) in 0-1
+    dx: float = 0.0,  # to the right, 1 is the picture's width
+    dy: float = 0.0,  # down, 1 is the picture's height
+    scale: float = 1.0,  # size afterwards, 1 is as it was
+    background: torch.Tensor | None = None,  # (3, H, W); None: the same picture, its subject filled over
+) -> tuple:  # the picture (3, H, W) and its mask (1, H, W)
     "The pixels under the mask, moved and resized with it, over a background."
     moved = move_mask(mask, dx, dy, scale)
-    if background is None: background = fill_hole(image, dilate((mask > 0).to(mask), 2))
+    if background is None:
+        background = fill_hole(image, dilate((mask > 0).to(mask), 2))
     return (_warp(image * mask, _feet(mask), dx, dy, scale) + (1 - moved) * background).clamp(0, 1), moved

@@ -8,10 +8,14 @@ __all__ = ['LEVELS', 'LORA_LR', 'WORKSPACE', 'ROOM', 'Live', 'shapes_only', 'set
            'predict', 'measure_peak', 'Plan', 'gigabytes', 'free_memory', 'has_8bit', 'plan', 'next_level', 'run_in']
 
 # %% ../nbs/21_memory.ipynb #5c5d17cf
-import copy, gc, os, weakref
+import copy
+import gc
+import os
+import weakref
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Callable, Optional
+from typing import Optional
+from collections.abc import Callable
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -27,18 +31,24 @@ from .settings import PAPER, EditConfig
 # %% ../nbs/21_memory.ipynb #eda995bc
 class Live(TorchDispatchMode):
     "Bytes that are alive inside the `with`, now and at most; what was there before does not count."
-    def __init__(self, *before,  # modules and tensors
-                 copies: bool = False):  # with those that a convolution on a CPU makes of its tensors, outside of PyTorch's count
+
+    def __init__(
+        self,
+        *before,  # modules and tensors
+        copies: bool = False,
+    ):  # with those that a convolution on a CPU makes of its tensors, outside of PyTorch's count
         super().__init__()
         self.copies = copies
         self.now, self.peak, self.curve, self.seen = 0, 0, [], WeakIdKeyDictionary()
         for x in before:
-            for t in ([*x.parameters(), *x.buffers()] if isinstance(x, torch.nn.Module) else [x]): self.seen[t.untyped_storage()] = True
+            for t in [*x.parameters(), *x.buffers()] if isinstance(x, torch.nn.Module) else [x]:
+                self.seen[t.untyped_storage()] = True
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         for x in tree_leaves(out):
-            if isinstance(x, torch.Tensor) and x.untyped_storage() not in self.seen: self.add(x.untyped_storage())
+            if isinstance(x, torch.Tensor) and x.untyped_storage() not in self.seen:
+                self.add(x.untyped_storage())
         if self.copies and "convolution" in func.__name__:
             tensors = [x for x in tree_leaves((args, out)) if isinstance(x, torch.Tensor)]
             self.peak = max(self.peak, self.now + sum(x.numel() * x.element_size() for x in tensors))
@@ -52,23 +62,28 @@ class Live(TorchDispatchMode):
         self.peak = max(self.peak, self.now)
         weakref.finalize(storage, self.remove, size)
 
-    def remove(self, size): self.now -= size
+    def remove(self, size):
+        self.now -= size
 
 # %% ../nbs/21_memory.ipynb #fde1a45c
 @contextmanager
 def shapes_only():
     "Inside the `with`, new tensors have no numbers and take no memory."
     from torch._subclasses.fake_tensor import FakeTensorMode
-    with FakeTensorMode(allow_non_fake_inputs=True): yield
+
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        yield
 
 # %% ../nbs/21_memory.ipynb #e5068212
 _SPARE = How(offload=True, checkpointing=True)
 LEVELS = {"full": How(), "spare": _SPARE, "8bit": replace(_SPARE, adam8bit=True), "low": _SPARE}
 LORA_LR = 1e-4  # what diffusers' LoRA training takes; thin factors that start at zero need larger steps than weights
 
+
 def settings_for(level: str, config: EditConfig, card: dict) -> EditConfig:
     "The settings as a level needs them: `low` tunes LoRA factors, with their own learning rate where none was asked for."
-    if level != "low" or config.tuned_parameters == "lora": return config
+    if level != "low" or config.tuned_parameters == "lora":
+        return config
     unset = config.tuning_lr in (None, card.get("tuning_lr", PAPER["tuning_lr"])) and "tuning_lr" not in card
     return config.model_copy(update=dict(tuned_parameters="lora") | (dict(tuning_lr=LORA_LR) if unset else {}))
 
@@ -77,64 +92,93 @@ def weight_bytes(part, dtype=None) -> int:  # module; dtype: count as if in it
     "Bytes of a part's parameters."
     return sum(p.numel() * (dtype.itemsize if dtype else p.element_size()) for p in part.parameters())
 
+
 def _fake(part, dtype):
     "A part of the same shapes without numbers; only inside `shapes_only`."
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
-    try: new = type(part).from_config(part.config) if hasattr(type(part), "from_config") else type(part)(part.config)
-    finally: torch.set_default_dtype(before)
+    try:
+        new = type(part).from_config(part.config) if hasattr(type(part), "from_config") else type(part)(part.config)
+    finally:
+        torch.set_default_dtype(before)
     new = new.eval().requires_grad_(False)
     return new if dtype == torch.float32 else speak_float32(new)
+
 
 def _norms_in_float32(unet):
     "What a GPU's autocast does to normalisations."
     for m in unet.modules():
-        if isinstance(m, (torch.nn.GroupNorm, torch.nn.LayerNorm)): m.register_forward_pre_hook(lambda m, args: (args[0].float(),))
+        if isinstance(m, (torch.nn.GroupNorm, torch.nn.LayerNorm)):
+            m.register_forward_pre_hook(lambda m, args: (args[0].float(),))
+
 
 def _inputs(models: Models, batch: int, height: int, width: int, texts: int = 1) -> tuple:
     "Latents and embeddings without numbers."
     h, w = height // models.factor, width // models.factor
-    return torch.zeros(batch, models.unet.config.in_channels, h, w), torch.zeros(batch, texts * models.text_length, models.unet.config.cross_attention_dim)
+    return torch.zeros(batch, models.unet.config.in_channels, h, w), torch.zeros(
+        batch, texts * models.text_length, models.unet.config.cross_attention_dim
+    )
 
 # %% ../nbs/21_memory.ipynb #ea91920b
-def resident(*parts  # modules that will be needed
-            ) -> Optional[int]:  # bytes
+def resident(
+    *parts,  # modules that will be needed
+) -> int | None:  # bytes
     "Memory that this process takes, with all weights of `parts`; None where it cannot be told."
     for p in (p for part in parts if part is not None for p in part.parameters()):
-        if p.device.type != "cpu": return None
+        if p.device.type != "cpu":
+            return None
         p.detach().flatten()[::1024].sum()  # 4096 bytes or fewer apart
-    try: return int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except (OSError, ValueError, IndexError): return None
+    try:
+        return int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError, IndexError):
+        return None
 
 # %% ../nbs/21_memory.ipynb #d7eb70ef
 def count_embed(models: Models, how: How, height: int, width: int, copies: bool = False) -> int:  # bytes at most
     "What Eq. 2 makes beside the weights."
     with shapes_only():
         unet, (x, e) = _fake(models.unet, models.dtype), _inputs(models, 1, height, width, 2)
-        if how.checkpointing: unet.enable_gradient_checkpointing()
+        if how.checkpointing:
+            unet.enable_gradient_checkpointing()
         e.requires_grad_()
-        with Live(unet, x, e, copies=copies) as live: torch.autograd.grad(noise_loss(unet, models.scheduler, x, x, torch.zeros(1, dtype=torch.long), e), [e])
+        with Live(unet, x, e, copies=copies) as live:
+            torch.autograd.grad(noise_loss(unet, models.scheduler, x, x, torch.zeros(1, dtype=torch.long), e), [e])
     return live.peak + 12 * e.numel()  # with Adam's numbers and the gradient
 
 # %% ../nbs/21_memory.ipynb #3544ddce
-def pictures_in_a_step(config: EditConfig) -> int: return ((2 if config.eq45_pictures == "each" else 1) + config.prior_batch) * config.tuning_batch
+def pictures_in_a_step(config: EditConfig) -> int:
+    return ((2 if config.eq45_pictures == "each" else 1) + config.prior_batch) * config.tuning_batch
+
 
 def count_moving(models: Models, config: EditConfig) -> int:  # of numbers
     "How many numbers Eq. 6 moves."
-    if config.tuned_parameters == "all": return sum(p.numel() for p in models.unet.parameters())
-    with shapes_only(): return sum(p.numel() for p in trainable(_fake(models.unet, models.dtype), config.tuned_parameters, config.lora_rank))
+    if config.tuned_parameters == "all":
+        return sum(p.numel() for p in models.unet.parameters())
+    with shapes_only():
+        return sum(
+            p.numel() for p in trainable(_fake(models.unet, models.dtype), config.tuned_parameters, config.lora_rank)
+        )
 
-def count_tune(models: Models, how: How, config: EditConfig, height: int, width: int, copies: bool = False) -> int:  # bytes at most
+
+def count_tune(
+    models: Models, how: How, config: EditConfig, height: int, width: int, copies: bool = False
+) -> int:  # bytes at most
     "What Eq. 6 makes: the copy, its gradients and activations, Adam's state."
     with shapes_only():
         n = pictures_in_a_step(config)
-        unet, (x, e) = _fake(models.unet, torch.float32 if config.tuned_parameters == "all" else models.dtype), _inputs(models, n, height, width)
-        if models.device.type == "cuda" and models.dtype != torch.float32: _norms_in_float32(unet)
-        if how.checkpointing: unet.enable_gradient_checkpointing()
+        unet, (x, e) = (
+            _fake(models.unet, torch.float32 if config.tuned_parameters == "all" else models.dtype),
+            _inputs(models, n, height, width),
+        )
+        if models.device.type == "cuda" and models.dtype != torch.float32:
+            _norms_in_float32(unet)
+        if how.checkpointing:
+            unet.enable_gradient_checkpointing()
         moving = trainable(unet, config.tuned_parameters, config.lora_rank)
         live = Live(unet, x, e, copies=copies)
         with live:
-            with torch.autocast("cpu", models.dtype, enabled=models.dtype != torch.float32): loss = layered_loss(unet, models.scheduler, x, x[:, :1], x, torch.zeros(n, dtype=torch.long), e)
+            with torch.autocast("cpu", models.dtype, enabled=models.dtype != torch.float32):
+                loss = layered_loss(unet, models.scheduler, x, x[:, :1], x, torch.zeros(n, dtype=torch.long), e)
             torch.autograd.grad(loss, moving)
         state = sum(p.numel() * (2 if how.adam8bit and p.numel() >= 4096 else 8) for p in moving)
         return weight_bytes(unet) + state + live.peak
@@ -144,35 +188,43 @@ def count_draw(models: Models, height: int, width: int, seeds: int, copies: bool
     "What a step of Eq. 7 makes."
     with shapes_only(), torch.no_grad():
         unet, (x, e) = _fake(models.unet, models.dtype), _inputs(models, 2 * seeds, height, width)
-        with Live(unet, x, e, copies=copies) as live: unet(x, 500, e)
+        with Live(unet, x, e, copies=copies) as live:
+            unet(x, 500, e)
     return live.peak
+
 
 def count_decode(models: Models, height: int, width: int, seeds: int, copies: bool = False) -> int:  # bytes at most
     "What turning latents into pictures makes."
     with shapes_only(), torch.no_grad():
         vae, (x, _) = _fake(models.vae, models.dtype), _inputs(models, seeds, height, width)
         x = x.to(models.dtype)
-        with Live(vae, x, copies=copies) as live: vae.decode(x)
+        with Live(vae, x, copies=copies) as live:
+            vae.decode(x)
     return live.peak
+
 
 def count_sam(sam) -> int:  # bytes at most
     "The weights of a `Sam` and what looking at one picture makes."
     encoder = copy.deepcopy(sam.image_encoder).to("meta")
     x = torch.zeros(1, 3, encoder.img_size, encoder.img_size, device="meta")
-    with torch.no_grad(), Live(encoder, x) as live: encoder(x)
+    with torch.no_grad(), Live(encoder, x) as live:
+        encoder(x)
     return weight_bytes(sam) + live.peak
 
 # %% ../nbs/21_memory.ipynb #b32f1732
 WORKSPACE = 120 * 10**6  # bytes of oneDNN's own, on a CPU
 
-def predict(models: Models,
-            level: str,  # of `LEVELS`
-            config: Optional[EditConfig] = None,  # None: the defaults
-            height: Optional[int] = None, width: Optional[int] = None,  # px; None: the model's own size
-            seeds: int = 8,  # pictures drawn at a time
-            sam=None,  # a loaded `Sam`; None: left out
-            counted: Optional[dict] = None  # what was counted for another level before; grows
-           ) -> dict:  # stage: bytes on the device at most
+
+def predict(
+    models: Models,
+    level: str,  # of `LEVELS`
+    config: EditConfig | None = None,  # None: the defaults
+    height: int | None = None,
+    width: int | None = None,  # px; None: the model's own size
+    seeds: int = 8,  # pictures drawn at a time
+    sam=None,  # a loaded `Sam`; None: left out
+    counted: dict | None = None,  # what was counted for another level before; grows
+) -> dict:  # stage: bytes on the device at most
     "What each stage of an edit will need; on a CPU with all that this process takes already."
     how, config = LEVELS[level], settings_for(level, config or EditConfig(), models.card)
     height, width = height or models.size, width or models.size
@@ -180,32 +232,51 @@ def predict(models: Models,
     eyes, cpu = 0 if sam is None else weight_bytes(sam), models.device.type == "cpu"
     here = resident(models.unet, models.vae, models.text_encoder, sam) if cpu else None
     here = unet + vae + text + eyes if here is None else here + WORKSPACE
-    def standing(*parts): return sum(parts) if how.offload and not cpu else here  # nothing waits on the CPU where that is the device
+
+    def standing(*parts):
+        return sum(parts) if how.offload and not cpu else here  # nothing waits on the CPU where that is the device
+
     counted, n = {} if counted is None else counted, min(seeds, 8)
-    for name, count in dict(draw=lambda: count_draw(models, height, width, n, cpu), decode=lambda: count_decode(models, height, width, n, cpu), find=lambda: count_sam(sam) - eyes if sam is not None else 0).items():
-        if name not in counted: counted[name] = count()
+    for name, count in dict(
+        draw=lambda: count_draw(models, height, width, n, cpu),
+        decode=lambda: count_decode(models, height, width, n, cpu),
+        find=lambda: count_sam(sam) - eyes if sam is not None else 0,
+    ).items():
+        if name not in counted:
+            counted[name] = count()
     change = 2 * count_moving(models, config) if cpu else 0
     stages = dict(find=standing(eyes) + counted["find"]) if sam is not None else {}
-    return stages | dict(embed=standing(unet) + count_embed(models, how, height, width, cpu),
-                         tune=standing() + count_tune(models, how, config, height, width, cpu),
-                         draw=standing(unet) + unet + change + counted["draw"],
-                         decode=standing(unet, vae) + unet + change + counted["decode"])
+    return stages | dict(
+        embed=standing(unet) + count_embed(models, how, height, width, cpu),
+        tune=standing() + count_tune(models, how, config, height, width, cpu),
+        draw=standing(unet) + unet + change + counted["draw"],
+        decode=standing(unet, vae) + unet + change + counted["decode"],
+    )
 
 # %% ../nbs/21_memory.ipynb #846a1c54
 @contextmanager
 def _hushed():
     "Nothing from the profiler's own log inside the `with`."
     out = os.dup(2)
-    with open(os.devnull, "w") as nowhere: os.dup2(nowhere.fileno(), 2)
-    try: yield
-    finally: os.dup2(out, 2); os.close(out)
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(out, 2)
+        os.close(out)
+
 
 def measure_peak(work: Callable) -> int:  # bytes
     "Most bytes that `work()` had allocated at once on the CPU, by PyTorch's profiler."
     from torch.profiler import ProfilerActivity, profile
-    with _hushed(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen: kept = work()
+
+    with _hushed(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        kept = work()
     now = peak = 0
-    for event in sorted((e for e in seen.profiler.kineto_results.events() if e.name() == "[memory]"), key=lambda e: e.start_ns()):
+    for event in sorted(
+        (e for e in seen.profiler.kineto_results.events() if e.name() == "[memory]"), key=lambda e: e.start_ns()
+    ):
         now += event.nbytes()
         peak = max(peak, now)
     del kept
@@ -214,45 +285,65 @@ def measure_peak(work: Callable) -> int:  # bytes
 # %% ../nbs/21_memory.ipynb #d3f8b6c1
 ROOM = 1.1  # what is asked for may be so much more than all tensors together
 
+
 @dataclass
 class Plan:
     "How an edit will work, and what it is expected to need."
+
     level: str  # of `LEVELS`
     stages: dict  # bytes at most, for each stage
-    free: Optional[int]  # bytes; None: not known
+    free: int | None  # bytes; None: not known
     why: str  # a sentence
 
     @property
-    def peak(self) -> int: return max(self.stages.values())
+    def peak(self) -> int:
+        return max(self.stages.values())
+
     def __str__(self):
         worst = max(self.stages, key=self.stages.get)
         return f"{self.level}: {gigabytes(self.peak)} at most, while stage {worst!r} runs. {self.why}"
 
-def gigabytes(n: int) -> str: return f"{n / 1e9:.1f} GB" if n >= 1e9 else f"{n / 1e6:.0f} MB"
 
-def free_memory(device) -> Optional[int]:  # bytes
+def gigabytes(n: int) -> str:
+    return f"{n / 1e9:.1f} GB" if n >= 1e9 else f"{n / 1e6:.0f} MB"
+
+
+def free_memory(device) -> int | None:  # bytes
     "What a device has left, on a GPU with what this process holds already; None where it cannot be told."
     device = torch.device(device)
-    if device.type == "cuda": return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
-    try: return next(int(line.split()[1]) * 1024 for line in open("/proc/meminfo") if line.startswith("MemAvailable"))
-    except (OSError, StopIteration): return None
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+    try:
+        return next(int(line.split()[1]) * 1024 for line in open("/proc/meminfo") if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return None
+
 
 def has_8bit() -> bool:
     "Whether bitsandbytes is installed."
     import importlib.util
+
     return importlib.util.find_spec("bitsandbytes") is not None
 
 # %% ../nbs/21_memory.ipynb #70783f9e
-def plan(models: Models,
-         level: str = "auto",  # of `LEVELS`, or "auto": by what is free
-         config: Optional[EditConfig] = None, height: Optional[int] = None, width: Optional[int] = None, seeds: int = 8, sam=None,  # see `predict`
-         free: Optional[int] = None  # bytes; None: what the device has
-        ) -> Plan:
+def plan(
+    models: Models,
+    level: str = "auto",  # of `LEVELS`, or "auto": by what is free
+    config: EditConfig | None = None,
+    height: int | None = None,
+    width: int | None = None,
+    seeds: int = 8,
+    sam=None,  # see `predict`
+    free: int | None = None,  # bytes; None: what the device has
+) -> Plan:
     "Choose how to work."
-    if level not in ("auto", *LEVELS): raise BadInput(f"There is no level of memory {level!r}; give auto, {', '.join(LEVELS)}.")
+    if level not in ("auto", *LEVELS):
+        raise BadInput(f"There is no level of memory {level!r}; give auto, {', '.join(LEVELS)}.")
     if free is None and (free := free_memory(models.device)) and models.device.type == "cpu":
         parts = models.unet, models.vae, models.text_encoder, sam
-        free += resident(*parts) or sum(weight_bytes(part, models.dtype) for part in parts[:3])  # taken already, and counted by `predict`
+        free += resident(*parts) or sum(
+            weight_bytes(part, models.dtype) for part in parts[:3]
+        )  # taken already, and counted by `predict`
     counted = {}
     need = lambda name: predict(models, name, config, height, width, seeds, sam, counted)
     if level != "auto":
@@ -261,44 +352,58 @@ def plan(models: Models,
     usable, tried = [name for name in LEVELS if name != "8bit" or has_8bit()], {}
     for name in usable:
         tried[name] = need(name)
-        if free is None or max(tried[name].values()) * ROOM <= free: break
+        if free is None or max(tried[name].values()) * ROOM <= free:
+            break
     return Plan(name, tried[name], free, _reason(tried, free))
 
-def _reason(tried: dict, free: Optional[int]) -> str:
+
+def _reason(tried: dict, free: int | None) -> str:
     "Why the last of the tried levels was taken."
     *others, name = tried
-    if free is None: return "How much memory is free is not known."
+    if free is None:
+        return "How much memory is free is not known."
     left = f"{gigabytes(free)} are free"
     passed = ", ".join(f"{other} would need {gigabytes(max(tried[other].values()))}" for other in others)
     missing = "" if has_8bit() or name != "low" else " (8bit was left out: bitsandbytes is not installed)"
     return f"{left}{'; ' + passed if passed else ''}{missing}." + _warning(tried[name], free)
 
-def _warning(stages: dict, free: Optional[int]) -> str:
+
+def _warning(stages: dict, free: int | None) -> str:
     "What to expect where even that does not fit."
-    if free is None or max(stages.values()) * ROOM <= free: return ""
+    if free is None or max(stages.values()) * ROOM <= free:
+        return ""
     return f" It may not fit into {gigabytes(free)}; fewer --seeds and a smaller SAM need less."
 
 # %% ../nbs/21_memory.ipynb #1c14d73e
-def next_level(level: str) -> Optional[str]:
+def next_level(level: str) -> str | None:
     "The level below one, of those that can be had here."
-    return next((name for name in list(LEVELS)[list(LEVELS).index(level) + 1:] if name != "8bit" or has_8bit()), None)
+    return next((name for name in list(LEVELS)[list(LEVELS).index(level) + 1 :] if name != "8bit" or has_8bit()), None)
 
-def run_in(level: str,  # to begin with, of `LEVELS`
-           method,  # a `LayerDiffusion`
-           config: EditConfig,
-           work: Callable,  # gets the settings as a level needs them, gives a result
-           say: Callable = print  # told when a level is left
-          ):
+
+def run_in(
+    level: str,  # to begin with, of `LEVELS`
+    method,  # a `LayerDiffusion`
+    config: EditConfig,
+    work: Callable,  # gets the settings as a level needs them, gives a result
+    say: Callable = print,  # told when a level is left
+):
     "The result of `work` on the first level, from one downwards, that has enough memory."
     if level == "8bit" and not has_8bit():  # before anything is learnt
-        raise BadInput("Adam in eight bits needs bitsandbytes, which is not installed: pip install bitsandbytes, or give another --memory.")
+        raise BadInput(
+            "Adam in eight bits needs bitsandbytes, which is not installed: pip install bitsandbytes, or give another --memory."
+        )
     while True:
         use(method.models, LEVELS[level])
-        try: return work(settings_for(level, config, method.models.card))
+        try:
+            return work(settings_for(level, config, method.models.card))
         except torch.OutOfMemoryError:
             lower = next_level(level)
-            if lower is None: raise BadInput(f"The device ran out of memory at the lowest level, {level!r}; give fewer --seeds, or --device cpu.") from None
+            if lower is None:
+                raise BadInput(
+                    f"The device ran out of memory at the lowest level, {level!r}; give fewer --seeds, or --device cpu."
+                ) from None
         gc.collect()
-        if method.models.device.type == "cuda": torch.cuda.empty_cache()
+        if method.models.device.type == "cuda":
+            torch.cuda.empty_cache()
         say(f"Out of memory at level {level!r}: going on at {lower!r}, with what is done already.")
         level = lower

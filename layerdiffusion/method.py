@@ -49,7 +49,7 @@ def embed_text(tokenizer, text_encoder, texts: list) -> Tensor:
     return text_encoder(ids.to(text_encoder.device)).last_hidden_state
 
 # %% ../nbs/02_sd.ipynb #6926af7a
-def to_latents(vae, pictures: Tensor, generator: Optional[torch.Generator] = None) -> Tensor:
+def to_latents(vae, pictures: Tensor, generator: torch.Generator | None = None) -> Tensor:
     "Latents x_0 (B, C, h, w) of pictures (B, 3, H, W) in 0-1: the posterior's mean, or a draw from it."
     found = vae.encode(pictures * 2 - 1).latent_dist
     return (found.mean if generator is None else found.sample(generator)).float() * vae.config.scaling_factor
@@ -59,26 +59,26 @@ def to_pictures(vae, latents: Tensor) -> Tensor:
     return (vae.decode(latents / vae.config.scaling_factor).sample.float() / 2 + .5).clamp(0, 1)
 
 # %% ../nbs/02_sd.ipynb #913b849d
-def signal_and_noise(scheduler, t: Union[int, Tensor], like: Tensor) -> tuple:
+def signal_and_noise(scheduler, t: int | Tensor, like: Tensor) -> tuple:
     "The roots of ᾱ and 1 − ᾱ at timestep `t`, one or (B,), shaped to multiply `like`."
     alpha_bar = scheduler.alphas_cumprod[torch.as_tensor(t, device=scheduler.alphas_cumprod.device)]
     alpha_bar = alpha_bar.reshape(-1, *[1] * (like.ndim - 1))
     return tuple(x.sqrt().to(like, non_blocking=like.is_cuda) for x in (alpha_bar, 1 - alpha_bar))
 
-def add_noise(scheduler, latents: Tensor, noise: Tensor, t: Union[int, Tensor]) -> Tensor:
+def add_noise(scheduler, latents: Tensor, noise: Tensor, t: int | Tensor) -> Tensor:
     "x_t, the noisy version of clean latents x_0 (B, C, h, w) at timestep `t`, one or (B,)."
     share, sigma = signal_and_noise(scheduler, t, latents)
     return share * latents + sigma * noise
 
 # %% ../nbs/02_sd.ipynb #d96e1067
-def target(scheduler, latents: Tensor, noise: Tensor, t: Union[int, Tensor]) -> Tensor:
+def target(scheduler, latents: Tensor, noise: Tensor, t: int | Tensor) -> Tensor:
     "What the U-Net should say about x_t: the noise, the velocity or the picture."
     share, sigma = signal_and_noise(scheduler, t, latents)
     answers = dict(epsilon=noise, v_prediction=share * noise - sigma * latents, sample=latents)
     return answers[scheduler.config.prediction_type]
 
 # %% ../nbs/02_sd.ipynb #30430939
-def masked_error(error: Tensor, mask: Optional[Tensor] = None, scale: str = "all") -> Tensor:
+def masked_error(error: Tensor, mask: Tensor | None = None, scale: str = "all") -> Tensor:
     "The mean of (M · error)² for each of a batch, over `all` latents or the `mask`'s share; M is (B or 1, 1, h, w)."
     if mask is None: return error.square().flatten(1).mean(1)
     if mask.ndim != 4 or mask.shape[-2:] != error.shape[-2:]:
@@ -89,7 +89,7 @@ def masked_error(error: Tensor, mask: Optional[Tensor] = None, scale: str = "all
 
 # %% ../nbs/02_sd.ipynb #f66667ef
 def noise_loss(unet, scheduler, latents: Tensor, noise: Tensor, timesteps: Tensor, prompt_embeds: Tensor,
-               mask: Optional[Tensor] = None, scale: str = "all", reduction: str = "mean") -> Tensor:
+               mask: Tensor | None = None, scale: str = "all", reduction: str = "mean") -> Tensor:
     "Eq. 1; with a mask, what Eqs. 2, 4 and 5 take the mean of (see `masked_error`). The reduction `each` gives (B,)."
     noise = noise.to(latents, non_blocking=latents.is_cuda)
     x_t, words = add_noise(scheduler, latents, noise, timesteps), prompt_embeds.to(latents).expand(len(latents), -1, -1)
@@ -138,7 +138,7 @@ def guided_noise(unet, latents: Tensor, t, prompt_embeds: Tensor, negative_embed
 # %% ../nbs/02_sd.ipynb #b2aa3523
 @torch.no_grad()
 def denoise(unet, scheduler, latents: Tensor, condition: Callable, negative_embeds: Tensor,
-            num_inference_steps: int = 50, guidance_scale: float = 7.5, watch: Optional[Callable] = None) -> Tensor:
+            num_inference_steps: int = 50, guidance_scale: float = 7.5, watch: Callable | None = None) -> Tensor:
     "Eq. 7: from noise to clean latents (DDIM, η = 0); `condition(i, t)` gives the embeddings of step `i`."
     scheduler = copy.deepcopy(scheduler)
     scheduler.set_timesteps(num_inference_steps)
@@ -171,7 +171,7 @@ def interpolate(e_a: Tensor, e_b: Tensor, alpha: float = .7) -> Tensor:
     return alpha * e_a + (1 - alpha) * e_b
 
 # %% ../nbs/05_fine_tuning.ipynb #24391b08
-def stack_layers(subject_latents: Tensor, subject_mask: Tensor, reference_latents: Optional[Tensor],
+def stack_layers(subject_latents: Tensor, subject_mask: Tensor, reference_latents: Tensor | None,
                  reference_mask: Tensor, lambda_obj: float = 2., lambda_bg: float = 1., scale: str = "all") -> tuple:
     "Eq. 4 and 5 as latents (B, C, h, w) and roots of weights (B, 1, h, w); without `reference_latents` B is 1."
     share = lambda mask: mask.mean().clamp_min(1e-6) if scale == "mask" else 1.

@@ -7,7 +7,8 @@ __all__ = ['ClipScore', 'Clip', 'clip_score', 'subject_crop', 'subject_likeness'
 
 # %% ../nbs/17_metrics.ipynb #175ad1f0
 from dataclasses import dataclass
-from typing import Callable, Optional, Sequence
+from typing import Optional
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -21,27 +22,40 @@ from .masks import bounding_box, check_mask, dilate
 @dataclass
 class ClipScore:
     "How well pictures go with a text, according to one CLIP model."
+
     cosine: torch.Tensor  # (B,) raw
     model: str  # as `load_clip` was told
     prefix: str  # said before the text
+
     @property
-    def scaled(self): return 2.5 * self.cosine.clamp_min(0)  # Hessel et al. 2021
-    def __str__(self): return f"cosine {self.cosine.mean():.3f}, CLIPScore {self.scaled.mean():.3f} ({self.model}, prefix {self.prefix!r}, mean of {len(self.cosine)})"
+    def scaled(self):
+        return 2.5 * self.cosine.clamp_min(0)  # Hessel et al. 2021
+
+    def __str__(self):
+        return f"cosine {self.cosine.mean():.3f}, CLIPScore {self.scaled.mean():.3f} ({self.model}, prefix {self.prefix!r}, mean of {len(self.cosine)})"
 
 # %% ../nbs/17_metrics.ipynb #06c0a31d
 class Clip:
     "An open_clip model with its name, for `clip_score` and `subject_likeness`."
-    def __init__(self,
-                 name: str = "mini"  # "mini", a folder, or such as "ViT-B-32-quickgelu:openai"
-                ):
+
+    def __init__(
+        self,
+        name: str = "mini",  # "mini", a folder, or such as "ViT-B-32-quickgelu:openai"
+    ):
         self.name, (family, _, weights) = name, name.partition(":")
-        if weights == "openai" and "quickgelu" not in family: raise BadInput(f"OpenAI's weights were trained with another activation than {family!r} builds; give '{family}-quickgelu:openai'.")
+        if weights == "openai" and "quickgelu" not in family:
+            raise BadInput(
+                f"OpenAI's weights were trained with another activation than {family!r} builds; give '{family}-quickgelu:openai'."
+            )
         self.model, self.preprocess, self.tokenizer = load_clip(name)
 
     @torch.no_grad()
     def pictures(self, images: torch.Tensor) -> torch.Tensor:
         "Unit vectors (B, D) of pictures (B, 3, H, W), 0-1, prepared as the model wants them."
-        if images.ndim != 4 or not images.is_floating_point(): raise BadInput(f"Pictures are a tensor (B, 3, H, W) in 0-1; this one is {images.dtype} of shape {tuple(images.shape)}.")
+        if images.ndim != 4 or not images.is_floating_point():
+            raise BadInput(
+                f"Pictures are a tensor (B, 3, H, W) in 0-1; this one is {images.dtype} of shape {tuple(images.shape)}."
+            )
         return self.model.encode_image(torch.stack([self.preprocess(to_pil(x)) for x in images]), normalize=True)
 
     @torch.no_grad()
@@ -49,54 +63,69 @@ class Clip:
         "Unit vectors (B, D) of texts."
         return self.model.encode_text(self.tokenizer(list(texts)), normalize=True)
 
-def clip_score(clip: Clip,
-               images: torch.Tensor,  # (B, 3, H, W), 0-1
-               text: str,  # T
-               prefix: str = ""  # Hessel et al.: "A photo depicts "
-              ) -> ClipScore:
+
+def clip_score(
+    clip: Clip,
+    images: torch.Tensor,  # (B, 3, H, W), 0-1
+    text: str,  # T
+    prefix: str = "",  # Hessel et al.: "A photo depicts "
+) -> ClipScore:
     "The CLIP score of pictures for a text, raw and scaled."
     return ClipScore(clip.pictures(images) @ clip.words([prefix + text])[0], clip.name, prefix)
 
 # %% ../nbs/17_metrics.ipynb #8e0d8a62
-def subject_crop(image: torch.Tensor,  # (3, H, W), 0-1
-                 mask: torch.Tensor,  # (1, H, W), 0 or 1
-                 side: int = 64,  # px of the crop; 224 for most full models
-                 margin: float = .1,  # on each side, in shares of the subject's longer side
-                 grey: float = .5  # what is put around it, 0-1
-                ) -> torch.Tensor:  # (3, side, side)
+def subject_crop(
+    image: torch.Tensor,  # (3, H, W), 0-1
+    mask: torch.Tensor,  # (1, H, W), 0 or 1
+    side: int = 64,  # px of the crop; 224 for most full models
+    margin: float = 0.1,  # on each side, in shares of the subject's longer side
+    grey: float = 0.5,  # what is put around it, 0-1
+) -> torch.Tensor:  # (3, side, side)
     "The subject alone, in the middle of a grey square."
     x0, y0, x1, y1 = bounding_box(check_mask(mask))
     alone, half = (image * mask + grey * (1 - mask))[:, y0:y1, x0:x1], max(x1 - x0, y1 - y0) * (1 + 2 * margin) / 2
     left, top = (max(0, round(half - (b - a) / 2)) for a, b in ((x0, x1), (y0, y1)))
-    square = F.pad(alone, (left, max(0, round(2 * half) - left - (x1 - x0)), top, max(0, round(2 * half) - top - (y1 - y0))), value=grey)
+    square = F.pad(
+        alone,
+        (left, max(0, round(2 * half) - left - (x1 - x0)), top, max(0, round(2 * half) - top - (y1 - y0))),
+        value=grey,
+    )
     return F.interpolate(square[None], (side, side), mode="bilinear", antialias=True)[0].clamp(0, 1)
 
 # %% ../nbs/17_metrics.ipynb #bc5bb6b2
-def subject_likeness(encode: Callable[[torch.Tensor], torch.Tensor],  # pictures (B, 3, side, side), 0-1 -> vectors (B, D)
-                     images: torch.Tensor,  # (B, 3, H, W), 0-1
-                     masks: Sequence[Optional[torch.Tensor]],  # (1, H, W) each; None: nobody was found
-                     photo: torch.Tensor,  # (3, H, W), 0-1
-                     photo_mask: torch.Tensor,  # (1, H, W)
-                     side: int = 64  # see `subject_crop`
-                    ) -> torch.Tensor:  # (B,) cosines; -1 where there is nobody
+def subject_likeness(
+    encode: Callable[[torch.Tensor], torch.Tensor],  # pictures (B, 3, side, side), 0-1 -> vectors (B, D)
+    images: torch.Tensor,  # (B, 3, H, W), 0-1
+    masks: Sequence[torch.Tensor | None],  # (1, H, W) each; None: nobody was found
+    photo: torch.Tensor,  # (3, H, W), 0-1
+    photo_mask: torch.Tensor,  # (1, H, W)
+    side: int = 64,  # see `subject_crop`
+) -> torch.Tensor:  # (B,) cosines; -1 where there is nobody
     "CLIP-I, DINO and the like, on the masked subject."
-    if len(masks) != len(images): raise BadInput(f"There are {len(images)} pictures and {len(masks)} masks; give one for each, None where nobody is.")
+    if len(masks) != len(images):
+        raise BadInput(
+            f"There are {len(images)} pictures and {len(masks)} masks; give one for each, None where nobody is."
+        )
     there = [i for i, m in enumerate(masks) if m is not None]
-    crops = torch.stack([subject_crop(photo, photo_mask, side), *[subject_crop(images[i], masks[i], side) for i in there]])
-    vectors, out = F.normalize(encode(crops), dim=1), torch.full((len(images),), -1.)
+    crops = torch.stack(
+        [subject_crop(photo, photo_mask, side), *[subject_crop(images[i], masks[i], side) for i in there]]
+    )
+    vectors, out = F.normalize(encode(crops), dim=1), torch.full((len(images),), -1.0)
     out[there] = (vectors[1:] @ vectors[0]).float().cpu()
     return out
 
 # %% ../nbs/17_metrics.ipynb #1122bf3a
-def background_likeness(image: torch.Tensor,  # (3, H, W), 0-1
-                        reference: torch.Tensor,  # (3, H, W), 0-1, O_r
-                        *masks: Optional[torch.Tensor],  # (1, H, W), the subject in either; None: nobody
-                        widen: int = 2  # px
-                       ) -> float:  # 0-1, 1: the same
+def background_likeness(
+    image: torch.Tensor,  # (3, H, W), 0-1
+    reference: torch.Tensor,  # (3, H, W), 0-1, O_r
+    *masks: torch.Tensor | None,  # (1, H, W), the subject in either; None: nobody
+    widen: int = 2,  # px
+) -> float:  # 0-1, 1: the same
     "How alike two pictures are where no subject is."
     subject = torch.stack([torch.zeros_like(image[:1]), *[dilate(m, widen) for m in masks if m is not None]]).amax(0)
     outside = 1 - subject
-    if outside.sum() < 1: raise BadInput("The masks leave nothing of the background to compare.")
+    if outside.sum() < 1:
+        raise BadInput("The masks leave nothing of the background to compare.")
     return 1 - (((image - reference).abs().mean(0, keepdim=True) * outside).sum() / outside.sum()).item()
 
 # %% ../nbs/17_metrics.ipynb #099d7110

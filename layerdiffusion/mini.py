@@ -17,9 +17,17 @@ __all__ = ['IMAGE_SIZE', 'FACTOR', 'LATENT_CHANNELS', 'SCALING', 'TEXT_LENGTH', 
            'check_labels', 'check_mini', 'verdict', 'show_gates']
 
 # %% ../nbs/12_mini.ipynb #a1b7e47b
-import contextlib, functools, json, math, os, signal, threading, time
+import contextlib
+import functools
+import json
+import math
+import os
+import signal
+import threading
+import time
 from pathlib import Path
-from typing import Callable, Optional
+from typing import Optional
+from collections.abc import Callable
 
 import torch
 import torch.nn as nn
@@ -65,18 +73,25 @@ def half_precision(device) -> torch.autocast:
     has = {"cuda": True, "cpu": torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()}
     return torch.autocast(device, torch.bfloat16, enabled=has.get(device, False))
 
-def mirrored_or_shrunk(tensors: list, u: float  # 0-1: which
-                      ) -> list:
+
+def mirrored_or_shrunk(
+    tensors: list,
+    u: float,  # 0-1: which
+) -> list:
     "The same change to all tensors (B, C, H, W): mirrored, half as large, or none."
-    if u < .2: return [x.flip(-1) for x in tensors]
-    if u < .3: return [F.avg_pool2d(x, 2) for x in tensors]
+    if u < 0.2:
+        return [x.flip(-1) for x in tensors]
+    if u < 0.3:
+        return [F.avg_pool2d(x, 2) for x in tensors]
     return tensors
 
 # %% ../nbs/12_mini.ipynb #08715719
 class VaeObjective(nn.Module):
     "Rebuild a picture from a sample of its latents."
-    lr, batch, samples, ema, empty, kl, sees, simple = 1.5e-3, 16, 120_000, .999, .06, 1e-6, 1., .5
-    def __init__(self, level=0.):
+
+    lr, batch, samples, ema, empty, kl, sees, simple = 1.5e-3, 16, 120_000, 0.999, 0.06, 1e-6, 1.0, 0.5
+
+    def __init__(self, level=0.0):
         super().__init__()
         self.vae, self.level = build_vae(), level
 
@@ -86,65 +101,88 @@ class VaeObjective(nn.Module):
         noise = torch.randn(len(x), LATENT_CHANNELS, *[n // FACTOR for n in x.shape[-2:]], generator=g).to(x.device)
         with half_precision(x.device):
             dist = self.vae.encode(x).latent_dist
-            z, x, weight = mirrored_or_shrunk([dist.mean + dist.std * noise, x, weight], torch.rand(1, generator=g).item())
+            z, x, weight = mirrored_or_shrunk(
+                [dist.mean + dist.std * noise, x, weight], torch.rand(1, generator=g).item()
+            )
             y = self.vae.decode(z).sample.float()
         error, kl = y - x, dist.kl().float().mean() / dist.mean[0].numel()
-        loss = (weight * (error.square() + .2 * error.abs())).mean() + .2 * (edges(y) - edges(x)).abs().mean() + self.kl * kl
+        loss = (
+            (weight * (error.square() + 0.2 * error.abs())).mean()
+            + 0.2 * (edges(y) - edges(x)).abs().mean()
+            + self.kl * kl
+        )
         return loss, dict(psnr=-10 * (error.square().mean() / 4).log10())
 
     def sheet(self):
         x = render(sample_scenes(16, stream("sheet"), self.level), IMAGE_SIZE)[0]
-        y = self.vae.decode(self.vae.encode(x * 2 - 1).latent_dist.mean).sample / 2 + .5
+        y = self.vae.decode(self.vae.encode(x * 2 - 1).latent_dist.mean).sample / 2 + 0.5
         return torch.cat([x[:8], y[:8], x[8:], y[8:]])
 
 # %% ../nbs/12_mini.ipynb #4c4a3114
 class DecoderObjective(VaeObjective):
     "The decoder alone, on latents that no longer move."
+
     lr, samples = 7e-4, 40_000
-    def __init__(self, level=0., vae=None):
+
+    def __init__(self, level=0.0, vae=None):
         super().__init__(level)
-        if vae: self.vae.load_state_dict(load_vae(vae).state_dict())
-        for part in (self.vae.encoder, self.vae.quant_conv): part.requires_grad_(False)
+        if vae:
+            self.vae.load_state_dict(load_vae(vae).state_dict())
+        for part in (self.vae.encoder, self.vae.quant_conv):
+            part.requires_grad_(False)
 
     def forward(self, scenes, g):
         x, mask, _ = render(scenes, IMAGE_SIZE)
         weight, x = 1 + 2 * mask + 3 * head_area(scenes, mask), x * 2 - 1
         with half_precision(x.device):
-            with torch.no_grad(): z = self.vae.encode(x).latent_dist.mean
+            with torch.no_grad():
+                z = self.vae.encode(x).latent_dist.mean
             y = self.vae.decode(z).sample.float()
         error = y - x
-        loss = (weight * (error.square() + .1 * error.abs())).mean() + .1 * (edges(y) - edges(x)).abs().mean()
+        loss = (weight * (error.square() + 0.1 * error.abs())).mean() + 0.1 * (edges(y) - edges(x)).abs().mean()
         return loss, dict(psnr=-10 * (error.square().mean() / 4).log10())
 
 # %% ../nbs/12_mini.ipynb #67fb686a
-def learning_rate(share: float, base: float, warm: float = .01, cool: float = .3) -> float:
+def learning_rate(share: float, base: float, warm: float = 0.01, cool: float = 0.3) -> float:
     "Linear warm-up, a long constant stretch, cosine to 2 % over the last `cool` of the run; `share` of the run is done."
-    if share < warm: return base * share / warm
-    if share < 1 - cool: return base
-    return base * (.02 + .49 * (1 + math.cos(math.pi * min(1, (share - 1 + cool) / cool))))
+    if share < warm:
+        return base * share / warm
+    if share < 1 - cool:
+        return base
+    return base * (0.02 + 0.49 * (1 + math.cos(math.pi * min(1, (share - 1 + cool) / cool))))
 
 # %% ../nbs/12_mini.ipynb #400b5d7e
 def _flat(model, ema, opt):
     "Weights, averaged weights and optimiser state as one flat dict of tensors."
-    out = {f"model.{k}": v for k, v in model.state_dict().items()} | {f"ema.{k}": v for k, v in ema.state_dict().items()}
-    for i, state in opt.state_dict()["state"].items(): out |= {f"opt.{i}.{k}": v for k, v in state.items()}
+    out = {f"model.{k}": v for k, v in model.state_dict().items()} | {
+        f"ema.{k}": v for k, v in ema.state_dict().items()
+    }
+    for i, state in opt.state_dict()["state"].items():
+        out |= {f"opt.{i}.{k}": v for k, v in state.items()}
     return {k: v.detach().contiguous().clone() for k, v in out.items()}
+
 
 def save_checkpoint(path, model, ema, opt, record: dict):
     "Write everything needed to go on, through a temporary file: a kill leaves the old checkpoint or the new one, never half of one."
     from safetensors.torch import save_file
+
     tmp = Path(f"{path}.tmp")
     save_file(_flat(model, ema, opt), tmp, metadata={"record": json.dumps(record)})
     os.replace(tmp, path)
 
+
 def load_checkpoint(path, model, ema, opt) -> dict:
     "Restore what `save_checkpoint` wrote; gives its record."
     from safetensors import safe_open
-    with safe_open(str(path), "pt") as f: flat, record = {k: f.get_tensor(k) for k in f.keys()}, json.loads(f.metadata()["record"])
-    part = lambda name: {k[len(name):]: v for k, v in flat.items() if k.startswith(name)}
-    model.load_state_dict(part("model.")); ema.load_state_dict(part("ema."))
+
+    with safe_open(str(path), "pt") as f:
+        flat, record = {k: f.get_tensor(k) for k in f}, json.loads(f.metadata()["record"])
+    part = lambda name: {k[len(name) :]: v for k, v in flat.items() if k.startswith(name)}
+    model.load_state_dict(part("model."))
+    ema.load_state_dict(part("ema."))
     state = {}
-    for k, v in part("opt.").items(): state.setdefault(int(k.split(".")[0]), {})[k.split(".")[1]] = v
+    for k, v in part("opt.").items():
+        state.setdefault(int(k.split(".")[0]), {})[k.split(".")[1]] = v
     opt.load_state_dict(dict(opt.state_dict(), state=state))
     return record
 
@@ -153,61 +191,92 @@ def draw_scenes(objective, step: int, rank: int = 0, seed: int = 0):
     "The scenes and the generator of one training step."
     g = stream(f"train-{type(objective).__name__}-{seed}-{rank}", step)
     u, v = torch.rand(2, generator=g).tolist()
-    level = 0. if u < getattr(objective, "simple", 0.) else v * getattr(objective, "sees", objective.level)
-    return sample_scenes(objective.batch, g, level, empty=getattr(objective, "empty", .1)), g
+    level = 0.0 if u < getattr(objective, "simple", 0.0) else v * getattr(objective, "sees", objective.level)
+    return sample_scenes(objective.batch, g, level, empty=getattr(objective, "empty", 0.1)), g
+
 
 class StopFlag:
     "Inside the `with`, turns Ctrl-C and the end of the time allowed into a stop at the next whole step, agreed by all processes."
-    def __init__(self, minutes): self.end, self.hit, self.before = time.monotonic() + 60 * minutes, False, {}
+
+    def __init__(self, minutes):
+        self.end, self.hit, self.before = time.monotonic() + 60 * minutes, False, {}
 
     def __enter__(self):
         if threading.current_thread() is threading.main_thread():  # Python lets no other set a handler
-            self.before = {s: signal.signal(s, lambda *_: setattr(self, "hit", True)) for s in (signal.SIGINT, signal.SIGTERM)}
+            self.before = {
+                s: signal.signal(s, lambda *_: setattr(self, "hit", True)) for s in (signal.SIGINT, signal.SIGTERM)
+            }
         return self
 
     def __exit__(self, *_):
-        for s, handler in self.before.items(): signal.signal(s, handler or signal.SIG_DFL)
+        for s, handler in self.before.items():
+            signal.signal(s, handler or signal.SIG_DFL)
 
     def __call__(self):
         flag = torch.tensor(float(self.hit or time.monotonic() > self.end))
-        if torch.distributed.is_initialized(): torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
+        if torch.distributed.is_initialized():
+            torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
         return bool(flag)
 
 # %% ../nbs/12_mini.ipynb #6bb53e81
 def moving_average(decay: float):
     "An exponential moving average of weights that is short at first, for `AveragedModel`."
-    return lambda average, current, n: torch._foreach_lerp_(average, current, 1 - min(decay, (1 + int(n)) / (10 + int(n))))
+    return lambda average, current, n: torch._foreach_lerp_(
+        average, current, 1 - min(decay, (1 + int(n)) / (10 + int(n)))
+    )
 
 # %% ../nbs/12_mini.ipynb #1a75fafc
-def train_loop(objective: nn.Module,  # returns (loss, logs) for (scenes, generator)
-               folder: Path,  # checkpoint, log and sheets go here
-               samples: int,  # length of the whole run, in pictures
-               minutes: float = 1e9, resume: bool = True, seed: int = 0, rank: int = 0, ranks: int = 1, device: str = "cpu",
-               stop_after: Optional[int] = None  # steps, for testing
-              ):
+def train_loop(
+    objective: nn.Module,  # returns (loss, logs) for (scenes, generator)
+    folder: Path,  # checkpoint, log and sheets go here
+    samples: int,  # length of the whole run, in pictures
+    minutes: float = 1e9,
+    resume: bool = True,
+    seed: int = 0,
+    rank: int = 0,
+    ranks: int = 1,
+    device: str = "cpu",
+    stop_after: int | None = None,  # steps, for testing
+):
     "Train until `samples` pictures were seen or `minutes` are over; gives the record. Stopping and going on changes nothing."
     from torch.optim.swa_utils import AveragedModel
+
     objective = objective.to(device)
     ema = AveragedModel(objective, multi_avg_fn=moving_average(objective.ema))
-    opt = torch.optim.AdamW(objective.parameters(), lr=1., weight_decay=.01, betas=(.9, .99), fused=True)
-    record, path = dict(samples=0, seconds=0., step=0, seed=seed, level=getattr(objective, "level", 0.)), Path(folder) / "checkpoint.safetensors"
-    if resume and path.exists(): record |= load_checkpoint(path, objective, ema, opt)
-    model = nn.parallel.DistributedDataParallel(objective, find_unused_parameters=getattr(objective, "unused", False)) if ranks > 1 else objective
+    opt = torch.optim.AdamW(objective.parameters(), lr=1.0, weight_decay=0.01, betas=(0.9, 0.99), fused=True)
+    record, path = (
+        dict(samples=0, seconds=0.0, step=0, seed=seed, level=getattr(objective, "level", 0.0)),
+        Path(folder) / "checkpoint.safetensors",
+    )
+    if resume and path.exists():
+        record |= load_checkpoint(path, objective, ema, opt)
+    model = (
+        nn.parallel.DistributedDataParallel(objective, find_unused_parameters=getattr(objective, "unused", False))
+        if ranks > 1
+        else objective
+    )
     if hasattr(objective, "fill"):
-        for step in range(max(0, record["step"] - objective.steps_back), record["step"]): objective.fill(draw_scenes(objective, step, rank, seed)[0].to(device))
+        for step in range(max(0, record["step"] - objective.steps_back), record["step"]):
+            objective.fill(draw_scenes(objective, step, rank, seed)[0].to(device))
     recorder = Recorder(folder, record, samples, rank)
+
     def save():
         save_checkpoint(path, objective, ema, opt, record)
         write_sheet(ema.module, folder, record)
+
     with StopFlag(minutes) as stop:
         while record["samples"] < samples and record["step"] != stop_after and not stop():
             scenes, g = draw_scenes(objective, record["step"], rank, seed)
-            for group in opt.param_groups: group["lr"] = learning_rate(record["samples"] / samples, objective.lr)
+            for group in opt.param_groups:
+                group["lr"] = learning_rate(record["samples"] / samples, objective.lr)
             loss, logs = model(scenes.to(device), g)
             loss.backward()
-            nn.utils.clip_grad_norm_(objective.parameters(), 1.)
-            opt.step(); opt.zero_grad(); ema.update_parameters(objective)
-            record["step"] += 1; record["samples"] += objective.batch * getattr(objective, "reuse", 1) * ranks
+            nn.utils.clip_grad_norm_(objective.parameters(), 1.0)
+            opt.step()
+            opt.zero_grad()
+            ema.update_parameters(objective)
+            record["step"] += 1
+            record["samples"] += objective.batch * getattr(objective, "reuse", 1) * ranks
             recorder(dict(loss=loss, **logs), save)
         recorder.finish(save)
     return record
@@ -215,125 +284,209 @@ def train_loop(objective: nn.Module,  # returns (loss, logs) for (scenes, genera
 # %% ../nbs/12_mini.ipynb #d45db025
 class Recorder:
     "Progress with ETA, a line of log every few seconds, a checkpoint every few minutes."
-    def __init__(self, folder, record, total, rank, log_every=10., save_every=180.):
+
+    def __init__(self, folder, record, total, rank, log_every=10.0, save_every=180.0):
         from tqdm.auto import tqdm
-        self.folder, self.record, self.rank, self.log_every, self.save_every = Path(folder), record, rank, log_every, save_every
+
+        self.folder, self.record, self.rank, self.log_every, self.save_every = (
+            Path(folder),
+            record,
+            rank,
+            log_every,
+            save_every,
+        )
         self.bar = tqdm(total=total, initial=record["samples"], unit="pic", disable=rank > 0, mininterval=5)
         self.tick = self.logged = self.saved = time.monotonic()
         self.sums, self.count = {}, 0
 
     def __call__(self, logs, save):
         now = time.monotonic()
-        self.record["seconds"] += now - self.tick; self.tick = now
+        self.record["seconds"] += now - self.tick
+        self.tick = now
         self.count += 1
-        for k, v in logs.items(): self.sums[k] = self.sums.get(k, 0.) + v.detach()
-        if self.rank: return
+        for k, v in logs.items():
+            self.sums[k] = self.sums.get(k, 0.0) + v.detach()
+        if self.rank:
+            return
         self.bar.update(self.record["samples"] - self.bar.n)
-        if now - self.logged > self.log_every: self.write_log()
+        if now - self.logged > self.log_every:
+            self.write_log()
         if now - self.saved > self.save_every:
             self.write_log()
             save()
             self.saved = time.monotonic()
 
     def write_log(self):
-        if not self.count: return
+        if not self.count:
+            return
         means = {k: float(v) / self.count for k, v in self.sums.items()}
         if not math.isfinite(means["loss"]):
-            raise FloatingPointError(f"The loss became {means['loss']} by step {self.record['step']}; go on from the last "
-                                     "checkpoint, which is sound, with a smaller learning rate.")
-        line = dict(samples=self.record["samples"], seconds=round(self.record["seconds"], 1)) | {k: round(v, 5) for k, v in means.items()}
-        with open(self.folder / "log.jsonl", "a") as f: f.write(json.dumps(line) + "\n")
+            raise FloatingPointError(
+                f"The loss became {means['loss']} by step {self.record['step']}; go on from the last "
+                "checkpoint, which is sound, with a smaller learning rate."
+            )
+        line = dict(samples=self.record["samples"], seconds=round(self.record["seconds"], 1)) | {
+            k: round(v, 5) for k, v in means.items()
+        }
+        with open(self.folder / "log.jsonl", "a") as f:
+            f.write(json.dumps(line) + "\n")
         self.bar.set_postfix({k: f"{v:.4g}" for k, v in line.items() if k not in ("samples", "seconds")})
         self.sums, self.count, self.logged = {}, 0, time.monotonic()
 
     def finish(self, save):
-        if self.rank: return
+        if self.rank:
+            return
         self.write_log()
         save()
         self.bar.close()
 
+
 def write_sheet(objective, folder, record):
     "A picture of what the averaged weights can do so far, beside the checkpoint."
-    if not hasattr(objective, "sheet"): return
+    if not hasattr(objective, "sheet"):
+        return
     from torchvision.utils import save_image
-    with torch.no_grad(): save_image(objective.sheet().clamp(0, 1), Path(folder) / f"sheet-{record['samples']:08d}.png", nrow=8)
+
+    with torch.no_grad():
+        save_image(objective.sheet().clamp(0, 1), Path(folder) / f"sheet-{record['samples']:08d}.png", nrow=8)
 
 # %% ../nbs/12_mini.ipynb #eeae88ba
 def _worker(rank, ranks, port, make, kw):
     "One training process."
     torch.set_num_threads(1 if ranks > 1 else torch.get_num_threads())
-    if ranks > 1: torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=ranks)
+    if ranks > 1:
+        torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=ranks)
     torch.manual_seed(0)
     train_loop(make(), rank=rank, ranks=ranks, **kw)
-    if ranks > 1: torch.distributed.destroy_process_group()
+    if ranks > 1:
+        torch.distributed.destroy_process_group()
 
-def train(make: Callable[[], nn.Module],  # builds the objective
-          folder, samples: int, device: str = "cpu", workers: Optional[int] = None, **kw):
+
+def train(
+    make: Callable[[], nn.Module],  # builds the objective
+    folder,
+    samples: int,
+    device: str = "cpu",
+    workers: int | None = None,
+    **kw,
+):
     "Train in two processes (one where there is one core, or an accelerator), or in `workers`."
     Path(folder).mkdir(parents=True, exist_ok=True)
     ranks = workers or (min(2, os.cpu_count()) if device == "cpu" else 1)
     kw |= dict(folder=str(folder), samples=samples, device=device)
-    if ranks == 1: return _worker(0, 1, 0, make, kw)
+    if ranks == 1:
+        return _worker(0, 1, 0, make, kw)
     import socket
-    with socket.socket() as s: s.bind(("127.0.0.1", 0)); port = s.getsockname()[1]
+
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
     torch.multiprocessing.spawn(_worker, (ranks, port, make, kw), nprocs=ranks)
 
 # %% ../nbs/12_mini.ipynb #4545d05a
 TEXT_LENGTH, TEXT_WIDTH = 48, 128
 
+
 def learn_merges(words):
     "Byte-pair merges until each of `words` is one token; ties go to the first in the alphabet, so the result is always the same."
     from collections import Counter
+
     pieces, merges = [[*w[:-1], w[-1] + "</w>"] for w in words], []
     while any(len(p) > 1 for p in pieces):
         counts = Counter(pair for p in pieces for pair in zip(p, p[1:]))
         best = min(counts, key=lambda pair: (-counts[pair], pair))
         merges.append(best)
         for p in pieces:
-            while best in (pairs := list(zip(p, p[1:]))): p[pairs.index(best):pairs.index(best) + 2] = ["".join(best)]
+            while best in (pairs := list(zip(p, p[1:]))):
+                p[pairs.index(best) : pairs.index(best) + 2] = ["".join(best)]
     return merges
+
 
 def build_vocabulary(words):
     "Vocabulary and merges: every byte, inside a word and at its end, and each of `words` whole."
     from tokenizers.pre_tokenizers import ByteLevel
+
     letters, merges = sorted(ByteLevel.alphabet()), learn_merges(words)
-    tokens = letters + [c + "</w>" for c in letters] + ["".join(m) for m in merges] + ["<|startoftext|>", "<|endoftext|>"]
+    tokens = (
+        letters + [c + "</w>" for c in letters] + ["".join(m) for m in merges] + ["<|startoftext|>", "<|endoftext|>"]
+    )
     return {t: i for i, t in enumerate(dict.fromkeys(tokens))}, merges
+
 
 def build_tokenizer():
     "A real `CLIPTokenizer` that knows the world's words."
     from transformers import CLIPTokenizer
+
     vocab, merges = build_vocabulary(world.world_words() + [","])
     return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=TEXT_LENGTH)
+
 
 def build_text_encoder(tokenizer):
     "A `CLIPTextModel` of two layers."
     from transformers import CLIPTextConfig, CLIPTextModel
-    return CLIPTextModel(CLIPTextConfig(vocab_size=len(tokenizer), hidden_size=TEXT_WIDTH, intermediate_size=4 * TEXT_WIDTH, num_hidden_layers=2, num_attention_heads=4,
-                                        max_position_embeddings=TEXT_LENGTH, projection_dim=TEXT_WIDTH, bos_token_id=tokenizer.bos_token_id,
-                                        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id))
+
+    return CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=TEXT_WIDTH,
+            intermediate_size=4 * TEXT_WIDTH,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=TEXT_LENGTH,
+            projection_dim=TEXT_WIDTH,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
 
 # %% ../nbs/12_mini.ipynb #0bb7982a
 def build_unet():
     "A `UNet2DConditionModel` for 4×16×16 latents, with the blocks that Stable Diffusion has."
     from diffusers import UNet2DConditionModel
-    return UNet2DConditionModel(sample_size=IMAGE_SIZE // FACTOR, in_channels=LATENT_CHANNELS, out_channels=LATENT_CHANNELS,
-                                block_out_channels=(64, 128, 192, 192), layers_per_block=1, cross_attention_dim=TEXT_WIDTH,
-                                attention_head_dim=4, norm_num_groups=16)
+
+    return UNet2DConditionModel(
+        sample_size=IMAGE_SIZE // FACTOR,
+        in_channels=LATENT_CHANNELS,
+        out_channels=LATENT_CHANNELS,
+        block_out_channels=(64, 128, 192, 192),
+        layers_per_block=1,
+        cross_attention_dim=TEXT_WIDTH,
+        attention_head_dim=4,
+        norm_num_groups=16,
+    )
+
 
 def build_scheduler():
     "Stable Diffusion's noise schedule with v-prediction, zero terminal SNR, trailing steps and a last one without noise."
     from diffusers import DDIMScheduler
-    return DDIMScheduler(beta_start=.00085, beta_end=.012, beta_schedule="scaled_linear", prediction_type="v_prediction", rescale_betas_zero_snr=True,
-                         timestep_spacing="trailing", steps_offset=1, clip_sample=False, set_alpha_to_one=True)
+
+    return DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        prediction_type="v_prediction",
+        rescale_betas_zero_snr=True,
+        timestep_spacing="trailing",
+        steps_offset=1,
+        clip_sample=False,
+        set_alpha_to_one=True,
+    )
 
 # %% ../nbs/12_mini.ipynb #0a66aec1
 class DiffusionObjective(nn.Module):
     "Eq. 1 on fresh scenes: noise latents, predict v. The subject counts three times."
-    lr, batch, samples, ema, empty, steps_back, reuse = 7e-4, 4, 60_000, .9985, .06, 1500, 4
-    def __init__(self, level=0., vae=None):
+
+    lr, batch, samples, ema, empty, steps_back, reuse = 7e-4, 4, 60_000, 0.9985, 0.06, 1500, 4
+
+    def __init__(self, level=0.0, vae=None):
         super().__init__()
-        self.level, self.unet, self.tokenizer, self.scheduler = level, build_unet(), build_tokenizer(), build_scheduler()
+        self.level, self.unet, self.tokenizer, self.scheduler = (
+            level,
+            build_unet(),
+            build_tokenizer(),
+            build_scheduler(),
+        )
         self.text_encoder = build_text_encoder(self.tokenizer)
         self.frozen, self.pool = [load_vae(vae)], []
 
@@ -341,16 +494,19 @@ class DiffusionObjective(nn.Module):
     def encode(self, x):
         "Pictures 0-1 to latents of unit spread."
         vae = self.frozen[0].to(x.device)
-        with half_precision(x.device): return vae.encode(x * 2 - 1).latent_dist.mean.float() * vae.config.scaling_factor
+        with half_precision(x.device):
+            return vae.encode(x * 2 - 1).latent_dist.mean.float() * vae.config.scaling_factor
 
     def decode(self, latents):
         vae = self.frozen[0].to(latents.device)
-        return (vae.decode(latents / vae.config.scaling_factor).sample / 2 + .5).clamp(0, 1)
+        return (vae.decode(latents / vae.config.scaling_factor).sample / 2 + 0.5).clamp(0, 1)
 
     def fill(self, scenes):
         "Draw and encode new scenes into the pool: a dict of what is needed of each."
         x, mask, _ = render(scenes, IMAGE_SIZE)
-        self.pool = (self.pool + [dict(latents=self.encode(x), mask=F.avg_pool2d(mask, FACTOR), scenes=scenes)])[-self.steps_back:]
+        self.pool = (self.pool + [dict(latents=self.encode(x), mask=F.avg_pool2d(mask, FACTOR), scenes=scenes)])[
+            -self.steps_back :
+        ]
 
     def draw(self, scenes, g):
         "The newest pictures and some older ones."
@@ -360,7 +516,9 @@ class DiffusionObjective(nn.Module):
 
     def embed(self, texts):
         "Texts to the text encoder's last hidden state."
-        ids = self.tokenizer(texts, padding="max_length", max_length=TEXT_LENGTH, truncation=True, return_tensors="pt").input_ids
+        ids = self.tokenizer(
+            texts, padding="max_length", max_length=TEXT_LENGTH, truncation=True, return_tensors="pt"
+        ).input_ids
         return self.text_encoder(ids.to(self.text_encoder.device)).last_hidden_state
 
     def forward(self, scenes, g):
@@ -370,7 +528,7 @@ class DiffusionObjective(nn.Module):
         "The weighted error of v, and the plain one of each picture; `look` may let the U-Net see more than noise and words."
         latents, mask = (torch.cat([d[k] for d in drawn]) for k in ("latents", "mask"))
         texts = captions(world.stack_scenes([d["scenes"] for d in drawn]).to("cpu"), g)
-        drop = (torch.rand(len(texts), generator=g) < .1).tolist()
+        drop = (torch.rand(len(texts), generator=g) < 0.1).tolist()
         embeds = self.embed(["" if d else s for s, d in zip(texts, drop)] + [""])
         noise = torch.randn(latents.shape, generator=g).to(latents.device)
         t = torch.randint(self.scheduler.config.num_train_timesteps, (len(texts),), generator=g).to(latents.device)
@@ -381,15 +539,28 @@ class DiffusionObjective(nn.Module):
 
     def sheet(self):
         "All poses of all species in two places each, half of them in many words, with guidance."
-        s = sample_scenes(24, stream("sheet"), self.level, species=torch.arange(3).repeat_interleave(8), pose=torch.arange(4).repeat(6), pattern=0, accessory=0, size=0)
+        s = sample_scenes(
+            24,
+            stream("sheet"),
+            self.level,
+            species=torch.arange(3).repeat_interleave(8),
+            pose=torch.arange(4).repeat(6),
+            pattern=0,
+            accessory=0,
+            size=0,
+        )
         long = [i % 8 > 3 for i in range(24)]
         a = [world.say_subject(s, i, world.SAID + world.SAYABLE if long[i] else ("colour",)) for i in range(24)]
-        return self.draw_texts([f"{a[i]} {world.say_place(s, i, parts=long[i])}" for i in range(24)], torch.Generator().manual_seed(0))
+        return self.draw_texts(
+            [f"{a[i]} {world.say_place(s, i, parts=long[i])}" for i in range(24)], torch.Generator().manual_seed(0)
+        )
 
-    def draw_texts(self, texts, g, steps=25, guidance_scale=3., look=lambda null: contextlib.nullcontext()):
+    def draw_texts(self, texts, g, steps=25, guidance_scale=3.0, look=lambda null: contextlib.nullcontext()):
         "Plain guided DDIM sampling, for sheets during training."
         embeds = self.embed([""] * len(texts) + texts)
-        x = torch.randn(len(texts), LATENT_CHANNELS, IMAGE_SIZE // FACTOR, IMAGE_SIZE // FACTOR, generator=g).to(embeds.device)
+        x = torch.randn(len(texts), LATENT_CHANNELS, IMAGE_SIZE // FACTOR, IMAGE_SIZE // FACTOR, generator=g).to(
+            embeds.device
+        )
         self.scheduler.set_timesteps(steps)
         with look(embeds[:1]):
             for t in self.scheduler.timesteps:
@@ -400,38 +571,52 @@ class DiffusionObjective(nn.Module):
 # %% ../nbs/12_mini.ipynb #1254e0e7
 class _SeeFirst(SubjectAttention):
     "Subject attention for the first pictures of a batch; the others see nothing."
+
     def added(self, attn, x):
         n = min(len(x), len(self.seen))
         more = super().added(attn, x[:n])
         return torch.cat([more, torch.zeros_like(x[n:])]) if n < len(x) else more
 
+
 def _attention_weights(layer, extra):
     "New matrices for one layer; the last one is zero, so that at first nothing is added."
     inner, width = layer.to_q.weight.shape
     shapes = dict(q=(inner, width), k=(inner, width + extra), v=(inner, width + extra))
-    w = {name: nn.Parameter(torch.randn(shape) * shape[1] ** -.5) for name, shape in shapes.items()}
-    return nn.ParameterDict(w | dict(out=nn.Parameter(torch.zeros(width, inner)), out_bias=nn.Parameter(torch.zeros(width))))
+    w = {name: nn.Parameter(torch.randn(shape) * shape[1] ** -0.5) for name, shape in shapes.items()}
+    return nn.ParameterDict(
+        w | dict(out=nn.Parameter(torch.zeros(width, inner)), out_bias=nn.Parameter(torch.zeros(width)))
+    )
+
 
 class SubjectObjective(DiffusionObjective):
     "Eq. 1 with half of the pictures seeing the same individual in another view; goes on from a diffusion stage."
+
     lr, samples, steps_back, seeing = 5e-4, 400_000, 1500, 2
-    def __init__(self, level=0., vae=None, start=None):
+
+    def __init__(self, level=0.0, vae=None, start=None):
         super().__init__(level, vae)
-        if start: averaged(start, self)
-        self.see = nn.ModuleDict({name.replace(".", "/"): _attention_weights(layer, LATENT_CHANNELS)
-                                  for name, layer in self_attention(self.unet).items()})
+        if start:
+            averaged(start, self)
+        self.see = nn.ModuleDict(
+            {
+                name.replace(".", "/"): _attention_weights(layer, LATENT_CHANNELS)
+                for name, layer in self_attention(self.unet).items()
+            }
+        )
 
     def fill(self, scenes):
         "Four views of one individual, the last in another coat in half of the groups, and each view's subject alone."
-        same = {f: getattr(scenes, f)[:1].expand_as(getattr(scenes, f)) for f in ("species", "look", "pattern", "accessory")}
+        same = {
+            f: getattr(scenes, f)[:1].expand_as(getattr(scenes, f)) for f in ("species", "look", "pattern", "accessory")
+        }
         coat = scenes.colour[:1].repeat(len(scenes))
         coat[-1] = torch.where(scenes.jitter[0, 0] > 0, scenes.colour[-1], coat[-1])
         scenes = world.replace(scenes, colour=coat, present=torch.ones_like(scenes.present), **same)
         x, mask, _ = render(scenes, IMAGE_SIZE)
-        alone = torch.where(mask > .5, x, torch.full_like(x, .5))
+        alone = torch.where(mask > 0.5, x, torch.full_like(x, 0.5))
         latents, seen = self.encode(torch.cat([x, alone])).chunk(2)
         item = dict(latents=latents, alone=seen, mask=F.avg_pool2d(mask, FACTOR), scenes=scenes)
-        self.pool = (self.pool + [item])[-self.steps_back:]
+        self.pool = (self.pool + [item])[-self.steps_back :]
 
     @contextlib.contextmanager
     def looking(self, null, alone, mask):
@@ -439,21 +624,24 @@ class SubjectObjective(DiffusionObjective):
         layers = self_attention(self.unet)
         before = {name: layer.processor for name, layer in layers.items()}
         try:
-            for layer in layers.values(): layer.processor = Listener()
-            with torch.no_grad(): self.unet(alone, 0, null.expand(len(alone), -1, -1))
+            for layer in layers.values():
+                layer.processor = Listener()
+            with torch.no_grad():
+                self.unet(alone, 0, null.expand(len(alone), -1, -1))
             for name, layer in layers.items():
                 seen = layer.processor.seen.detach()
-                bias = (small(mask, seen.shape[1], F.adaptive_max_pool2d) <= .1).to(seen).mT[:, None] * -1e4
+                bias = (small(mask, seen.shape[1], F.adaptive_max_pool2d) <= 0.1).to(seen).mT[:, None] * -1e4
                 seen = torch.cat([seen, small(alone, seen.shape[1]).to(seen)], -1)
-                layer.processor = _SeeFirst(seen, bias, 1., self.see[name.replace(".", "/")])
+                layer.processor = _SeeFirst(seen, bias, 1.0, self.see[name.replace(".", "/")])
             yield
         finally:
-            for name, layer in layers.items(): layer.processor = before[name]
+            for name, layer in layers.items():
+                layer.processor = before[name]
 
     def forward(self, scenes, g):
         drawn = self.draw(scenes, g)
         shift = int(torch.randint(1, len(scenes), (1,), generator=g))
-        alone, mask = (torch.cat([d[k].roll(shift, 0) for d in drawn[:self.seeing]]) for k in ("alone", "mask"))
+        alone, mask = (torch.cat([d[k].roll(shift, 0) for d in drawn[: self.seeing]]) for k in ("alone", "mask"))
         return self.loss(drawn, g, lambda null: self.looking(null, alone, mask))
 
     def weights(self) -> dict:
@@ -463,28 +651,51 @@ class SubjectObjective(DiffusionObjective):
     def sheet(self):
         "From words alone; then three rows of three: a subject, what is drawn of it in another pose and place, the truth."
         n = 24
-        s = sample_scenes(n, stream("sheet"), self.level, species=torch.arange(3).repeat_interleave(8), pose=torch.arange(4).repeat(6))
+        s = sample_scenes(
+            n, stream("sheet"), self.level, species=torch.arange(3).repeat_interleave(8), pose=torch.arange(4).repeat(6)
+        )
         other = world.replace(s, pose=s.pose.roll(1), place=s.place.roll(1), layout=s.layout.roll(1, 0))
         (x, mask, _), true = render(other, IMAGE_SIZE), render(s, IMAGE_SIZE)[0]
-        alone = self.encode(torch.where(mask > .5, x, torch.full_like(x, .5))).repeat(2, 1, 1, 1)
+        alone = self.encode(torch.where(mask > 0.5, x, torch.full_like(x, 0.5))).repeat(2, 1, 1, 1)
         texts = [f"{world.say_subject(s, i, ('colour',))} {world.say_place(s, i)}" for i in range(n)]
         look = lambda null: self.looking(null, alone, F.avg_pool2d(mask, FACTOR).repeat(2, 1, 1, 1))
-        y = self.draw_texts(texts, torch.Generator().manual_seed(0), guidance_scale=2., look=look)
-        return torch.cat([super().sheet()] + [v[i:i + 8] for i in (0, 8, 16) for v in (x, y, true)])
+        y = self.draw_texts(texts, torch.Generator().manual_seed(0), guidance_scale=2.0, look=look)
+        return torch.cat([super().sheet()] + [v[i : i + 8] for i in (0, 8, 16) for v in (x, y, true)])
 
 # %% ../nbs/12_mini.ipynb #4dd16dd6
 SAM_CONFIG = dict(
-    image_encoder=dict(img_size=64, patch_size=4, embed_dim=96, depth=4, num_heads=4, out_chans=64, use_rel_pos=False, window_size=8, global_attn_indexes=[1, 3]),
+    image_encoder=dict(
+        img_size=64,
+        patch_size=4,
+        embed_dim=96,
+        depth=4,
+        num_heads=4,
+        out_chans=64,
+        use_rel_pos=False,
+        window_size=8,
+        global_attn_indexes=[1, 3],
+    ),
     prompt_encoder=dict(embed_dim=64, image_embedding_size=[16, 16], input_image_size=[64, 64], mask_in_chans=8),
     transformer=dict(depth=2, embedding_dim=64, num_heads=4, mlp_dim=128),
     mask_decoder=dict(transformer_dim=64, num_multimask_outputs=3, iou_head_hidden_dim=64),
-    pixel_mean=[124., 116., 104.], pixel_std=[58., 57., 57.], boxes=True)
+    pixel_mean=[124.0, 116.0, 104.0],
+    pixel_std=[58.0, 57.0, 57.0],
+    boxes=True,
+)
+
 
 def build_sam(config=SAM_CONFIG):
     "A `segment_anything.modeling.Sam` from keyword arguments."
     from segment_anything.modeling import ImageEncoderViT, MaskDecoder, PromptEncoder, Sam, TwoWayTransformer
+
     decoder = MaskDecoder(transformer=TwoWayTransformer(**config["transformer"]), **config["mask_decoder"])
-    return Sam(ImageEncoderViT(**config["image_encoder"]), PromptEncoder(**config["prompt_encoder"]), decoder, config["pixel_mean"], config["pixel_std"])
+    return Sam(
+        ImageEncoderViT(**config["image_encoder"]),
+        PromptEncoder(**config["prompt_encoder"]),
+        decoder,
+        config["pixel_mean"],
+        config["pixel_std"],
+    )
 
 # %% ../nbs/12_mini.ipynb #2d63b5f1
 def _pixels(chance, g):
@@ -492,23 +703,31 @@ def _pixels(chance, g):
     noise = torch.rand(chance.flatten(2).shape, generator=g).to(chance.device)
     at = (noise.clamp(1e-9, 1 - 1e-7).log() / chance.flatten(2).clamp_min(1e-9)).argmax(-1)
     w = chance.shape[-1]
-    return torch.stack([at % w, torch.div(at, w, rounding_mode="floor")], -1).float() + .5, at
+    return torch.stack([at % w, torch.div(at, w, rounding_mode="floor")], -1).float() + 0.5, at
 
-def random_clicks(mask: torch.Tensor,  # (B, 1, H, W)
-                  g: torch.Generator, n: int = 2) -> tuple:
+
+def random_clicks(
+    mask: torch.Tensor,  # (B, 1, H, W)
+    g: torch.Generator,
+    n: int = 2,
+) -> tuple:
     "Clicks (B, n, 2) as x, y: all on the subject but the last, which is anywhere; and what each one means as a mask (B, n, H, W)."
-    whole = (mask > .5).float().expand(-1, n, -1, -1)
+    whole = (mask > 0.5).float().expand(-1, n, -1, -1)
     anywhere = (torch.arange(n, device=mask.device) == n - 1).view(1, n, 1, 1)
-    points, at = _pixels(torch.where(anywhere, 1., whole), g)
+    points, at = _pixels(torch.where(anywhere, 1.0, whole), g)
     hit = whole.flatten(2).gather(2, at[..., None])[..., None] > 0
     return points, torch.where(hit, whole, 1 - whole)
 
-def several_clicks(mask: torch.Tensor,  # (B, 1, H, W)
-                   g: torch.Generator, n: int = 3) -> tuple:
+
+def several_clicks(
+    mask: torch.Tensor,  # (B, 1, H, W)
+    g: torch.Generator,
+    n: int = 3,
+) -> tuple:
     "Clicks (B, n, 2), their labels (B, n), 1 or 0, and what they mean together (B, 1, H, W): mostly the subject."
-    subject = (mask > .5).float()
-    meant = torch.where(torch.rand(len(mask), 1, 1, 1, generator=g).to(mask) < .85, subject, 1 - subject)
-    beside = torch.rand(len(mask), n, 1, 1, generator=g).to(mask) < .5
+    subject = (mask > 0.5).float()
+    meant = torch.where(torch.rand(len(mask), 1, 1, 1, generator=g).to(mask) < 0.85, subject, 1 - subject)
+    beside = torch.rand(len(mask), n, 1, 1, generator=g).to(mask) < 0.5
     beside[:, 0] = False
     points, at = _pixels(torch.where(beside, 1 - meant, meant), g)
     return points, meant.flatten(2).expand(-1, n, -1).gather(2, at[..., None])[..., 0], meant
@@ -540,27 +759,33 @@ def some_dark(scenes, g, share=.25):
 # %% ../nbs/12_mini.ipynb #a2ad849a
 def mask_loss(logits, truth):
     "Cross-entropy plus Dice, one number per mask."
-    p = logits.sigmoid().flatten(1); q = truth.flatten(1)
+    p = logits.sigmoid().flatten(1)
+    q = truth.flatten(1)
     dice = 1 - (2 * (p * q).sum(1) + 1) / (p.sum(1) + q.sum(1) + 1)
     return F.binary_cross_entropy_with_logits(logits, truth, reduction="none").flatten(1).mean(1) + dice
 
-def sam_loss(masks: torch.Tensor,  # (n, 4, H, W) logits
-             quality: torch.Tensor,  # (n, 4)
-             truth: torch.Tensor,  # (n, 1, H, W)
-             single: bool  # whether the prompt is a single click
-            ) -> tuple:
+
+def sam_loss(
+    masks: torch.Tensor,  # (n, 4, H, W) logits
+    quality: torch.Tensor,  # (n, 4)
+    truth: torch.Tensor,  # (n, 1, H, W)
+    single: bool,  # whether the prompt is a single click
+) -> tuple:
     "The loss of one kind of prompt, and the mean IoU of the first mask."
     losses = mask_loss(masks.flatten(0, 1), truth.expand_as(masks).flatten(0, 1)).view(masks.shape[:2])
-    iou = ((masks > 0) & (truth > .5)).sum((2, 3)) / ((masks > 0) | (truth > .5)).sum((2, 3)).clamp_min(1)
+    iou = ((masks > 0) & (truth > 0.5)).sum((2, 3)) / ((masks > 0) | (truth > 0.5)).sum((2, 3)).clamp_min(1)
     loss = losses[:, 0].mean() + (quality - iou).square().mean()
-    if single: loss = loss + losses[:, 1:].min(1).values.mean() + .3 * losses[:, 1:].mean()
+    if single:
+        loss = loss + losses[:, 1:].min(1).values.mean() + 0.3 * losses[:, 1:].mean()
     return loss, iou[:, 0].mean()
 
 # %% ../nbs/12_mini.ipynb #72aeaa4c
 class SamObjective(nn.Module):
     "Clicks and boxes to masks; a click beside the subject means everything that is not the subject."
-    lr, batch, samples, ema, empty, simple, unused = 1e-3, 16, 40_000, .995, 0., .5, True
-    def __init__(self, level=0.):
+
+    lr, batch, samples, ema, empty, simple, unused = 1e-3, 16, 40_000, 0.995, 0.0, 0.5, True
+
+    def __init__(self, level=0.0):
         super().__init__()
         self.sam, self.level = build_sam(), level
 
@@ -570,15 +795,19 @@ class SamObjective(nn.Module):
         sparse, dense = prompts(None if points is None else (points, labels), boxes, None)
         n = len(sparse)
         first = torch.cat([decoder.iou_token.weight, decoder.mask_tokens.weight]).expand(n, -1, -1)
-        tokens, image = decoder.transformer(image.repeat_interleave(n // len(image), 0) + dense,
-                                            prompts.get_dense_pe().expand(n, -1, -1, -1), torch.cat([first, sparse], 1))
+        tokens, image = decoder.transformer(
+            image.repeat_interleave(n // len(image), 0) + dense,
+            prompts.get_dense_pe().expand(n, -1, -1, -1),
+            torch.cat([first, sparse], 1),
+        )
         pixels = decoder.output_upscaling(image.transpose(1, 2).unflatten(2, prompts.image_embedding_size))
         queries = torch.stack([mlp(tokens[:, 1 + i]) for i, mlp in enumerate(decoder.output_hypernetworks_mlps)], 1)
         return torch.einsum("nkc,nchw->nkhw", queries, pixels), decoder.iou_prediction_head(tokens[:, 0])
 
     def look(self, images):
         "The pictures (B, 3, H, W), 0-1, encoded."
-        with half_precision(images.device): return self.sam.image_encoder(self.sam.preprocess(images * 255)).float()
+        with half_precision(images.device):
+            return self.sam.image_encoder(self.sam.preprocess(images * 255)).float()
 
     def forward(self, scenes, g):
         x, mask, _ = render(some_dark(scenes, g), 64)
@@ -588,7 +817,7 @@ class SamObjective(nn.Module):
         by_click = self.predict(image, clicks, torch.ones(len(clicks), 1, device=x.device))
         one, iou = sam_loss(*by_click, meant.flatten(0, 1)[:, None], True)
         many, iou_many = sam_loss(*self.predict(image, some, labels), group, False)
-        boxed, iou_box = sam_loss(*self.predict(image, boxes=box), (mask > .5).float(), False)
+        boxed, iou_box = sam_loss(*self.predict(image, boxes=box), (mask > 0.5).float(), False)
         return one + many + boxed, dict(iou=iou, several=iou_many, box=iou_box)
 
     def sheet(self):
@@ -599,7 +828,7 @@ class SamObjective(nn.Module):
         by_click = self.predict(image, clicks[:, :1], torch.ones(16, 1, device=x.device))[0]
         by_box = self.predict(image, boxes=boxes)[0]
         found = [m[:, :1].sigmoid().expand(-1, 3, -1, -1) for m in (by_click, by_box)]
-        return torch.cat([v[i:i + 8] for i in (0, 8) for v in (x, *found)])
+        return torch.cat([v[i : i + 8] for i in (0, 8) for v in (x, *found)])
 
 # %% ../nbs/12_mini.ipynb #60c2d7e7
 def start_from(module: nn.Module,
@@ -615,43 +844,64 @@ def start_from(module: nn.Module,
 # %% ../nbs/12_mini.ipynb #269c8cbd
 def clip_config(vocab_size):
     "open_clip's own JSON, for a 64 px picture and our vocabulary."
-    return dict(model_cfg=dict(embed_dim=128, vision_cfg=dict(image_size=64, layers=[1, 1, 1, 1], width=32, head_width=64),
-                               text_cfg=dict(context_length=TEXT_LENGTH, vocab_size=vocab_size, width=128, heads=4, layers=2, hf_tokenizer_name="local",
-                                             tokenizer_kwargs=dict(clean="whitespace"), no_causal_mask=False, pad_id=vocab_size - 1)),
-                preprocess_cfg=dict(mean=[.5, .5, .5], std=[.5, .5, .5], interpolation="bicubic", resize_mode="squash"))
+    return dict(
+        model_cfg=dict(
+            embed_dim=128,
+            vision_cfg=dict(image_size=64, layers=[1, 1, 1, 1], width=32, head_width=64),
+            text_cfg=dict(
+                context_length=TEXT_LENGTH,
+                vocab_size=vocab_size,
+                width=128,
+                heads=4,
+                layers=2,
+                hf_tokenizer_name="local",
+                tokenizer_kwargs=dict(clean="whitespace"),
+                no_causal_mask=False,
+                pad_id=vocab_size - 1,
+            ),
+        ),
+        preprocess_cfg=dict(mean=[0.5, 0.5, 0.5], std=[0.5, 0.5, 0.5], interpolation="bicubic", resize_mode="squash"),
+    )
+
 
 def build_clip(config):
     "An `open_clip.CLIP`."
     import open_clip
+
     return open_clip.CLIP(**{k: v for k, v in config["model_cfg"].items()})
 
 # %% ../nbs/12_mini.ipynb #b89c1d1f
 TOLD = ("species", "pose", "colour", "place", *world.MARKS, "hue", "light", "pattern", "accessory")
 
+
 def clear_traits(scenes):
     "The same scenes with every mark clearly there or clearly not, and the second colour in the middle of its name."
     look = scenes.look.clone()
     for k in (world.TRAITS.index(name) for name in world.MARKS):
-        look[:, k] = torch.where(look[:, k] > .35, .52 + .48 * (look[:, k] - .35) / .65, look[:, k] * .5)
+        look[:, k] = torch.where(look[:, k] > 0.35, 0.52 + 0.48 * (look[:, k] - 0.35) / 0.65, look[:, k] * 0.5)
     hue, light = world.TRAITS.index("hue"), world.TRAITS.index("light")
     look[:, hue] = (look[:, hue] * 6).round() % 6 / 6
-    look[:, light] = look.new_tensor([.12, .5, .88])[world.second_colour(scenes)[1]]
+    look[:, light] = look.new_tensor([0.12, 0.5, 0.88])[world.second_colour(scenes)[1]]
     return world.replace(scenes, look=look)
 
-def change_one(scenes, name: str,  # one of `TOLD`
-               u: torch.Tensor  # (B,) 0-1: to what
-              ):
+
+def change_one(
+    scenes,
+    name: str,  # one of `TOLD`
+    u: torch.Tensor,  # (B,) 0-1: to what
+):
     "The same scenes with another value of one attribute."
     if name in world.VALUES:
         n, now = len(world.VALUES[name]), getattr(scenes, name)
         return world.edit_scenes(scenes, **{name: (now + 1 + (u * (n - 1)).long().clamp_max(n - 2)) % n})
     look, k = scenes.look.clone(), world.TRAITS.index(name)
-    if name in world.MARKS: look[:, k] = torch.where(look[:, k] > .35, .1, .75)
+    if name in world.MARKS:
+        look[:, k] = torch.where(look[:, k] > 0.35, 0.1, 0.75)
     else:
         n = 6 if name == "hue" else 3
         now = (look[:, k] * n).floor() if name == "light" else (look[:, k] * n).round()
         to = (now + 1 + (u * (n - 1)).long().clamp_max(n - 2)) % n
-        look[:, k] = to / 6 if name == "hue" else .12 + .38 * to
+        look[:, k] = to / 6 if name == "hue" else 0.12 + 0.38 * to
     return world.replace(scenes, look=look)
 
 # %% ../nbs/12_mini.ipynb #54857c41
@@ -660,19 +910,22 @@ def full_caption(scenes, i: int, wording: int = 0) -> str:
     attributes = (*world.SAID, *world.MARKS, "second")
     return f"{world.say_subject(scenes, i, attributes)} {world.say_place(scenes, i, wording)}"
 
-def near_groups(scenes, g, k: int = 8, level: float = 0.):
+
+def near_groups(scenes, g, k: int = 8, level: float = 0.0):
     "Groups of `k` scenes that differ from the first of the group in one or two attributes, and in where they stand."
     scenes, n = clear_traits(scenes), len(scenes)
-    first = world.stack_scenes([scenes[i - i % k:i - i % k + 1] for i in range(n)])
+    first = world.stack_scenes([scenes[i - i % k : i - i % k + 1] for i in range(n)])
     own = {name: getattr(scenes, name) for name in ("where", "layout", "jitter", "facing")}
     out = world.replace(first, **own, present=torch.ones_like(scenes.present))
     names = TOLD if level else TOLD[:-2]
     which, u = torch.randint(len(names), (2, n), generator=g), torch.rand(2, n, generator=g)
-    which[1] = torch.where(u[1] < .5, which[1], -1)
+    which[1] = torch.where(u[1] < 0.5, which[1], -1)
     which[:, ::k] = -1
     for turn, value in zip(which.to(scenes.place.device), u.to(scenes.place.device)):
-        for j, name in enumerate(names): out = _where(turn == j, change_one(out, name, value), out)
+        for j, name in enumerate(names):
+            out = _where(turn == j, change_one(out, name, value), out)
     return out
+
 
 def _where(chosen, a, b):
     "Scenes of `a` where `chosen` (B,) is true, of `b` elsewhere."
@@ -682,22 +935,26 @@ def _where(chosen, a, b):
 # %% ../nbs/12_mini.ipynb #9e98f413
 class ClipObjective(nn.Module):
     "Pictures and captions find each other within a batch, half of which is hard to tell apart."
-    lr, batch, samples, ema, empty, simple = 1e-3, 64, 200_000, .998, .02, .5
-    def __init__(self, level=0.):
+
+    lr, batch, samples, ema, empty, simple = 1e-3, 64, 200_000, 0.998, 0.02, 0.5
+
+    def __init__(self, level=0.0):
         super().__init__()
         self.tokenizer, self.level = build_tokenizer(), level
         self.config = clip_config(len(self.tokenizer))
         self.clip = build_clip(self.config)
 
     def ids(self, texts):
-        return self.tokenizer(texts, padding="max_length", max_length=TEXT_LENGTH, truncation=True, return_tensors="pt").input_ids
+        return self.tokenizer(
+            texts, padding="max_length", max_length=TEXT_LENGTH, truncation=True, return_tensors="pt"
+        ).input_ids
 
     def forward(self, scenes, g):
         half = len(scenes) // 2
         scenes = world.stack_scenes([scenes[:half], near_groups(scenes[half:], g, level=self.level)])
         x, told = render(scenes, 64)[0], scenes.to("cpu")
         wording = torch.randint(6, (len(scenes),), generator=g).tolist()
-        texts = captions(told[:half], g, subject_only=.05, say=.95)
+        texts = captions(told[:half], g, subject_only=0.05, say=0.95)
         texts += [full_caption(told, i, wording[i]) for i in range(half, len(scenes))]
         with half_precision(x.device):
             picture, text, scale = self.clip(x * 2 - 1, self.ids(texts).to(x.device))[:3]
@@ -709,14 +966,19 @@ class ClipObjective(nn.Module):
         truth = same / same.sum(1, keepdim=True)
         loss = -(truth * logits.log_softmax(1)).sum(1).mean() / 2 - (truth.T * logits.log_softmax(0)).sum(0).mean() / 2
         right = same.gather(1, logits.argmax(1, keepdim=True))
-        return loss, dict(top1=right.mean(), near=right[len(right) // 2:].mean())
+        return loss, dict(top1=right.mean(), near=right[len(right) // 2 :].mean())
 
 # %% ../nbs/12_mini.ipynb #30d216db
 class JudgeObjective(nn.Module):
     "All questions at once, each where it may be asked; a third of the animals are broken."
-    lr, batch, samples, ema, empty, simple = 1.5e-3, 48, 250_000, .998, .12, .5
-    def __init__(self, level=0., vae=None  # folder of an autoencoder, or several
-                ):
+
+    lr, batch, samples, ema, empty, simple = 1.5e-3, 48, 250_000, 0.998, 0.12, 0.5
+
+    def __init__(
+        self,
+        level=0.0,
+        vae=None,  # folder of an autoencoder, or several
+    ):
         super().__init__()
         self.judge, self.level = Judge(), level
         self.frozen = [load_vae(v) for v in ([vae] if isinstance(vae, (str, Path)) else vae or [])]
@@ -729,29 +991,32 @@ class JudgeObjective(nn.Module):
             if self.frozen:
                 vae = self.frozen[which].to(x.device)
                 z = vae.encode(x[one] * 2 - 1).latent_dist.mean.float()
-                z = z + .2 * torch.rand(1, generator=g).to(z) * z.std() * torch.randn(z.shape, generator=g).to(z)
-                x[one] = (vae.decode(z).sample.float() / 2 + .5).clamp(0, 1)
-            noise = .04 * torch.randn(x[two].shape, generator=g).to(x)
+                z = z + 0.2 * torch.rand(1, generator=g).to(z) * z.std() * torch.randn(z.shape, generator=g).to(z)
+                x[one] = (vae.decode(z).sample.float() / 2 + 0.5).clamp(0, 1)
+            noise = 0.04 * torch.randn(x[two].shape, generator=g).to(x)
             x[two] = F.avg_pool2d(F.pad(x[two], [1] * 4, mode="replicate"), 3, 1) + noise
         return x
 
     def draw(self, scenes, g):
         "Pictures, the first third broken in two ways; whether each is sound, and whether its break is to be seen."
         n, kinds = len(scenes) // 6, [BROKEN[k] for k in torch.randint(len(BROKEN), (2,), generator=g).tolist()]
-        broken, shows = zip(*[break_subjects(scenes[k * n:(k + 1) * n], kind, g) for k, kind in enumerate(kinds)])
-        x = torch.cat([*broken, render(scenes[2 * n:], 64)[0]])
-        shows = torch.cat([*shows, torch.zeros_like(scenes.present[2 * n:])])
+        broken, shows = zip(*[break_subjects(scenes[k * n : (k + 1) * n], kind, g) for k, kind in enumerate(kinds)])
+        x = torch.cat([*broken, render(scenes[2 * n :], 64)[0]])
+        shows = torch.cat([*shows, torch.zeros_like(scenes.present[2 * n :])])
         sound = torch.arange(len(scenes), device=x.device) >= 2 * n
         return self.roughen(x, g), sound, shows
 
     def forward(self, scenes, g):
         x, sound, shows = self.draw(scenes, g)
-        true, loss, right = truths(scenes), 0., {}
-        with half_precision(x.device): answers = self.judge(x)
+        true, loss, right = truths(scenes), 0.0, {}
+        with half_precision(x.device):
+            answers = self.judge(x)
         for k, logits in answers.items():
             truth, asked = true[k]
-            if k == "whole": truth, asked = sound.long(), (asked & sound) | shows
-            elif k != "place": asked = asked & (sound | ~scenes.present)
+            if k == "whole":
+                truth, asked = sound.long(), (asked & sound) | shows
+            elif k != "place":
+                asked = asked & (sound | ~scenes.present)
             error = F.cross_entropy(logits.float(), truth, reduction="none") * (2 if k == "whole" else 1)
             loss = loss + (error * asked).sum() / asked.sum().clamp_min(1)
             right[k] = ((logits.argmax(1) == truth) & asked).sum() / asked.sum().clamp_min(1)
@@ -761,24 +1026,34 @@ class JudgeObjective(nn.Module):
 def load_vae(folder):
     "A frozen `AutoencoderKL` from a folder."
     from diffusers import AutoencoderKL
+
     return AutoencoderKL.from_pretrained(folder).float().eval().requires_grad_(False)
+
 
 def averaged(checkpoint, objective):
     "Load the averaged weights of a checkpoint into an objective; gives its record."
     from safetensors import safe_open
+
     with safe_open(str(checkpoint), "pt") as f:
-        objective.load_state_dict({k[len("ema.module."):]: f.get_tensor(k) for k in f.keys() if k.startswith("ema.module.")})
+        objective.load_state_dict(
+            {k[len("ema.module.") :]: f.get_tensor(k) for k in f if k.startswith("ema.module.")}
+        )
         return json.loads(f.metadata()["record"])
 
+
 @torch.no_grad()
-def standardise_latents(vae, n=512, level=1.):
+def standardise_latents(vae, n=512, level=1.0):
     "Fold a mean 0 and a standard deviation 1 / `scaling_factor` of each channel into the two 1×1 convolutions around the latents; the pictures stay the same."
-    x = torch.cat([render(sample_scenes(64, stream("standardise", k), level, empty=.1), IMAGE_SIZE)[0] for k in range(n // 64)])
+    x = torch.cat(
+        [render(sample_scenes(64, stream("standardise", k), level, empty=0.1), IMAGE_SIZE)[0] for k in range(n // 64)]
+    )
     z = vae.encode(x * 2 - 1).latent_dist.mean
     mean, std, c = z.mean((0, 2, 3)), z.std((0, 2, 3)) * vae.config.scaling_factor, z.shape[1]
     q, p = vae.quant_conv, vae.post_quant_conv
-    p.bias += (p.weight[:, :, 0, 0] @ mean); p.weight *= std.view(1, -1, 1, 1)
-    q.weight[:c] /= std.view(-1, 1, 1, 1); q.bias[:c] = (q.bias[:c] - mean) / std
+    p.bias += p.weight[:, :, 0, 0] @ mean
+    p.weight *= std.view(1, -1, 1, 1)
+    q.weight[:c] /= std.view(-1, 1, 1, 1)
+    q.bias[:c] = (q.bias[:c] - mean) / std
     q.bias[c:] -= 2 * std.log()
     return vae
 
@@ -786,133 +1061,239 @@ def standardise_latents(vae, n=512, level=1.):
 def _half(module):
     "The same module in half precision, for storing."
     import copy
+
     return copy.deepcopy(module).half()
+
 
 def _write(folder, name, state, config, config_name="config.json"):
     "A folder with one safetensors file in half precision and its JSON."
     from safetensors.torch import save_file
+
     Path(folder).mkdir(parents=True, exist_ok=True)
     save_file({k: v.half().contiguous() if v.is_floating_point() else v for k, v in state.items()}, Path(folder) / name)
     (Path(folder) / config_name).write_text(json.dumps(config, indent=1))
 
+
 def save_diffusion(folder, vae, objective):
     "Write a Stable Diffusion folder that `StableDiffusionPipeline.from_pretrained` reads."
     from diffusers import StableDiffusionPipeline
-    parts = dict(vae=_half(vae), unet=_half(objective.unet), text_encoder=_half(objective.text_encoder), tokenizer=objective.tokenizer, scheduler=objective.scheduler)
-    StableDiffusionPipeline(**parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False).save_pretrained(folder)
-    config = Path(folder) / "text_encoder" / "config.json"  # transformers would compute in the precision it finds here, diffusers in fp32
+
+    parts = dict(
+        vae=_half(vae),
+        unet=_half(objective.unet),
+        text_encoder=_half(objective.text_encoder),
+        tokenizer=objective.tokenizer,
+        scheduler=objective.scheduler,
+    )
+    StableDiffusionPipeline(
+        **parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False
+    ).save_pretrained(folder)
+    config = (
+        Path(folder) / "text_encoder" / "config.json"
+    )  # transformers would compute in the precision it finds here, diffusers in fp32
     config.write_text(json.dumps(json.loads(config.read_text()) | {"dtype": "float32"}, indent=2))
     _publish_names(Path(folder) / "text_encoder" / "model.safetensors")
+
 
 def _publish_names(path):
     "Name the text encoder's weights `text_model.…`, as every published Stable Diffusion does; recent transformers leave the prefix out."
     from safetensors.torch import load_file, save_file
-    save_file({"text_model." + k.removeprefix("text_model."): v for k, v in load_file(path).items()}, path, metadata={"format": "pt"})
 
-def save_sam(folder, objective): _write(folder, "model.safetensors", objective.sam.state_dict(), SAM_CONFIG)
+    save_file(
+        {"text_model." + k.removeprefix("text_model."): v for k, v in load_file(path).items()},
+        path,
+        metadata={"format": "pt"},
+    )
 
-def save_judge(folder, objective): _write(folder, "model.safetensors", objective.judge.state_dict(), objective.judge.config)
+
+def save_sam(folder, objective):
+    _write(folder, "model.safetensors", objective.sam.state_dict(), SAM_CONFIG)
+
+
+def save_judge(folder, objective):
+    _write(folder, "model.safetensors", objective.judge.state_dict(), objective.judge.config)
+
 
 def save_clip(folder, objective):
     "Write a folder that `open_clip.create_model_from_pretrained('local-dir:…')` reads."
-    _write(folder, "open_clip_model.safetensors", objective.clip.state_dict(), objective.config, "open_clip_config.json")
+    _write(
+        folder, "open_clip_model.safetensors", objective.clip.state_dict(), objective.config, "open_clip_config.json"
+    )
     objective.tokenizer.save_pretrained(folder)
 
 # %% ../nbs/12_mini.ipynb #fc955d01
-STAGES = dict(vae=VaeObjective, decoder=DecoderObjective, sam=SamObjective, clip=ClipObjective, judge=JudgeObjective, diffusion=DiffusionObjective,
-              subject=SubjectObjective)
+STAGES = dict(
+    vae=VaeObjective,
+    decoder=DecoderObjective,
+    sam=SamObjective,
+    clip=ClipObjective,
+    judge=JudgeObjective,
+    diffusion=DiffusionObjective,
+    subject=SubjectObjective,
+)
+
 
 def _vae_folder(run):
     "The finished autoencoder of a run, standardised and stored once, so that every later stage sees the same latents."
     folder, checkpoint = Path(run) / "vae_folder", Path(run) / "vae" / "checkpoint.safetensors"
     if not folder.exists():
-        if not checkpoint.exists(): raise BadInput(f"{run} has no trained autoencoder yet; run `layerdiffusion train-mini vae --out {run}` first.")
+        if not checkpoint.exists():
+            raise BadInput(
+                f"{run} has no trained autoencoder yet; run `layerdiffusion train-mini vae --out {run}` first."
+            )
         objective = VaeObjective()
         averaged(checkpoint, objective)
         standardise_latents(objective.vae).half().save_pretrained(folder)
     return folder
 
+
 def _needs(stage, run):
     "What a stage takes from the stages before it."
-    if stage not in ("decoder", "diffusion", "judge", "subject"): return {}
+    if stage not in ("decoder", "diffusion", "judge", "subject"):
+        return {}
     start = Path(run) / "diffusion" / "checkpoint.safetensors"
     if stage == "subject" and not start.exists():
-        raise BadInput(f"{run} has no diffusion model yet; run `layerdiffusion train-mini diffusion --out {run}` first.")
+        raise BadInput(
+            f"{run} has no diffusion model yet; run `layerdiffusion train-mini diffusion --out {run}` first."
+        )
     return dict(vae=_vae_folder(run)) | (dict(start=start) if stage == "subject" else {})
 
-def train_stage(stage: str,  # a key of `STAGES`
-                run="mini-run",  # folder of the run
-                device: str = "cpu",
-                minutes: float = 1e9,  # stop after this long, at a whole step
-                resume: bool = True,  # go on from the checkpoint, if there is one
-                level: float = 0.,  # 0: the simple world, 1: the full one
-                samples: Optional[int] = None,  # length of the whole run in pictures; None: the recipe's
-                seed: int = 0, workers: Optional[int] = None) -> bool:
+
+def train_stage(
+    stage: str,  # a key of `STAGES`
+    run="mini-run",  # folder of the run
+    device: str = "cpu",
+    minutes: float = 1e9,  # stop after this long, at a whole step
+    resume: bool = True,  # go on from the checkpoint, if there is one
+    level: float = 0.0,  # 0: the simple world, 1: the full one
+    samples: int | None = None,  # length of the whole run in pictures; None: the recipe's
+    seed: int = 0,
+    workers: int | None = None,
+) -> bool:
     "Train one stage of the mini models; log, sheets and checkpoint are in `run/stage`. Says whether it came to its end."
-    if stage not in STAGES: raise BadInput(f"There is no stage {stage!r}; the stages are {', '.join(STAGES)}.")
-    if not 0 <= level <= 1: raise BadInput(f"level is {level}; it goes from 0 (simple) to 1 (full).")
+    if stage not in STAGES:
+        raise BadInput(f"There is no stage {stage!r}; the stages are {', '.join(STAGES)}.")
+    if not 0 <= level <= 1:
+        raise BadInput(f"level is {level}; it goes from 0 (simple) to 1 (full).")
     kw = _needs(stage, run)
-    if seed < 0: raise BadInput(f"seed is {seed}; it must be at least 0.")
+    if seed < 0:
+        raise BadInput(f"seed is {seed}; it must be at least 0.")
     folder, length = Path(run) / stage, samples or STAGES[stage].samples
     if resume and (folder / "checkpoint.safetensors").exists():
         before = _last_record(folder)
         for name, value in dict(seed=seed, level=level).items():
-            if before.get(name, value) != value: raise BadInput(f"The run in {folder} has {name} {before[name]}, not {value}; give that, another folder, or --no-resume to begin anew.")
+            if before.get(name, value) != value:
+                raise BadInput(
+                    f"The run in {folder} has {name} {before[name]}, not {value}; give that, another folder, or --no-resume to begin anew."
+                )
     with one_writer(folder):
-        train(functools.partial(STAGES[stage], level=level, **kw), folder, length, device, workers, minutes=minutes, resume=resume, seed=seed)
-        write_json(folder / "record.json", dict(stage=stage, length=length, **environment(device)) | _last_record(folder))
+        train(
+            functools.partial(STAGES[stage], level=level, **kw),
+            folder,
+            length,
+            device,
+            workers,
+            minutes=minutes,
+            resume=resume,
+            seed=seed,
+        )
+        write_json(
+            folder / "record.json", dict(stage=stage, length=length, **environment(device)) | _last_record(folder)
+        )
     return _last_record(folder)["samples"] >= length
+
 
 def _last_record(folder):
     from safetensors import safe_open
-    with safe_open(str(folder / "checkpoint.safetensors"), "pt") as f: return json.loads(f.metadata()["record"])
+
+    with safe_open(str(folder / "checkpoint.safetensors"), "pt") as f:
+        return json.loads(f.metadata()["record"])
 
 # %% ../nbs/12_mini.ipynb #d5005ef6
 def _card(run):
     "What an edit needs to know of a mini: the shipped card's numbers, and the level that the run was trained on."
     shipped, record = json.loads((resolve_model("mini") / "card.json").read_text()), run / "diffusion" / "record.json"
     level = dict(level=json.loads(record.read_text())["level"]) if record.exists() else {}
-    return {k: shipped[k] for k in ("level", "embedding_lr", "tuning_lr", "guidance_scale", "presets") if k in shipped} | level
+    return {
+        k: shipped[k] for k in ("level", "embedding_lr", "tuning_lr", "guidance_scale", "presets") if k in shipped
+    } | level
 
-def write_mini(run, out,  # folders: of the run, and the model's
-               **card  # what the card shall say differently
-              ):
+
+def write_mini(
+    run,
+    out,  # folders: of the run, and the model's
+    **card,  # what the card shall say differently
+):
     "Collect the averaged weights of all stages of a run into a model folder, with its card."
+
     def trained(stage, **kw):
         objective = STAGES[stage](**kw)
         averaged(Path(run) / stage / "checkpoint.safetensors", objective)
         return objective
+
     out, vae = Path(out), _vae_folder(run)
     last = "subject" if (Path(run) / "subject" / "checkpoint.safetensors").exists() else "diffusion"
     drawing = trained(last, vae=vae)
     better = (Path(run) / "decoder" / "checkpoint.safetensors").exists()
     save_diffusion(out, trained("decoder").vae if better else load_vae(vae), drawing)
-    if last == "subject": _write(out / "subject", "model.safetensors", drawing.weights(), dict(made_for="the U-Net beside it"))
+    if last == "subject":
+        _write(out / "subject", "model.safetensors", drawing.weights(), dict(made_for="the U-Net beside it"))
     for stage, save in dict(sam=save_sam, clip=save_clip, judge=save_judge).items():
-        if (Path(run) / stage / "checkpoint.safetensors").exists(): save(out / stage, trained(stage))
+        if (Path(run) / stage / "checkpoint.safetensors").exists():
+            save(out / stage, trained(stage))
     write_json(out / "card.json", dict(name="mini", words=world.world_words()) | _card(Path(run)) | card)
-    for file in out.rglob("*"): file.chmod(0o755 if file.is_dir() else 0o644)
+    for file in out.rglob("*"):
+        file.chmod(0o755 if file.is_dir() else 0o644)
 
 # %% ../nbs/12_mini.ipynb #b5540911
-def train_all(run="mini-run",  # folder of the run
-              **settings  # see `train_stage`
-             ) -> Optional[Path]:  # the models' folder; None: it was stopped before the end
+def train_all(
+    run="mini-run",  # folder of the run
+    **settings,  # see `train_stage`
+) -> Path | None:  # the models' folder; None: it was stopped before the end
     "Every stage of the recipe in its order, and the folder of the models."
     for stage in STAGES:
-        if not train_stage(stage, run, **settings): return None
+        if not train_stage(stage, run, **settings):
+            return None
     write_mini(run, Path(run) / "model")
     return Path(run) / "model"
 
 # %% ../nbs/12_mini.ipynb #5fab81d6
-GATES = dict(vae_psnr=35., vae_psnr_subject=29., vae_psnr_head=27., vae_channels=1., vae_top1=.98, text_to_image=.95, subject_alone=.92,
-             place_alone=.95, sam_iou=.93, clip_top1=.90, judge=.98, judge_labels=.95, broken=.95, sound=.97, said=.85,
-             subject_valid=.97, subject_top1=.60, subject_identity=.65)
+GATES = dict(
+    vae_psnr=35.0,
+    vae_psnr_subject=29.0,
+    vae_psnr_head=27.0,
+    vae_channels=1.0,
+    vae_top1=0.98,
+    text_to_image=0.95,
+    subject_alone=0.92,
+    place_alone=0.95,
+    sam_iou=0.93,
+    clip_top1=0.90,
+    judge=0.98,
+    judge_labels=0.95,
+    broken=0.95,
+    sound=0.97,
+    said=0.85,
+    subject_valid=0.97,
+    subject_top1=0.60,
+    subject_identity=0.65,
+)
+
 
 def _mean(name, values, **more):
     "A mean with its normal 95 % interval."
     v = torch.as_tensor(values, dtype=torch.float64)
     half = 1.96 * v.std().item() / math.sqrt(len(v))
-    return dict(gate=name, value=v.mean().item(), low=v.mean().item() - half, high=v.mean().item() + half, n=len(v), bar=GATES[name.split(":")[0]], **more)
+    return dict(
+        gate=name,
+        value=v.mean().item(),
+        low=v.mean().item() - half,
+        high=v.mean().item() + half,
+        n=len(v),
+        bar=GATES[name.split(":")[0]],
+        **more,
+    )
+
 
 def _rate(name, k, n, **more):
     "A share with its Wilson 95 % interval."
@@ -926,6 +1307,7 @@ def psnr(x, y, area=None) -> torch.Tensor:
     error = ((x - y).square() * area).sum((1, 2, 3)) / (3 * area.sum((1, 2, 3))).clamp_min(1e-6)
     return -10 * error.clamp_min(1e-10).log10()
 
+
 def check_vae(models, level, n=256):
     "PSNR of held-out pictures through the autoencoder, and how many channels are in use."
     found, latents = dict(vae_psnr=[], vae_psnr_subject=[], vae_psnr_head=[]), []
@@ -934,7 +1316,8 @@ def check_vae(models, level, n=256):
         x, mask, _ = render(scenes, IMAGE_SIZE)
         latents.append(encode_image(models, x).cpu())
         y = decode_latents(models, latents[-1]).cpu()
-        for area, values in zip((None, mask, head_area(scenes, mask)), found.values()): values += psnr(x, y, area).tolist()
+        for area, values in zip((None, mask, head_area(scenes, mask)), found.values()):
+            values += psnr(x, y, area).tolist()
     spread = torch.cat(latents).std((0, 2, 3))
     alive = int((spread > spread.max() / 3).sum())
     return [_mean(name, values) for name, values in found.items()] + [_rate("vae_channels", alive, len(spread))]
@@ -944,14 +1327,24 @@ def draw(models, texts, seed, guidance_scale, steps=30):
     "One guided picture per text; the text's position and `seed` fix its noise."
     latents = initial_latents(models, [seed + i for i in range(len(texts))])
     embeds, free = encode_text(models, texts), encode_text(models, "")
-    parts = [ddim_sample(models, e, free, x, steps, guidance_scale) for e, x in zip(embeds.split(36), latents.split(36))]
+    parts = [
+        ddim_sample(models, e, free, x, steps, guidance_scale) for e, x in zip(embeds.split(36), latents.split(36))
+    ]
     return torch.cat([decode_latents(models, z) for z in parts])
+
 
 def combinations(level, repeat, **fixed):
     "Every species × pose × place, `repeat` times, with random unsaid attributes."
     s, p, b = torch.meshgrid(torch.arange(3), torch.arange(4), torch.arange(len(world.PLACES)), indexing="ij")
     index = dict(species=s, pose=p, place=b)
-    return sample_scenes(72 * repeat, stream("held-out texts"), level, **{k: v.flatten().repeat(repeat) for k, v in index.items()}, **fixed)
+    return sample_scenes(
+        72 * repeat,
+        stream("held-out texts"),
+        level,
+        **{k: v.flatten().repeat(repeat) for k, v in index.items()},
+        **fixed,
+    )
+
 
 def check_text(models, judge, level, guidance_scale, repeat=4):
     "Are species, pose and place what the text says?"
@@ -959,13 +1352,30 @@ def check_text(models, judge, level, guidance_scale, repeat=4):
     n, a = len(scenes), [world.say_subject(scenes, i) for i in range(72 * repeat)]
     b = [world.say_place(scenes, i) for i in range(n)]
     both = ask(judge, draw(models, [f"{x} {y}" for x, y in zip(a, b)], 10_000, guidance_scale))
-    alone = ask(judge, draw(models, a[:n // 2], 20_000, guidance_scale))
-    place = ask(judge, draw(models, b[:n // 2], 30_000, guidance_scale))
-    half = scenes[:n // 2]
-    return [_rate("text_to_image", int(valid(both, species=scenes.species, pose=scenes.pose, place=scenes.place).sum()), n, guidance_scale=guidance_scale),
-            _rate("subject_alone", int(valid(alone, species=half.species, pose=half.pose).sum()), n // 2, guidance_scale=guidance_scale),
-            _rate("place_alone", int((place["place"] == half.place).sum()), n // 2, guidance_scale=guidance_scale,
-                  nobody_there=float((place["present"] == 0).float().mean()))]
+    alone = ask(judge, draw(models, a[: n // 2], 20_000, guidance_scale))
+    place = ask(judge, draw(models, b[: n // 2], 30_000, guidance_scale))
+    half = scenes[: n // 2]
+    return [
+        _rate(
+            "text_to_image",
+            int(valid(both, species=scenes.species, pose=scenes.pose, place=scenes.place).sum()),
+            n,
+            guidance_scale=guidance_scale,
+        ),
+        _rate(
+            "subject_alone",
+            int(valid(alone, species=half.species, pose=half.pose).sum()),
+            n // 2,
+            guidance_scale=guidance_scale,
+        ),
+        _rate(
+            "place_alone",
+            int((place["place"] == half.place).sum()),
+            n // 2,
+            guidance_scale=guidance_scale,
+            nobody_there=float((place["present"] == 0).float().mean()),
+        ),
+    ]
 
 # %% ../nbs/12_mini.ipynb #33787151
 def _ask_sam(predictor, truths, prompts):
@@ -994,34 +1404,39 @@ def check_sam(sam, level, n=256):
     return [_mean(f"sam_iou: {name}", _ask_sam(predictor, pictures[name], asked)) for name, asked in prompts.items()]
 
 # %% ../nbs/12_mini.ipynb #49b67f7c
-def neighbours(scenes, g, count: int = 3, level: float = 0.):
+def neighbours(scenes, g, count: int = 3, level: float = 0.0):
     "Each scene, followed by `count` that differ from it in one attribute, visibly and in words: (scenes, captions)."
     names, out = (TOLD if level else TOLD[:-2]), []
     draw_one = lambda scene: render(scene, IMAGE_SIZE)[0]
     for i in range(len(scenes)):
-        group = [scenes[i:i + 1]]
+        group = [scenes[i : i + 1]]
         texts, drawn = [full_caption(group[0], 0)], draw_one(group[0])
         while len(group) <= count:
             name = names[int(torch.randint(len(names), (1,), generator=g))]
             new = change_one(group[0], name, torch.rand(1, generator=g))
-            text, changed = full_caption(new, 0), ((draw_one(new) - drawn).abs().amax(1) > .1).sum()
-            if text in texts or changed < 12: continue
+            text, changed = full_caption(new, 0), ((draw_one(new) - drawn).abs().amax(1) > 0.1).sum()
+            if text in texts or changed < 12:
+                continue
             group.append(new)
             texts.append(text)
         out += zip(group, texts)
     return world.stack_scenes([s for s, _ in out]), [t for _, t in out]
 
+
 def _gallery(k, level, near):
     "96 scenes with 96 different captions."
     scenes = sample_scenes(300, stream("held-out clip", k), level)
-    if near: return neighbours(clear_traits(scenes[:24]), stream("held-out neighbours", k), 3, level)
+    if near:
+        return neighbours(clear_traits(scenes[:24]), stream("held-out neighbours", k), 3, level)
     texts = {f"{world.say_subject(scenes, i)} {world.say_place(scenes, i)}": i for i in range(300)}
     keep = list(texts.items())[:96]
     return scenes[torch.tensor([i for _, i in keep])], [t for t, _ in keep]
 
+
 def check_clip(folder, level, sets=4):
     "Picture to caption among 96, through open_clip's own loader: any 96, and 96 of near neighbours."
     import open_clip
+
     clip, _ = open_clip.create_model_from_pretrained(f"local-dir:{folder}/clip")
     tokenizer, rows = open_clip.get_tokenizer(f"local-dir:{folder}/clip"), []
     for name, near in (("any", False), ("near", True)):
@@ -1039,9 +1454,11 @@ def check_judge(judge, level, n=1000):
     "Each answer on held-out renders."
     return [_rate(f"judge: {q}", *kn) for q, kn in judge_errors(judge, n, level).items()]
 
+
 def check_broken(judge, level, n=200, models=None):
     "Broken animals that do not pass, sound ones that do, also through `models`' autoencoder; no rows for older judges."
-    if "whole" not in judge.heads: return []
+    if "whole" not in judge.heads:
+        return []
     through = models and (lambda x: decode_latents(models, encode_image(models, x)))
     total = lambda found: tuple(map(sum, zip(*found.values())))
     known, unseen = (broken_found(judge, n, level, kinds) for kinds in (BROKEN, UNSEEN))
@@ -1053,14 +1470,17 @@ def check_broken(judge, level, n=200, models=None):
 def check_said(models, judge, level, guidance_scale, repeat=1):
     "Do the marks and the second colour that a caption names come out as said? No rows for older judges."
     questions = (*world.MARKS, "second_hue", "second_light")
-    if not set(questions) <= set(judge.heads): return []
+    if not set(questions) <= set(judge.heads):
+        return []
     scenes = combinations(level, repeat, size=0)
     texts = [full_caption(scenes, i) for i in range(len(scenes))]
     answers = ask(judge, draw(models, texts, 40_000, guidance_scale))
     counts = {}
     for q, (right, asked) in truths(scenes).items():
-        if q not in questions: continue
-        if q in world.MARKS: asked = asked & (right == 1)
+        if q not in questions:
+            continue
+        if q in world.MARKS:
+            asked = asked & (right == 1)
         counts[q] = int((asked & (answers[q].cpu() == right)).sum()), int(asked.sum())
     counts["all"] = tuple(map(sum, zip(*counts.values())))
     return [_rate(f"said: {q}", *kn, guidance_scale=guidance_scale) for q, kn in counts.items()]
@@ -1096,12 +1516,15 @@ def agrees(answers: dict, labels: list) -> torch.Tensor:  # (n,) bool
         out.append(passes[i] == good and all(label.get(q) in (None, ANSWERS[q][answers[q][i]]) for q in asked))
     return torch.tensor(out)
 
+
 def check_labels(models, judge, file, guidance_scale):
     "Agreement of the judge with labelled pictures; a list without pictures counts only for the weights it was made with."
-    if not Path(file).exists(): return []
+    if not Path(file).exists():
+        return []
     record = json.loads(Path(file).read_text())
     if "sheet" not in record:
-        if record["weights"] != models.hash: return []
+        if record["weights"] != models.hash:
+            return []
         right = agrees(ask(judge, draw(models, record["texts"], record["seed"], guidance_scale)), record["labels"])
         return [_rate("judge_labels", int(right.sum()), len(right))]
     images, labels = load_labels(file)
@@ -1111,26 +1534,45 @@ def check_labels(models, judge, file, guidance_scale):
 
 # %% ../nbs/12_mini.ipynb #6abd5be7
 @torch.no_grad()
-def check_mini(folder=None,  # a mini folder; None: the one that is shipped
-               quick: bool = False,  # fewer pictures (a tenth to a quarter)
-               device: str = "cpu"):
+def check_mini(
+    folder=None,  # a mini folder; None: the one that is shipped
+    quick: bool = False,  # fewer pictures (a tenth to a quarter)
+    device: str = "cpu",
+):
     "Every gate on held-out seeds of the world the model was trained on; gives a list of rows."
     from layerdiffusion.masks import load_sam
+
     folder = Path(folder or resolve_model("mini"))
     models, judge = load_models(folder, device), load_judge(folder)
-    level, scale, few = models.card.get("level", 0.), models.card.get("guidance_scale", 3.), lambda n, least: max(least, n // 10) if quick else n
-    rows = (check_vae(models, level, few(256, 64)) + check_text(models, judge, level, scale, few(4, 1)) + check_sam(load_sam(folder / "sam"), level, few(256, 20))
-            + check_clip(folder, level, few(4, 1)) + check_judge(judge, level, few(1000, 100))
-            + check_broken(judge, level, few(200, 40), models) + check_said(models, judge, level, scale))
-    if quick: rows = [r | dict(quick=True) for r in rows]
+    level, scale, few = (
+        models.card.get("level", 0.0),
+        models.card.get("guidance_scale", 3.0),
+        lambda n, least: max(least, n // 10) if quick else n,
+    )
+    rows = (
+        check_vae(models, level, few(256, 64))
+        + check_text(models, judge, level, scale, few(4, 1))
+        + check_sam(load_sam(folder / "sam"), level, few(256, 20))
+        + check_clip(folder, level, few(4, 1))
+        + check_judge(judge, level, few(1000, 100))
+        + check_broken(judge, level, few(200, 40), models)
+        + check_said(models, judge, level, scale)
+    )
+    if quick:
+        rows = [r | dict(quick=True) for r in rows]
     return rows + check_labels(models, judge, folder / "labels.json", scale)
+
 
 def verdict(row) -> str:
     "By the number; for a quick row, which has few pictures, by its interval."
-    if not row.get("quick"): return "met" if row["value"] >= row["bar"] else "NOT MET"
+    if not row.get("quick"):
+        return "met" if row["value"] >= row["bar"] else "NOT MET"
     return "met" if row["low"] >= row["bar"] else "NOT MET" if row["high"] < row["bar"] else "not to be told"
+
 
 def show_gates(rows) -> str:
     "The rows as a table with a verdict each."
-    line = lambda r: f"{r['gate']:20} {r['value']:7.3f}  [{r['low']:.3f}, {r['high']:.3f}]  n={r['n']:<5} bar {r['bar']:<5} {verdict(r)}"
+    line = lambda r: (
+        f"{r['gate']:20} {r['value']:7.3f}  [{r['low']:.3f}, {r['high']:.3f}]  n={r['n']:<5} bar {r['bar']:<5} {verdict(r)}"
+    )
     return "\n".join(map(line, rows))

@@ -8,77 +8,184 @@ __all__ = ['KEEP', 'DRAWN', 'held', 'Kept', 'LayerDiffusion', 'give_back', 'Chec
            'in_its_folder', 'check_names', 'load_edit', 'shorter', 'check_reusable']
 
 # %% ../nbs/10_pipeline.ipynb #373dfb2c
-import ctypes, functools, inspect, sys, time, warnings
+import ctypes
+import functools
+import inspect
+import sys
+import time
+import warnings
 from collections import OrderedDict
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from numbers import Integral, Real
 from pathlib import Path
-from typing import Any, Callable, Optional, Sequence, Union
+from typing import Any, Optional, Union
+from collections.abc import Callable, Sequence
 
 import torch
 
-from .core import BadInput, Event, Notice, as_path, content_hash, environment, fit_image, fit_points, join_callbacks
+from layerdiffusion.core import (
+    BadInput,
+    Event,
+    Notice,
+    as_path,
+    content_hash,
+    environment,
+    fit_image,
+    fit_points,
+    join_callbacks,
+)
 from .core import live_preview, load_image, one_writer, pick_device, shielded, to_pil, write_atomic
-from .embeddings import Split, embedding_objective, plain_words, split_text, subject_action, subject_phrase
+from layerdiffusion.embeddings import (
+    Split,
+    embedding_objective,
+    plain_words,
+    split_text,
+    subject_action,
+    subject_phrase,
+)
 from .fine_tuning import apply_difference, fine_tune, trainable, union, weight_difference
 from .guidance import turns
-from .identity import ACTIONS, PLACES, change_coat, encode_with, first_vectors, known, load_clip, prior_pictures, prior_texts, propose_source, search_target, typical_coat, with_words, word_objective
-from .masks import check_labels, check_mask, composite, dilate, find_mask, load_sam, mask_from_file, move_subject, to_latent
+from layerdiffusion.identity import (
+    ACTIONS,
+    PLACES,
+    change_coat,
+    encode_with,
+    first_vectors,
+    known,
+    load_clip,
+    prior_pictures,
+    prior_texts,
+    propose_source,
+    search_target,
+    typical_coat,
+    with_words,
+    word_objective,
+)
+from layerdiffusion.masks import (
+    check_labels,
+    check_mask,
+    composite,
+    dilate,
+    find_mask,
+    load_sam,
+    mask_from_file,
+    move_subject,
+    to_latent,
+)
 from .method import interpolate
-from .saving import EditResult, beside, check_tensors, clear_checkpoints, patch, photo_info, pixels, read_edit
+from layerdiffusion.saving import (
+    EditResult,
+    beside,
+    check_tensors,
+    clear_checkpoints,
+    patch,
+    photo_info,
+    pixels,
+    read_edit,
+)
 from .saving import same_model
-from .sd import PRECISIONS, Models, awake, check_text, ddim_sample, decode_latents, encode_image, encode_text, half, initial_latents, load_models, optimise, parked, pick_precision, vae_psnr, with_scheduler
+from layerdiffusion.sd import (
+    PRECISIONS,
+    Models,
+    awake,
+    check_text,
+    ddim_sample,
+    decode_latents,
+    encode_image,
+    encode_text,
+    half,
+    initial_latents,
+    load_models,
+    optimise,
+    parked,
+    pick_precision,
+    vae_psnr,
+    with_scheduler,
+)
 from .settings import EditConfig, near
 
 # %% ../nbs/10_pipeline.ipynb #0cb43de9
 KEEP = 2 * 10**9  # bytes of results in memory
 
-def held(x, seen: Optional[dict] = None  # storages that were counted
-        ) -> int:  # bytes
+
+def held(
+    x,
+    seen: dict | None = None,  # storages that were counted
+) -> int:  # bytes
     "The memory of all tensors in a result, be it a tensor, a module, or a list, dict or object of them; what two share counts once."
     seen = {} if seen is None else seen
-    if isinstance(x, torch.Tensor): seen["tensor", x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+    if isinstance(x, torch.Tensor):
+        seen["tensor", x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
     elif id(x) not in seen:
         seen[id(x)] = 0
-        inside = [*x.parameters(), *x.buffers()] if isinstance(x, torch.nn.Module) else x.values() if isinstance(x, dict) else x if isinstance(x, (list, tuple)) else vars(x).values() if hasattr(x, "__dict__") else ()
-        for y in inside: held(y, seen)
+        inside = (
+            [*x.parameters(), *x.buffers()]
+            if isinstance(x, torch.nn.Module)
+            else x.values()
+            if isinstance(x, dict)
+            else x
+            if isinstance(x, (list, tuple))
+            else vars(x).values()
+            if hasattr(x, "__dict__")
+            else ()
+        )
+        for y in inside:
+            held(y, seen)
     return sum(seen.values())
+
 
 class Kept(OrderedDict):
     "Results by name, at most `KEEP` bytes of them: the one that was asked for the longest ago goes first, the newest stays."
+
     def __setitem__(self, key, value):
         super().__setitem__(key, value)
         self.move_to_end(key)
-        while len(self) > 1 and held(tuple(self.values())) > KEEP: self.popitem(last=False)
+        while len(self) > 1 and held(tuple(self.values())) > KEEP:
+            self.popitem(last=False)
 
 # %% ../nbs/10_pipeline.ipynb #01055d2a
 class LayerDiffusion:
     "Edits pictures: one loaded model, and what was already computed with it."
-    def __init__(self,
-                 models: Models,  # from `load_models`
-                 sam: Any = None  # a loaded `Sam`, `SamPredictor` or `SamModel`, "mini", a folder, or a file such as sam_vit_h_4b8939.pth; None: the model folder's own, mini beside mini, else vit_h
-                ):
+
+    def __init__(
+        self,
+        models: Models,  # from `load_models`
+        sam: Any = None,  # a loaded `Sam`, `SamPredictor` or `SamModel`, "mini", a folder, or a file such as sam_vit_h_4b8939.pth; None: the model folder's own, mini beside mini, else vit_h
+    ):
         if not isinstance(models, Models):
-            raise BadInput(f"LayerDiffusion takes loaded models, not {models!r:.60}; LayerDiffusion.from_pretrained(name) loads them.")
+            raise BadInput(
+                f"LayerDiffusion takes loaded models, not {models!r:.60}; LayerDiffusion.from_pretrained(name) loads them."
+            )
         self.models = models
-        if sam is None: self._sam = self.own("sam", "config.json", "vit_h")
-        else: self._sam = sam if isinstance(sam, (str, Path)) else load_sam(sam, device=str(models.device))
+        if sam is None:
+            self._sam = self.own("sam", "config.json", "vit_h")
+        else:
+            self._sam = sam if isinstance(sam, (str, Path)) else load_sam(sam, device=str(models.device))
         self.offline, self.cache, self.unfinished, self.learnt = False, Kept(), Kept(), {}
         self.say = print  # is told what SAM took for the subject
 
     @classmethod
     @shielded
-    def from_pretrained(cls,
-                        name: str = "mini",  # "mini", a Stable Diffusion folder, or a hub name
-                        device: Optional[str] = None,  # None: the fastest there is
-                        sam: Any = None,  # see `LayerDiffusion`
-                        precision: str = "auto",  # "auto", "fp32", "bf16" or "fp16", see `pick_precision`; mini gains nothing by half precision, so auto is fp32 there
-                        offline: bool = False  # never ask the hub
-                       ) -> "LayerDiffusion":
+    def from_pretrained(
+        cls,
+        name: str = "mini",  # "mini", a Stable Diffusion folder, or a hub name
+        device: str | None = None,  # None: the fastest there is
+        sam: Any = None,  # see `LayerDiffusion`
+        precision: str = "auto",  # "auto", "fp32", "bf16" or "fp16", see `pick_precision`; mini gains nothing by half precision, so auto is fp32 there
+        offline: bool = False,  # never ask the hub
+    ) -> "LayerDiffusion":
         "Load a model by name."
         device = pick_device(device)
-        method = cls(load_models(name, device, pick_precision("fp32" if (precision, str(name)) == ("auto", "mini") else precision, device), offline), sam)
+        method = cls(
+            load_models(
+                name,
+                device,
+                pick_precision("fp32" if (precision, str(name)) == ("auto", "mini") else precision, device),
+                offline,
+            ),
+            sam,
+        )
         method.offline = offline
         return method
 
@@ -89,35 +196,45 @@ class LayerDiffusion:
 
     @property
     def sam(self):
-        if isinstance(self._sam, (str, Path)): self._sam = load_sam(self._sam, device=str(self.models.device))
+        if isinstance(self._sam, (str, Path)):
+            self._sam = load_sam(self._sam, device=str(self.models.device))
         return self._sam.to(self.models.device)
 
-    def settings(self,
-                 config: Optional[EditConfig] = None,  # None: the preset's
-                 preset: Optional[str] = None,  # "paper" or "best"; None: "paper"
-                 **changes  # settings that shall differ
-                ) -> EditConfig:
+    def settings(
+        self,
+        config: EditConfig | None = None,  # None: the preset's
+        preset: str | None = None,  # "paper" or "best"; None: "paper"
+        **changes,  # settings that shall differ
+    ) -> EditConfig:
         "Every setting of an edit with this model: of a preset or a config, with changes, and with the model's own numbers."
         if config is not None and not isinstance(config, EditConfig):
-            raise BadInput(f"config is a {type(config).__name__}; name the settings in the call, as in edit(..., preset='best', alpha=.5), or give an EditConfig.")
-        if config is not None and preset is not None: raise BadInput("config holds all settings already; give preset or config, not both.")
-        if config is None: config = EditConfig(preset="paper" if preset is None else preset)
+            raise BadInput(
+                f"config is a {type(config).__name__}; name the settings in the call, as in edit(..., preset='best', alpha=.5), or give an EditConfig."
+            )
+        if config is not None and preset is not None:
+            raise BadInput("config holds all settings already; give preset or config, not both.")
+        if config is None:
+            config = EditConfig(preset="paper" if preset is None else preset)
         return config.change(**changes).resolve(self.models.card)
 
-    def __repr__(self): return f"LayerDiffusion({self.models.name!r}, device={str(self.models.device)!r}, {len(self.cache)} stage results kept)"
+    def __repr__(self):
+        return f"LayerDiffusion({self.models.name!r}, device={str(self.models.device)!r}, {len(self.cache)} stage results kept)"
 
 # %% ../nbs/10_pipeline.ipynb #a54a0ff7
 def give_back():
     "Hand memory that is free back to the computer, where the C library is glibc; elsewhere nothing happens."
     if sys.platform == "linux":
-        with suppress(AttributeError): ctypes.CDLL(None).malloc_trim(0)
+        with suppress(AttributeError):
+            ctypes.CDLL(None).malloc_trim(0)
+
 
 @patch
-def once(self: LayerDiffusion,
-         stage: str,  # what is computed
-         parts: Sequence,  # everything the result depends on
-         compute: Callable  # gets the result's name, when the result is not there yet
-        ):
+def once(
+    self: LayerDiffusion,
+    stage: str,  # what is computed
+    parts: Sequence,  # everything the result depends on
+    compute: Callable,  # gets the result's name, when the result is not there yet
+):
     "The result of `compute`, kept by the content of `parts`."
     key = (stage, content_hash(stage, self.models.hash, str(self.models.device), list(parts)))
     if key not in self.cache:
@@ -129,31 +246,38 @@ def once(self: LayerDiffusion,
 # %% ../nbs/10_pipeline.ipynb #01c2a988
 class Checkpoint:
     "Keeps a training stage that may be interrupted: in memory, and in a file where a folder is given."
-    share = .05  # of the stage's time that goes into writing the file, at most
-    every = 5.  # seconds between two writes, at least
+
+    share = 0.05  # of the stage's time that goes into writing the file, at most
+    every = 5.0  # seconds between two writes, at least
     speed = 5e8  # bytes a second that a disk takes, before it is known
     now = staticmethod(time.monotonic)
 
-    def __init__(self, stage: str, key: str, kept: dict, folder=None, text: str = "", say: Optional[Callable] = None):
+    def __init__(self, stage: str, key: str, kept: dict, folder=None, text: str = "", say: Callable | None = None):
         self.stage, self.key, self.kept, self.text, self.say = stage, key, kept, text, say
         self.path = Path(folder) / f"checkpoint-{stage}.safetensors" if folder else None
-        self.live, self.spent, self.cost = None, 0., 0.
+        self.live, self.spent, self.cost = None, 0.0, 0.0
         self.begun = self.last = self.now()
 
     def begin(self, params, optimizer, losses) -> int:
         "Restore what was kept of this very stage, if anything; gives the step to go on from."
         saved = self.kept.get(self.key) or self.read()
-        if saved: restore(saved, params, optimizer, losses)
+        if saved:
+            restore(saved, params, optimizer, losses)
         self.live = params, optimizer, losses
         self.cost = self.size / self.speed
-        if self.path and self.say: self.say(f"Keeps    {self.path} while it runs, for --resume: about {self.size / 1e6:,.0f} MB, twice that while it is replaced")
+        if self.path and self.say:
+            self.say(
+                f"Keeps    {self.path} while it runs, for --resume: about {self.size / 1e6:,.0f} MB, twice that while it is replaced"
+            )
         return len(losses)
 
     @property
     def size(self) -> int:
         "Bytes of the file, about: each parameter, and the two numbers that Adam keeps of it."
         params, optimizer, _ = self.live
-        return round((3 if isinstance(optimizer, torch.optim.Adam) else 1.5) * sum(p.numel() * p.element_size() for p in params))
+        return round(
+            (3 if isinstance(optimizer, torch.optim.Adam) else 1.5) * sum(p.numel() * p.element_size() for p in params)
+        )
 
     def due(self) -> bool:
         "Whether the file may be written now."
@@ -168,103 +292,150 @@ class Checkpoint:
         self.spent += self.cost
 
     def __call__(self, event: Event):
-        if self.path and self.due(): self.keep()
+        if self.path and self.due():
+            self.keep()
 
 # %% ../nbs/10_pipeline.ipynb #faa65454
 def snapshot(params, optimizer, losses, copy: bool = True) -> dict:
     "Everything a stage needs to go on, as one flat dict of tensors."
-    out = {f"param.{i}": p.detach() for i, p in enumerate(params)} | {"losses": torch.tensor([float(x) for x in losses], dtype=torch.float64)}
-    for i, p in enumerate(params): out |= {f"adam.{i}.{k}": torch.as_tensor(v) for k, v in optimizer.state.get(p, {}).items()}
+    out = {f"param.{i}": p.detach() for i, p in enumerate(params)} | {
+        "losses": torch.tensor([float(x) for x in losses], dtype=torch.float64)
+    }
+    for i, p in enumerate(params):
+        out |= {f"adam.{i}.{k}": torch.as_tensor(v) for k, v in optimizer.state.get(p, {}).items()}
     return {k: (v.detach().cpu().clone() if copy else v.detach().cpu()).contiguous() for k, v in out.items()}
+
 
 def restore(saved: dict, params, optimizer, losses):
     "Put a `snapshot` back."
     with torch.no_grad():
-        for i, p in enumerate(params): p.copy_(saved[f"param.{i}"])
+        for i, p in enumerate(params):
+            p.copy_(saved[f"param.{i}"])
     state = {}
     for name, v in saved.items():
-        if name.startswith("adam."): _, i, k = name.split("."); state.setdefault(int(i), {})[k] = v
+        if name.startswith("adam."):
+            _, i, k = name.split(".")
+            state.setdefault(int(i), {})[k] = v
     plain, kept_plain = isinstance(optimizer, torch.optim.Adam), not any("state1" in s for s in state.values())
-    if plain and kept_plain: optimizer.load_state_dict(dict(optimizer.state_dict(), state=state))
-    elif not plain and not kept_plain: optimizer.state.update({params[i]: {k: int(v) if k == "step" else v.to(params[i].device) for k, v in s.items()} for i, s in state.items()})
+    if plain and kept_plain:
+        optimizer.load_state_dict(dict(optimizer.state_dict(), state=state))
+    elif not plain and not kept_plain:
+        optimizer.state.update(
+            {
+                params[i]: {k: int(v) if k == "step" else v.to(params[i].device) for k, v in s.items()}
+                for i, s in state.items()
+            }
+        )
     losses[:] = saved["losses"].tolist()
 
 # %% ../nbs/10_pipeline.ipynb #28a87458
 @patch
-def write(self: Checkpoint, tensors: Optional[dict] = None, **note):  # None: the live stage
+def write(self: Checkpoint, tensors: dict | None = None, **note):  # None: the live stage
     "Write the live stage, or a result, to its file."
     from safetensors.torch import save_file
+
     begin = self.now()
-    tensors = snapshot(*self.live, copy=False) if tensors is None else {name: x.contiguous() for name, x in tensors.items()}
+    tensors = (
+        snapshot(*self.live, copy=False) if tensors is None else {name: x.contiguous() for name, x in tensors.items()}
+    )
     write_atomic(self.path, lambda p: save_file(tensors, p, {"key": self.key, "text": self.text} | note))
     self.paid(begin)
 
+
 @patch
-def keep(self: Checkpoint, tensors: Optional[dict] = None, **note):
+def keep(self: Checkpoint, tensors: dict | None = None, **note):
     "Write the file; where that fails, say so once: a full disk stops the checkpoints, not the run."
-    try: self.write(tensors, **note)
+    try:
+        self.write(tensors, **note)
     except BadInput as error:
         self.path = None
         warnings.warn(f"{error} The run goes on without checkpoints.")
 
+
 @patch
-def read(self: Checkpoint, done: bool = False) -> Optional[dict]:  # done: the result, not a stage that is half done
+def read(self: Checkpoint, done: bool = False) -> dict | None:  # done: the result, not a stage that is half done
     "What the file holds of this very stage; nothing where it is damaged."
     from safetensors import SafetensorError, safe_open
-    if not self.path or not self.path.exists(): return None
+
+    if not self.path or not self.path.exists():
+        return None
     try:
         with safe_open(str(self.path), "pt") as f:
             note = f.metadata() or {}
-            if note.get("key") == self.key and ("done" in note) == done: return {k: f.get_tensor(k) for k in f.keys()}
-    except (OSError, SafetensorError): pass
+            if note.get("key") == self.key and ("done" in note) == done:
+                return {k: f.get_tensor(k) for k in f}
+    except (OSError, SafetensorError):
+        pass
+
 
 @patch
 def whole(self: Checkpoint) -> bool:
     "Whether the live stage is between two steps: Adam counts a step before it is made, the losses after."
-    if self.live is None or not self.live[2]: return False
+    if self.live is None or not self.live[2]:
+        return False
     _, optimizer, losses = self.live
     return all(int(state["step"]) <= len(losses) for state in optimizer.state.values() if "step" in state)
 
 # %% ../nbs/10_pipeline.ipynb #03dd5318
 @patch
 @contextmanager
-def checkpoint(self: LayerDiffusion, stage: str, key: str, folder=None, text: str = ""):  # text: what the edit shall show, for people
+def checkpoint(
+    self: LayerDiffusion, stage: str, key: str, folder=None, text: str = ""
+):  # text: what the edit shall show, for people
     "Around a training stage: keeps what was done when it is interrupted, and says how to go on."
     point = Checkpoint(stage, key, self.unfinished, folder, text, self.say if stage == "tuning" else None)
     try:
         yield point
         self.unfinished.pop(key, None)
-        if point.path and stage != "tuning": self.follow(point)
-    except BadInput: raise  # what the stage refuses now it would refuse again
+        if point.path and stage != "tuning":
+            self.follow(point)
+    except BadInput:
+        raise  # what the stage refuses now it would refuse again
     except KeyboardInterrupt:
         where = self.leave(point)
-        if not where: raise
-        raise KeyboardInterrupt(f"Stopped after step {len(point.live[2])} of the stage {stage!r}; {where} there.") from None
+        if not where:
+            raise
+        raise KeyboardInterrupt(
+            f"Stopped after step {len(point.live[2])} of the stage {stage!r}; {where} there."
+        ) from None
     except BaseException as error:
         self.leave(point, isinstance(error, torch.OutOfMemoryError))
         raise
-    finally: point.live = None
+    finally:
+        point.live = None
+
 
 @patch
 def leave(self: LayerDiffusion, point: Checkpoint, remember: bool = False) -> str:  # remember: in memory too
     "Keep a stage that ends before its last step, in its file or else in memory; says where, empty where there is nothing to keep."
-    if not point.whole(): return ""
+    if not point.whole():
+        return ""
     with suppress(RuntimeError):  # of a device that does not answer any more
-        if point.path: point.keep()
-        if not point.path or remember: self.unfinished[point.key] = snapshot(*point.live)
-        return f"the same command with --resume goes on from {point.path}" if point.path else "the same call on this object goes on"
+        if point.path:
+            point.keep()
+        if not point.path or remember:
+            self.unfinished[point.key] = snapshot(*point.live)
+        return (
+            f"the same command with --resume goes on from {point.path}"
+            if point.path
+            else "the same call on this object goes on"
+        )
     return ""
+
 
 @patch
 def follow(self: LayerDiffusion, point: Checkpoint):
     "A stage is done that others follow: its small result goes into the file where the stage was long, else only if those are stopped."
     self.learnt[point.stage] = point.key, point.text, snapshot(*point.live), {}
-    if point.now() - point.begun >= point.every: point.keep()
+    if point.now() - point.begun >= point.every:
+        point.keep()
+
 
 @patch
 def keep_learnt(self: LayerDiffusion, folder):
     "Write what the stages learnt that are done, where a run ends before its results are saved."
-    for stage, (key, text, tensors, note) in self.learnt.items(): Checkpoint(stage, key, {}, folder, text).keep(tensors, **note)
+    for stage, (key, text, tensors, note) in self.learnt.items():
+        Checkpoint(stage, key, {}, folder, text).keep(tensors, **note)
     self.learnt = {}
 
 # %% ../nbs/10_pipeline.ipynb #8b2fa30f
@@ -281,9 +452,9 @@ class Scene:
     object_mask: torch.Tensor  # M_t
     e_a: torch.Tensor  # (1, L, D)
     e_b: torch.Tensor  # (1, L, D)
-    source: Optional[str] = None  # what the photo shows, in words, where a setting needs them
+    source: str | None = None  # what the photo shows, in words, where a setting needs them
     times: dict = field(default_factory=dict)  # seconds of each part
-    vectors: Optional[torch.Tensor] = None  # (n, D) learnt words, where they are known already
+    vectors: torch.Tensor | None = None  # (n, D) learnt words, where they are known already
     info: dict = field(default_factory=dict)  # the photo's EXIF notes and colour profile
 
     @property
@@ -302,96 +473,204 @@ def cover(image,  # anything `load_image` reads
 def draw(self: LayerDiffusion, text: str, size: tuple, config: EditConfig, stage: str, callback=None) -> torch.Tensor:
     "A picture (3, H, W) of a text, by the untouched model."
     models = with_scheduler(self.models, config.scheduler)
-    settings = [text, size, config.seed, config.sampling_steps, config.guidance_scale, config.scheduler, *([config.negative_prompt] if config.negative_prompt else [])]
+    settings = [
+        text,
+        size,
+        config.seed,
+        config.sampling_steps,
+        config.guidance_scale,
+        config.scheduler,
+        *([config.negative_prompt] if config.negative_prompt else []),
+    ]
+
     def compute(key):
-        latents = ddim_sample(models, encode_text(models, text), encode_text(models, config.negative_prompt), initial_latents(models, [config.seed], *size), config.sampling_steps,
-                              config.guidance_scale, callback=callback, stage=stage)
+        latents = ddim_sample(
+            models,
+            encode_text(models, text),
+            encode_text(models, config.negative_prompt),
+            initial_latents(models, [config.seed], *size),
+            config.sampling_steps,
+            config.guidance_scale,
+            callback=callback,
+            stage=stage,
+        )
         return decode_latents(models, latents)[0].cpu()
+
     return self.once("draw", settings, compute)
 
 # %% ../nbs/10_pipeline.ipynb #f3281e20
 @patch
-def find_subject(self: LayerDiffusion, source, image: torch.Tensor, mask=None, point=None, box=None, point_labels=None) -> torch.Tensor:
+def find_subject(
+    self: LayerDiffusion, source, image: torch.Tensor, mask=None, point=None, box=None, point_labels=None
+) -> torch.Tensor:
     "The subject's mask (1, H, W) on the fitted picture."
-    if mask is not None: return read_mask(mask, *image.shape[-2:], whole=source and source.size)
+    if mask is not None:
+        return read_mask(mask, *image.shape[-2:], whole=source and source.size)
     point, box = (None if x is None else fit_points(x, source, image) for x in (point, box))
-    labels = None if point_labels is None else check_labels(len(torch.tensor(point).reshape(-1, 2)) if point else 0, point_labels)
+    labels = (
+        None
+        if point_labels is None
+        else check_labels(len(torch.tensor(point).reshape(-1, 2)) if point else 0, point_labels)
+    )
+
     def compute(key):
         if labels and 0 in labels and not self.sam.knows_boxes:
-            warnings.warn(Notice("This small SAM never learnt clicks beside the subject, so they change next to nothing; give a mask where they matter."))
-        with parked(self.models): return find_mask(self.sam, image, point=point, box=box, labels=labels, say=self.say)
+            warnings.warn(
+                Notice(
+                    "This small SAM never learnt clicks beside the subject, so they change next to nothing; give a mask where they matter."
+                )
+            )
+        with parked(self.models):
+            return find_mask(self.sam, image, point=point, box=box, labels=labels, say=self.say)
+
     return self.once("mask", [image, point, box, *([labels] if labels else [])], compute)
 
-def read_mask(mask,  # anything `mask_from_file` reads
-              height: int, width: int,  # px of the picture it belongs to
-              whole: Optional[tuple] = None  # (width, height) of that picture before it was fitted
-             ) -> torch.Tensor:  # (1, height, width), 0-1
+
+def read_mask(
+    mask,  # anything `mask_from_file` reads
+    height: int,
+    width: int,  # px of the picture it belongs to
+    whole: tuple | None = None,  # (width, height) of that picture before it was fitted
+) -> torch.Tensor:  # (1, height, width), 0-1
     "A mask from a file, a picture, an array, a tensor or SAM's own dict, refused when it is empty or full."
     return mask_from_file(mask, (height, width), whole)
 
 # %% ../nbs/10_pipeline.ipynb #e410e354
-def check_world(models: Models, image: torch.Tensor, least: float = 20.):
+def check_world(models: Models, image: torch.Tensor, least: float = 20.0):
     "Warn when a mini model's autoencoder cannot represent the picture."
-    if models.card.get("name") != "mini" or (psnr := vae_psnr(models, image)) >= least: return
-    warnings.warn(f"mini knows only its drawn world: its autoencoder gives this picture back with {psnr:.0f} dB, so the edit cannot look like it. "
-                  "For photos use a full model: --model CompVis/stable-diffusion-v1-4 --sam sam_vit_h_4b8939.pth.", stacklevel=3)
+    if models.card.get("name") != "mini" or (psnr := vae_psnr(models, image)) >= least:
+        return
+    warnings.warn(
+        f"mini knows only its drawn world: its autoencoder gives this picture back with {psnr:.0f} dB, so the edit cannot look like it. "
+        "For photos use a full model: --model CompVis/stable-diffusion-v1-4 --sam sam_vit_h_4b8939.pth.",
+        stacklevel=3,
+    )
 
 # %% ../nbs/10_pipeline.ipynb #436a1ca5
 @patch
 @shielded
-def prepare(self: LayerDiffusion,
-            image,  # anything `load_image` reads
-            text: str,  # T
-            *, mask=None, point=None, box=None, point_labels=None, reference=None,  # see `edit`
-            object: Optional[str] = None, background: Optional[str] = None,  # T_a and T_b
-            object_reference=None, object_mask=None, move: Sequence = (0., 0.), scale: float = 1., source: Optional[str] = None,  # see `edit`
-            config: Optional[EditConfig] = None, callback: Optional[Callable] = None) -> Scene:
+def prepare(
+    self: LayerDiffusion,
+    image,  # anything `load_image` reads
+    text: str,  # T
+    *,
+    mask=None,
+    point=None,
+    box=None,
+    point_labels=None,
+    reference=None,  # see `edit`
+    object: str | None = None,
+    background: str | None = None,  # T_a and T_b
+    object_reference=None,
+    object_mask=None,
+    move: Sequence = (0.0, 0.0),
+    scale: float = 1.0,
+    source: str | None = None,  # see `edit`
+    config: EditConfig | None = None,
+    callback: Callable | None = None,
+) -> Scene:
     "Stage 1: read, find the subject, split the words, get the reference."
-    if mask is not None and (point is not None or box is not None): raise BadInput("Both a mask and a point or box were given; give the mask, or let SAM make one of the others.")
+    if mask is not None and (point is not None or box is not None):
+        raise BadInput("Both a mask and a point or box were given; give the mask, or let SAM make one of the others.")
     if point_labels is not None and point is None:
         raise BadInput("There are point_labels without a point; give the points, (x, y) each, that they are about.")
     config, times, text = self.settings(config), {}, plain_words(text, "The target text")
     source = None if source is None else plain_words(source, "The source text")
     check_text(self.models, config.negative_prompt)
-    placement, given, reference = check_placement(move, scale), read_object(object_reference, object_mask), None if reference is None else load_image(reference)
+    placement, given, reference = (
+        check_placement(move, scale),
+        read_object(object_reference, object_mask),
+        None if reference is None else load_image(reference),
+    )
     split = split_text(text, object, background)
     e_a, e_b = encode_text(self.models, [split.object, split.background]).split(1)
     whole = load_image(image)
     photo = fit_image(whole, self.models.size)
     check_world(self.models, photo)
-    with clock(times, "mask"): found = self.find_subject(whole, photo, mask, point, box, point_labels)
-    with clock(times, "target"): subject, subject_mask = self.target(text, split, photo, found, config, given, source, callback)
-    if placement != (0, 0, 1): subject, subject_mask = move_subject(subject, subject_mask, *placement)
-    with clock(times, "words"): source = self.describe(photo, text, source, config)
-    with clock(times, "reference"): place, place_mask = self.background(reference, split, photo, config, callback)
-    return Scene(text, split, photo, found, place, place_mask, subject, subject_mask, e_a, e_b, source, times, info=photo_info(whole))
+    with clock(times, "mask"):
+        found = self.find_subject(whole, photo, mask, point, box, point_labels)
+    with clock(times, "target"):
+        subject, subject_mask = self.target(text, split, photo, found, config, given, source, callback)
+    if placement != (0, 0, 1):
+        subject, subject_mask = move_subject(subject, subject_mask, *placement)
+    with clock(times, "words"):
+        source = self.describe(photo, text, source, config)
+    with clock(times, "reference"):
+        place, place_mask = self.background(reference, split, photo, config, callback)
+    return Scene(
+        text,
+        split,
+        photo,
+        found,
+        place,
+        place_mask,
+        subject,
+        subject_mask,
+        e_a,
+        e_b,
+        source,
+        times,
+        info=photo_info(whole),
+    )
 
 # %% ../nbs/10_pipeline.ipynb #67d728f7
 @patch
-def background(self: LayerDiffusion, reference, split: Split, photo: torch.Tensor, config: EditConfig, callback=None) -> tuple:
+def background(
+    self: LayerDiffusion, reference, split: Split, photo: torch.Tensor, config: EditConfig, callback=None
+) -> tuple:
     "O_r and M_r: given, or drawn from T_b."
     size = tuple(photo.shape[-2:])
-    place = self.draw(split.background, size, config, "reference", callback) if reference is None else cover(reference, *size)
+    place = (
+        self.draw(split.background, size, config, "reference", callback)
+        if reference is None
+        else cover(reference, *size)
+    )
     nobody = torch.zeros(1, *size)
-    if config.reference_mask == "empty": return place, nobody
-    try: return place, self.find_subject(None, place)
-    except BadInput: return place, nobody  # SAM finds nobody
+    if config.reference_mask == "empty":
+        return place, nobody
+    try:
+        return place, self.find_subject(None, place)
+    except BadInput:
+        return place, nobody  # SAM finds nobody
+
 
 @patch
-def target(self: LayerDiffusion, text: str, split: Split, photo: torch.Tensor, found: torch.Tensor, config: EditConfig,
-           given: Optional[tuple] = None, source: Optional[str] = None, callback=None) -> tuple:
+def target(
+    self: LayerDiffusion,
+    text: str,
+    split: Split,
+    photo: torch.Tensor,
+    found: torch.Tensor,
+    config: EditConfig,
+    given: tuple | None = None,
+    source: str | None = None,
+    callback=None,
+) -> tuple:
     "O_t and M_t: the photo and its subject, another picture and its subject, or SD(T) and SAM's subject in it."
     size = tuple(photo.shape[-2:])
     if given:
         picture = cover(given[0], *size)
         check_world(self.models, picture)
-        return picture, self.find_subject(None, picture) if given[1] is None else check_mask(cover(given[1], *size)[:1].round())
+        return picture, self.find_subject(None, picture) if given[1] is None else check_mask(
+            cover(given[1], *size)[:1].round()
+        )
     shown = self.in_coat(split, photo, found, config, source)
-    if config.object_picture == "input" or config.object_picture == "auto" and self.already(shown, split, source): return shown, found
+    if config.object_picture == "input" or config.object_picture == "auto" and self.already(shown, split, source):
+        return shown, found
     if config.target_draws > 1 or config.subject_scale:
-        settings = dict(draws=config.target_draws, seed=config.seed, subject_scale=config.subject_scale, target_quality=config.target_quality)
-        if config.negative_prompt: settings["negative_prompt"] = config.negative_prompt
-        picture, mask = self.once("target", [text, shown, found, settings], lambda _: search_target(self.models, self.sam, text, shown, found, **settings, callback=callback)[:2])
+        settings = dict(
+            draws=config.target_draws,
+            seed=config.seed,
+            subject_scale=config.subject_scale,
+            target_quality=config.target_quality,
+        )
+        if config.negative_prompt:
+            settings["negative_prompt"] = config.negative_prompt
+        picture, mask = self.once(
+            "target",
+            [text, shown, found, settings],
+            lambda _: search_target(self.models, self.sam, text, shown, found, **settings, callback=callback)[:2],
+        )
     else:
         picture = self.draw(text, size, config, "target", callback)
         mask = self.find_subject(None, picture)
@@ -400,57 +679,102 @@ def target(self: LayerDiffusion, text: str, split: Split, photo: torch.Tensor, f
 
 # %% ../nbs/10_pipeline.ipynb #5a3c0e22
 @patch
-def in_coat(self: LayerDiffusion, split: Split, photo: torch.Tensor, found: torch.Tensor, config: EditConfig, source: Optional[str] = None) -> torch.Tensor:
+def in_coat(
+    self: LayerDiffusion,
+    split: Split,
+    photo: torch.Tensor,
+    found: torch.Tensor,
+    config: EditConfig,
+    source: str | None = None,
+) -> torch.Tensor:
     "The photo, its subject in the coat that T_a asks for."
-    if not config.recolour: return photo
-    coat = lambda words: self.once("coat", [words, config.seed], lambda _: typical_coat(self.models, self.sam, words, config.seed))
-    return change_coat(photo, found, coat(split.object), coat(split_text(source, background="-").object) if source and config.recolour_tone else None)
+    if not config.recolour:
+        return photo
+    coat = lambda words: self.once(
+        "coat", [words, config.seed], lambda _: typical_coat(self.models, self.sam, words, config.seed)
+    )
+    return change_coat(
+        photo,
+        found,
+        coat(split.object),
+        coat(split_text(source, background="-").object) if source and config.recolour_tone else None,
+    )
+
 
 @patch
-def already(self: LayerDiffusion, photo: torch.Tensor, split: Split, source: Optional[str] = None) -> bool:
+def already(self: LayerDiffusion, photo: torch.Tensor, split: Split, source: str | None = None) -> bool:
     "Whether the photo's subject does what T_a says; yes where T_a says nothing about it."
     asked = subject_action(split.object)
     return not asked or asked == subject_action(source or self.propose(photo, split.object, [asked]))
 
+
 @patch
 def propose(self: LayerDiffusion, photo: torch.Tensor, text: str, actions: Sequence[str] = ()) -> str:
     "What the photo shows, in CLIP's eyes; the subject is that of `text`, and `actions` may be among what it does."
-    clip = self.once("clip", [], lambda _: load_clip(self.own("clip", "open_clip_config.json", "ViT-B-32:laion2b_s34b_b79k"), self.offline))
+    clip = self.once(
+        "clip",
+        [],
+        lambda _: load_clip(self.own("clip", "open_clip_config.json", "ViT-B-32:laion2b_s34b_b79k"), self.offline),
+    )
     actions = list(dict.fromkeys([*actions, *known(self.models, ACTIONS)]))
-    return self.once("source", [photo, subject_phrase(text), actions], lambda _: propose_source(clip, to_pil(photo), subject_phrase(text), actions, known(self.models, PLACES))[0])
+    return self.once(
+        "source",
+        [photo, subject_phrase(text), actions],
+        lambda _: propose_source(clip, to_pil(photo), subject_phrase(text), actions, known(self.models, PLACES))[0],
+    )
 
 # %% ../nbs/10_pipeline.ipynb #96f5112f
-def read_object(picture, mask) -> Optional[tuple]:
+def read_object(picture, mask) -> tuple | None:
     "The object's own picture and its mask as Pillow pictures of one size; the mask may be None."
-    if picture is None and mask is not None: raise BadInput("There is an object_mask without an object_reference; the mask of the picture itself is called mask.")
-    if picture is None: return None
+    if picture is None and mask is not None:
+        raise BadInput(
+            "There is an object_mask without an object_reference; the mask of the picture itself is called mask."
+        )
+    if picture is None:
+        return None
     picture = load_image(picture)
     return picture, None if mask is None else to_pil(read_mask(mask, picture.height, picture.width))
 
+
 def check_placement(move: Sequence, scale: float) -> tuple:
     "dx, dy and scale as numbers, refused when they cannot be meant."
-    try: dx, dy, size = (float(v) for v in (*move, scale))
-    except (TypeError, ValueError): raise BadInput(f"move is {move!r} and scale {scale!r}; give move=(dx, dy) in shares of the picture, such as (0.2, 0), and a scale such as 0.7.") from None
-    if not (abs(dx) <= 1 and abs(dy) <= 1): raise BadInput(f"move is ({dx:g}, {dy:g}); both are shares of the picture, from -1 to 1.")
-    if not .05 <= size <= 20: raise BadInput(f"scale is {size:g}; it must be between 0.05 and 20, and 1 leaves the subject's size as it is.")
+    try:
+        dx, dy, size = (float(v) for v in (*move, scale))
+    except (TypeError, ValueError):
+        raise BadInput(
+            f"move is {move!r} and scale {scale!r}; give move=(dx, dy) in shares of the picture, such as (0.2, 0), and a scale such as 0.7."
+        ) from None
+    if not (abs(dx) <= 1 and abs(dy) <= 1):
+        raise BadInput(f"move is ({dx:g}, {dy:g}); both are shares of the picture, from -1 to 1.")
+    if not 0.05 <= size <= 20:
+        raise BadInput(f"scale is {size:g}; it must be between 0.05 and 20, and 1 leaves the subject's size as it is.")
     return dx, dy, size
 
 # %% ../nbs/10_pipeline.ipynb #b35cb51c
 @patch
-def describe(self: LayerDiffusion, photo: torch.Tensor, text: str, source: Optional[str], config: EditConfig) -> Optional[str]:
+def describe(
+    self: LayerDiffusion, photo: torch.Tensor, text: str, source: str | None, config: EditConfig
+) -> str | None:
     "What the photo shows, in words: those given, or CLIP's; None where no setting asks for them."
-    if not config.learnt_words and config.eq4_words != "source": return source
-    if source: encode_text(self.models, source); return source
+    if not config.learnt_words and config.eq4_words != "source":
+        return source
+    if source:
+        encode_text(self.models, source)
+        return source
     return self.propose(photo, text)
 
 # %% ../nbs/10_pipeline.ipynb #4a9855d0
 @contextmanager
-def clock(times: dict,  # seconds are added here
-          name: str):
+def clock(
+    times: dict,  # seconds are added here
+    name: str,
+):
     "Measure a `with` block."
     start = time.perf_counter()
-    try: yield
-    finally: times[name] = times.get(name, 0.) + time.perf_counter() - start
+    try:
+        yield
+    finally:
+        times[name] = times.get(name, 0.0) + time.perf_counter() - start
 
 # %% ../nbs/10_pipeline.ipynb #7ce413b5
 @patch
@@ -458,70 +782,153 @@ def latents(self: LayerDiffusion, image: torch.Tensor) -> torch.Tensor:
     "Latents (1, C, h, w) of a picture, encoded once."
     return self.once("latents", [image], lambda key: encode_image(self.models, image))
 
+
 @patch
 def small(self: LayerDiffusion, mask: torch.Tensor, config: EditConfig) -> torch.Tensor:
     "A mask (1, 1, h, w) at latent size."
     h, w = (n // self.models.factor for n in mask.shape[-2:])
-    return to_latent(mask, (h, w), resample=config.mask_resample, hard=config.mask_hard).reshape(1, 1, h, w).to(self.models.device)
+    return (
+        to_latent(mask, (h, w), resample=config.mask_resample, hard=config.mask_hard)
+        .reshape(1, 1, h, w)
+        .to(self.models.device)
+    )
 
 # %% ../nbs/10_pipeline.ipynb #754a69d5
 @patch
 @shielded
-def embed(self: LayerDiffusion, scene: Scene, config: Optional[EditConfig] = None, callback: Optional[Callable] = None, folder=None) -> tuple:
+def embed(
+    self: LayerDiffusion,
+    scene: Scene,
+    config: EditConfig | None = None,
+    callback: Callable | None = None,
+    folder=None,
+) -> tuple:
     "Stage 2, Eq. 2: the fitted embeddings of subject and place, and the losses."
     config = self.settings(config)
-    if config.learnt_words or config.object_words == "whole": return self.whole_words(scene, config, callback, folder)
-    mask, latents = self.small(scene.mask, config), self.latents(scene.image if config.eq2_picture == "input" else scene.reference)
-    settings = config.model_dump(include={"embedding_steps", "embedding_lr", "eq2_region", "eq2_conditioning", "loss_scale", "seed"})
-    if config.eq2_conditioning == "mix": settings["alpha"] = config.alpha
+    if config.learnt_words or config.object_words == "whole":
+        return self.whole_words(scene, config, callback, folder)
+    mask, latents = (
+        self.small(scene.mask, config),
+        self.latents(scene.image if config.eq2_picture == "input" else scene.reference),
+    )
+    settings = config.model_dump(
+        include={"embedding_steps", "embedding_lr", "eq2_region", "eq2_conditioning", "loss_scale", "seed"}
+    )
+    if config.eq2_conditioning == "mix":
+        settings["alpha"] = config.alpha
+
     def compute(key):
         params = [e.detach().float().clone().requires_grad_() for e in (scene.e_a, scene.e_b)]
-        loss = embedding_objective(self.models, *params, latents, mask, config.eq2_conditioning, config.eq2_region, config.loss_scale, config.alpha)
+        loss = embedding_objective(
+            self.models,
+            *params,
+            latents,
+            mask,
+            config.eq2_conditioning,
+            config.eq2_region,
+            config.loss_scale,
+            config.alpha,
+        )
         optimizer, losses = torch.optim.Adam(params, lr=config.embedding_lr), []
         with self.checkpoint("embeddings", key, folder, scene.text) as point:
             start = point.begin(params, optimizer, losses)
-            optimise(loss, params, config.embedding_steps, config.embedding_lr, "embeddings", join_callbacks(point, callback), start, optimizer, config.seed, losses, self.models.gradient_scale)
+            optimise(
+                loss,
+                params,
+                config.embedding_steps,
+                config.embedding_lr,
+                "embeddings",
+                join_callbacks(point, callback),
+                start,
+                optimizer,
+                config.seed,
+                losses,
+                self.models.gradient_scale,
+            )
         return params[0].detach(), params[1].detach(), losses
+
     return self.once("embed", [scene.e_a, scene.e_b, latents, mask, settings], compute)
 
 # %% ../nbs/10_pipeline.ipynb #f3f5609c
 @patch
-def learn(self: LayerDiffusion, scene: Scene, config: EditConfig, callback: Optional[Callable] = None, folder=None) -> tuple:
+def learn(
+    self: LayerDiffusion, scene: Scene, config: EditConfig, callback: Callable | None = None, folder=None
+) -> tuple:
     "Eq. 2 for new words: their vectors (n, D), None without them, and the losses."
-    if not config.learnt_words: return None, []
-    if scene.vectors is not None: return scene.vectors, []
-    text, mask, latents = with_words(scene.source, config.learnt_words), self.small(scene.mask, config), self.latents(scene.image)
+    if not config.learnt_words:
+        return None, []
+    if scene.vectors is not None:
+        return scene.vectors, []
+    text, mask, latents = (
+        with_words(scene.source, config.learnt_words),
+        self.small(scene.mask, config),
+        self.latents(scene.image),
+    )
     settings = config.model_dump(include={"embedding_steps", "word_lr", "loss_scale", "seed"})
+
     def compute(key):
         vectors, losses = first_vectors(self.models, text, config.learnt_words).requires_grad_(), []
-        loss, optimizer = word_objective(self.models, text, vectors, latents, mask, config.loss_scale), torch.optim.Adam([vectors], lr=config.word_lr)
+        loss, optimizer = (
+            word_objective(self.models, text, vectors, latents, mask, config.loss_scale),
+            torch.optim.Adam([vectors], lr=config.word_lr),
+        )
         with self.checkpoint("words", key, folder, scene.text) as point, awake(self.models, "text_encoder"):
             start = point.begin([vectors], optimizer, losses)
-            optimise(loss, [vectors], config.embedding_steps, config.word_lr, "words", join_callbacks(point, callback), start, optimizer, config.seed, losses, self.models.gradient_scale)
+            optimise(
+                loss,
+                [vectors],
+                config.embedding_steps,
+                config.word_lr,
+                "words",
+                join_callbacks(point, callback),
+                start,
+                optimizer,
+                config.seed,
+                losses,
+                self.models.gradient_scale,
+            )
         return vectors.detach(), losses
+
     return self.once("embed", [text, latents, mask, settings], compute)
 
 # %% ../nbs/10_pipeline.ipynb #f1a2e0cc
 @patch
-def whole_words(self: LayerDiffusion, scene: Scene, config: EditConfig, callback: Optional[Callable] = None, folder=None) -> tuple:
+def whole_words(
+    self: LayerDiffusion, scene: Scene, config: EditConfig, callback: Callable | None = None, folder=None
+) -> tuple:
     "e_a and e_b of the target's text, with learnt words in it where there are any, and the losses."
     vectors, losses = self.learn(scene, config, callback, folder)
     text = with_words(scene.text if config.object_words == "whole" else scene.split.object, config.learnt_words)
-    with torch.no_grad(), awake(self.models, "text_encoder"): return encode_with(self.models, text, vectors), scene.e_b, losses
+    with torch.no_grad(), awake(self.models, "text_encoder"):
+        return encode_with(self.models, text, vectors), scene.e_b, losses
+
 
 @patch
-def source_words(self: LayerDiffusion, scene: Scene, config: EditConfig, callback: Optional[Callable] = None, folder=None) -> torch.Tensor:
+def source_words(
+    self: LayerDiffusion, scene: Scene, config: EditConfig, callback: Callable | None = None, folder=None
+) -> torch.Tensor:
     "The words of the photo (1, L, D), with those that were learnt from it."
     vectors = self.learn(scene, config, callback, folder)[0]
-    with torch.no_grad(), awake(self.models, "text_encoder"): return encode_with(self.models, with_words(scene.source, config.learnt_words), vectors)
+    with torch.no_grad(), awake(self.models, "text_encoder"):
+        return encode_with(self.models, with_words(scene.source, config.learnt_words), vectors)
+
 
 @patch
-def prior(self: LayerDiffusion, scene: Scene, config: EditConfig, callback: Optional[Callable] = None, count: int = 24) -> Optional[tuple]:
+def prior(
+    self: LayerDiffusion, scene: Scene, config: EditConfig, callback: Callable | None = None, count: int = 24
+) -> tuple | None:
     "The model's own pictures of the target's subject and their words; None where none are asked for."
-    if not config.prior_batch: return None
+    if not config.prior_batch:
+        return None
     texts = prior_texts(self.models, subject_phrase(scene.text), count, config.seed)
-    drawn = dict(guidance_scale=config.guidance_scale) | (dict(negative_prompt=config.negative_prompt) if config.negative_prompt else {})
-    return self.once("prior", [texts, config.seed, *drawn.values()], lambda _: prior_pictures(self.models, texts, config.seed, **drawn, callback=callback))
+    drawn = dict(guidance_scale=config.guidance_scale) | (
+        dict(negative_prompt=config.negative_prompt) if config.negative_prompt else {}
+    )
+    return self.once(
+        "prior",
+        [texts, config.seed, *drawn.values()],
+        lambda _: prior_pictures(self.models, texts, config.seed, **drawn, callback=callback),
+    )
 
 # %% ../nbs/10_pipeline.ipynb #b0654e4d
 @patch
@@ -530,264 +937,548 @@ def layers(self: LayerDiffusion, scene: Scene, config: EditConfig) -> tuple:
     m_t, m_r = self.small(scene.object_mask, config), self.small(scene.reference_mask, config)
     if config.eq45_pictures == "composite":
         return self.latents(composite(scene.object_image, scene.object_mask, scene.reference)), m_t, None, m_t
-    if config.eq45_pictures == "one": return self.latents(scene.object_image), m_t, None, m_t
-    return self.latents(scene.object_image), m_t, self.latents(scene.reference), union(m_r, m_t) if config.eq5_region == "union" else m_r
+    if config.eq45_pictures == "one":
+        return self.latents(scene.object_image), m_t, None, m_t
+    return (
+        self.latents(scene.object_image),
+        m_t,
+        self.latents(scene.reference),
+        union(m_r, m_t) if config.eq5_region == "union" else m_r,
+    )
 
 # %% ../nbs/10_pipeline.ipynb #3735b75b
 @patch
 @shielded
-def tune(self: LayerDiffusion, scene: Scene, words: tuple, config: Optional[EditConfig] = None, callback: Optional[Callable] = None, folder=None,
-         look_every: int = 0, look_seed: int = 0,  # see `Looks`
-         start: Optional[dict] = None  # a difference to begin with; None: the loaded U-Net as it is
-        ) -> tuple:
+def tune(
+    self: LayerDiffusion,
+    scene: Scene,
+    words: tuple,
+    config: EditConfig | None = None,
+    callback: Callable | None = None,
+    folder=None,
+    look_every: int = 0,
+    look_seed: int = 0,  # see `Looks`
+    start: dict | None = None,  # a difference to begin with; None: the loaded U-Net as it is
+) -> tuple:
     "Stage 3, Eq. 3-6: what changes in the U-Net (see `weight_difference`), and the losses."
     config = self.settings(config)
     embeds, layers = interpolate(*words[:2], config.alpha), self.layers(scene, config)
     if config.eq4_words == "source" or config.eq5_words == "background":
-        embeds = torch.cat([self.source_words(scene, config, callback, folder) if config.eq4_words == "source" else embeds, scene.e_b if config.eq5_words == "background" else embeds])
+        embeds = torch.cat(
+            [
+                self.source_words(scene, config, callback, folder) if config.eq4_words == "source" else embeds,
+                scene.e_b if config.eq5_words == "background" else embeds,
+            ]
+        )
     prior = self.prior(scene, config, callback)
-    names = dict(tuning_batch="batch", tuning_decay="decay", tuning_steps="steps", tuning_lr="learning_rate", lambda_obj="lambda_obj", lambda_bg="lambda_bg", loss_scale="scale", tuned_parameters="params", lora_rank="rank", seed="seed", prior_batch="prior_batch", lambda_prior="lambda_prior")
+    names = dict(
+        tuning_batch="batch",
+        tuning_decay="decay",
+        tuning_steps="steps",
+        tuning_lr="learning_rate",
+        lambda_obj="lambda_obj",
+        lambda_bg="lambda_bg",
+        loss_scale="scale",
+        tuned_parameters="params",
+        lora_rank="rank",
+        seed="seed",
+        prior_batch="prior_batch",
+        lambda_prior="lambda_prior",
+    )
     settings = {short: getattr(config, name) for name, short in names.items()}
+
     def compute(key):
         looks = Looks(self, words, scene.size, config, look_every, look_seed) if look_every else None
         with self.checkpoint("tuning", key, folder, scene.text) as point:
-            if done := point.read(done=True): return done, done.pop("losses").tolist()
+            if done := point.read(done=True):
+                return done, done.pop("losses").tolist()
+
             def begin(params, *state):
-                if looks: looks.watch(params, start)
+                if looks:
+                    looks.watch(params, start)
                 return point.begin(params, *state)
-            tuned, losses = fine_tune(self.models, embeds, *layers, **settings, prior=prior, start=start, callback=join_callbacks(point, looks, callback), begin=begin)
+
+            tuned, losses = fine_tune(
+                self.models,
+                embeds,
+                *layers,
+                **settings,
+                prior=prior,
+                start=start,
+                callback=join_callbacks(point, looks, callback),
+                begin=begin,
+            )
         change = {name: x.cpu() for name, x in weight_difference(self.models.unet, tuned).items()}
-        if folder: self.learnt["tuning"] = key, scene.text, change | {"losses": torch.tensor(losses, dtype=torch.float64)}, dict(done="yes")
+        if folder:
+            self.learnt["tuning"] = (
+                key,
+                scene.text,
+                change | {"losses": torch.tensor(losses, dtype=torch.float64)},
+                dict(done="yes"),
+            )
         return change, losses
-    if not config.tuning_steps: return start or {}, []
+
+    if not config.tuning_steps:
+        return start or {}, []
     return self.once("tune", [embeds, layers, prior, settings, start], compute)
 
 # %% ../nbs/10_pipeline.ipynb #7a2ba07f
 @patch
 @shielded
-def sample(self: LayerDiffusion,
-           words: tuple,  # from `embed`
-           difference: dict,  # from `tune`
-           size: tuple,  # height, width in px
-           seeds: Sequence[int] = range(8),  # one picture each
-           config: Optional[EditConfig] = None, callback: Optional[Callable] = None,
-           batch: int = 8  # pictures drawn at a time
-          ) -> torch.Tensor:  # (B, 3, H, W), 0-1
+def sample(
+    self: LayerDiffusion,
+    words: tuple,  # from `embed`
+    difference: dict,  # from `tune`
+    size: tuple,  # height, width in px
+    seeds: Sequence[int] = range(8),  # one picture each
+    config: EditConfig | None = None,
+    callback: Callable | None = None,
+    batch: int = 8,  # pictures drawn at a time
+) -> torch.Tensor:  # (B, 3, H, W), 0-1
     "Stage 4, Eq. 7-8: draw with the tuned U-Net, the two embeddings taking turns."
     config, seeds = self.settings(config), check_seeds(seeds)
     unet = apply_difference(self.models.unet, difference)
-    return torch.cat([self.paint(unet, words, size, seeds[i:i + batch], config, callback) for i in range(0, len(seeds), batch)])
+    return torch.cat(
+        [self.paint(unet, words, size, seeds[i : i + batch], config, callback) for i in range(0, len(seeds), batch)]
+    )
+
 
 @patch
-def paint(self: LayerDiffusion, unet, words: tuple, size: tuple, seeds: list, config: EditConfig, callback=None) -> torch.Tensor:
+def paint(
+    self: LayerDiffusion, unet, words: tuple, size: tuple, seeds: list, config: EditConfig, callback=None
+) -> torch.Tensor:
     "One batch of pictures (B, 3, H, W) by any U-Net."
     models = with_scheduler(replace(self.models, unet=unet), config.scheduler)
     e_a, e_opt, nothing = words[0], interpolate(*words[:2], config.alpha), encode_text(models, config.negative_prompt)
     condition = turns(e_a, e_opt, config.eq8_index, config.eq8_first) if config.iterative_guidance else None
-    latents = ddim_sample(models, e_opt, nothing, initial_latents(models, seeds, *size), config.sampling_steps, config.guidance_scale, condition, callback)
+    latents = ddim_sample(
+        models,
+        e_opt,
+        nothing,
+        initial_latents(models, seeds, *size),
+        config.sampling_steps,
+        config.guidance_scale,
+        condition,
+        callback,
+    )
     return decode_latents(models, latents).cpu()
 
 # %% ../nbs/10_pipeline.ipynb #aad63391
 def check_seeds(seeds: Sequence[int]) -> list:
     "A list of different whole numbers from 0."
-    try: seeds = [seeds] if isinstance(seeds, Integral) else list(seeds)
-    except TypeError: raise BadInput(f"The seeds are {seeds!r}; give whole numbers, such as range(8).") from None
-    if not seeds: raise BadInput("The list of seeds is empty; give at least one, such as 0.")
+    try:
+        seeds = [seeds] if isinstance(seeds, Integral) else list(seeds)
+    except TypeError:
+        raise BadInput(f"The seeds are {seeds!r}; give whole numbers, such as range(8).") from None
+    if not seeds:
+        raise BadInput("The list of seeds is empty; give at least one, such as 0.")
     for s in seeds:
-        if not isinstance(s, Integral) or isinstance(s, bool) or not 0 <= s < 2**63: raise BadInput(f"The seed {s!r} is not a whole number from 0 to 2**63.")
-    if len(set(seeds)) < len(seeds): raise BadInput(f"The seeds {seeds} name one twice.")
+        if not isinstance(s, Integral) or isinstance(s, bool) or not 0 <= s < 2**63:
+            raise BadInput(f"The seed {s!r} is not a whole number from 0 to 2**63.")
+    if len(set(seeds)) < len(seeds):
+        raise BadInput(f"The seeds {seeds} name one twice.")
     return [int(s) for s in seeds]
 
 # %% ../nbs/10_pipeline.ipynb #3e9906c0
 class Looks:
     "A callback of the tuning that adds a quick picture to every `every`-th event, and to the last one."
-    def __init__(self, method: LayerDiffusion, words: tuple, size: tuple, config: EditConfig, every: int, seed: int = 0, sampling_steps: int = 10):
-        self.method, self.every, self.config = method, every, config
-        self.draw = dict(words=words, size=size, seeds=[seed], config=config.model_copy(update=dict(sampling_steps=sampling_steps)))
 
-    def watch(self, params: Sequence, start: Optional[dict] = None):  # those that move, and the difference that their U-Net began with
+    def __init__(
+        self,
+        method: LayerDiffusion,
+        words: tuple,
+        size: tuple,
+        config: EditConfig,
+        every: int,
+        seed: int = 0,
+        sampling_steps: int = 10,
+    ):
+        self.method, self.every, self.config = method, every, config
+        self.draw = dict(
+            words=words, size=size, seeds=[seed], config=config.model_copy(update=dict(sampling_steps=sampling_steps))
+        )
+
+    def watch(
+        self, params: Sequence, start: dict | None = None
+    ):  # those that move, and the difference that their U-Net began with
         "Make the U-Net to draw with."
         self.unet, self.theirs = apply_difference(self.method.models.unet, start or {}), params
         self.mine = trainable(self.unet, self.config.tuned_parameters, self.config.lora_rank, self.config.seed)
 
     def __call__(self, event: Event):
-        if event.step % self.every and event.step < event.total: return
+        if event.step % self.every and event.step < event.total:
+            return
         with torch.no_grad():
-            for mine, theirs in zip(self.mine, self.theirs): mine.copy_(theirs)
-        with half(self.method.models): event.image = self.method.paint(self.unet, **self.draw)
+            for mine, theirs in zip(self.mine, self.theirs):
+                mine.copy_(theirs)
+        with half(self.method.models):
+            event.image = self.method.paint(self.unet, **self.draw)
 
 # %% ../nbs/10_pipeline.ipynb #38a55785
 def in_its_folder(edit: Callable) -> Callable:
     "An edit that has its folder to itself, and leaves there what it learnt when it ends before its pictures are drawn."
+
     @functools.wraps(edit)
     def alone(self: LayerDiffusion, *args, folder=None, **kwargs):
-        if folder is None: return edit(self, *args, **kwargs)
+        if folder is None:
+            return edit(self, *args, **kwargs)
         with one_writer(folder) as folder:
             self.learnt = {}
-            try: return edit(self, *args, folder=folder, **kwargs)
-            except BadInput: raise
+            try:
+                return edit(self, *args, folder=folder, **kwargs)
+            except BadInput:
+                raise
             except BaseException:
                 self.keep_learnt(folder)
                 raise
+
     return alone
+
 
 @patch
 @shielded
 @in_its_folder
-def edit(self: LayerDiffusion,
-         image,  # a file, `example:dog`, a Pillow picture, a tensor (3, H, W) of floats in 0-1 or an array (H, W, 3) of bytes
-         text: str,  # T, what the picture shall show
-         *,
-         mask=None,  # the subject: a file, an array or tensor as large as `image`, or SAM's own dict; None: ask SAM
-         point=None,  # a click on it, (x, y) in pixels of `image`, or several
-         point_labels=None,  # for each of them 1 (on the subject) or 0 (not the subject), as in SAM; None: all are on it
-         box=None,  # a box around it, (x0, y0, x1, y1)
-         reference=None,  # the new background, O_r; None: drawn from T_b
-         object_reference=None,  # another picture of the object, for Eq. 4; None: as `object_picture` says
-         object_mask=None,  # the object in `object_reference`, a file or (1, H, W) of its size; None: ask SAM
-         move: Sequence = (0., 0.),  # where the subject goes, (dx, dy) in shares of the picture's width and height: right and down, -1 to 1
-         scale: float = 1.,  # size of the subject afterwards, about its feet; 1: as it is
-         source: Optional[str] = None,  # what `image` shows, such as "a dog sitting on a beach"; None: CLIP proposes it, where a setting needs it
-         object: Optional[str] = None,  # T_a; None: split by rule
-         background: Optional[str] = None,  # T_b; None: split by rule
-         seeds: Sequence[int] = range(8),  # one picture each
-         preset: Optional[str] = None,  # "paper" or "best"; None: "paper"
-         config: Optional[EditConfig] = None,  # all settings, instead of a preset
-         callback: Optional[Callable[[Event], None]] = None,  # called after every step of every stage
-         look_every: int = 0,  # tuning steps between two early looks, see `Looks`; 0: none
-         folder=None,  # where checkpoints go; None: nowhere
-         resume: bool = False,  # go on from checkpoints in `folder`
-         **settings  # of `EditConfig`, such as alpha=.5; they win over those of preset or config
-        ) -> EditResult:
+def edit(
+    self: LayerDiffusion,
+    image,  # a file, `example:dog`, a Pillow picture, a tensor (3, H, W) of floats in 0-1 or an array (H, W, 3) of bytes
+    text: str,  # T, what the picture shall show
+    *,
+    mask=None,  # the subject: a file, an array or tensor as large as `image`, or SAM's own dict; None: ask SAM
+    point=None,  # a click on it, (x, y) in pixels of `image`, or several
+    point_labels=None,  # for each of them 1 (on the subject) or 0 (not the subject), as in SAM; None: all are on it
+    box=None,  # a box around it, (x0, y0, x1, y1)
+    reference=None,  # the new background, O_r; None: drawn from T_b
+    object_reference=None,  # another picture of the object, for Eq. 4; None: as `object_picture` says
+    object_mask=None,  # the object in `object_reference`, a file or (1, H, W) of its size; None: ask SAM
+    move: Sequence = (
+        0.0,
+        0.0,
+    ),  # where the subject goes, (dx, dy) in shares of the picture's width and height: right and down, -1 to 1
+    scale: float = 1.0,  # size of the subject afterwards, about its feet; 1: as it is
+    source: str | None = None,  # what `image` shows, such as "a dog sitting on a beach"; None: CLIP proposes it, where a setting needs it
+    object: str | None = None,  # T_a; None: split by rule
+    background: str | None = None,  # T_b; None: split by rule
+    seeds: Sequence[int] = range(8),  # one picture each
+    preset: str | None = None,  # "paper" or "best"; None: "paper"
+    config: EditConfig | None = None,  # all settings, instead of a preset
+    callback: Callable[[Event], None] | None = None,  # called after every step of every stage
+    look_every: int = 0,  # tuning steps between two early looks, see `Looks`; 0: none
+    folder=None,  # where checkpoints go; None: nowhere
+    resume: bool = False,  # go on from checkpoints in `folder`
+    **settings,  # of `EditConfig`, such as alpha=.5; they win over those of preset or config
+) -> EditResult:
     "LayerDiffusion: change what the subject does and where it is."
     check_names(settings, LayerDiffusion.edit)
     config, seeds = self.settings(config, preset, **settings), check_seeds(seeds)
-    scene = self.prepare(image, text, mask=mask, point=point, point_labels=point_labels, box=box, reference=reference, object=object, background=background, object_reference=object_reference,
-                         object_mask=object_mask, move=move, scale=scale, source=source, config=config, callback=callback)
-    if folder and not resume: clear_checkpoints(folder)
+    scene = self.prepare(
+        image,
+        text,
+        mask=mask,
+        point=point,
+        point_labels=point_labels,
+        box=box,
+        reference=reference,
+        object=object,
+        background=background,
+        object_reference=object_reference,
+        object_mask=object_mask,
+        move=move,
+        scale=scale,
+        source=source,
+        config=config,
+        callback=callback,
+    )
+    if folder and not resume:
+        clear_checkpoints(folder)
     times = dict(scene.times)
-    if self.models.how.offload and not isinstance(self._sam, (str, Path)): self._sam.to("cpu")
-    with clock(times, "embed"): *words, embed_losses = self.embed(scene, config, callback, folder)
-    with clock(times, "tune"): difference, tune_losses = self.tune(scene, words, config, callback, folder, look_every, seeds[0])
-    with clock(times, "sample"): images = self.sample(words, difference, scene.size, seeds, config, callback)
-    return self.pack(scene, words, difference, images, seeds, config, times, dict(embed=embed_losses, tune=tune_losses), move=list(map(float, move)), scale=float(scale), object_given=object_reference is not None)
+    if self.models.how.offload and not isinstance(self._sam, (str, Path)):
+        self._sam.to("cpu")
+    with clock(times, "embed"):
+        *words, embed_losses = self.embed(scene, config, callback, folder)
+    with clock(times, "tune"):
+        difference, tune_losses = self.tune(scene, words, config, callback, folder, look_every, seeds[0])
+    with clock(times, "sample"):
+        images = self.sample(words, difference, scene.size, seeds, config, callback)
+    return self.pack(
+        scene,
+        words,
+        difference,
+        images,
+        seeds,
+        config,
+        times,
+        dict(embed=embed_losses, tune=tune_losses),
+        move=list(map(float, move)),
+        scale=float(scale),
+        object_given=object_reference is not None,
+    )
 
 # %% ../nbs/10_pipeline.ipynb #c7045817
-def check_names(settings: dict,  # what was given by name
-                call: Callable  # the other names are its arguments
-               ):
+def check_names(
+    settings: dict,  # what was given by name
+    call: Callable,  # the other names are its arguments
+):
     "Refuse what is no setting, with the names that are most like it."
-    names = [*EditConfig.model_fields, *(name for name in inspect.signature(call).parameters if name not in ("self", "settings"))]
+    names = [
+        *EditConfig.model_fields,
+        *(name for name in inspect.signature(call).parameters if name not in ("self", "settings")),
+    ]
     for name in settings:
-        if name not in EditConfig.model_fields: raise BadInput(f"There is no setting {name!r}; {near(name, names)}.")
+        if name not in EditConfig.model_fields:
+            raise BadInput(f"There is no setting {name!r}; {near(name, names)}.")
 
 # %% ../nbs/10_pipeline.ipynb #cf3ef015
 @patch
-def pack(self: LayerDiffusion, scene: Scene, words: tuple, difference: dict, images: torch.Tensor, seeds: list, config: EditConfig, times: dict, losses: dict, **record) -> EditResult:
+def pack(
+    self: LayerDiffusion,
+    scene: Scene,
+    words: tuple,
+    difference: dict,
+    images: torch.Tensor,
+    seeds: list,
+    config: EditConfig,
+    times: dict,
+    losses: dict,
+    **record,
+) -> EditResult:
     "An `EditResult` of what the four stages gave."
-    record = dict(model=self.models.name, model_hash=self.models.hash, precision=str(self.models.dtype).removeprefix("torch."), source=scene.source, **record, **environment(str(self.models.device)))
-    own = {} if scene.object_image is scene.image else dict(object_image=scene.object_image, object_mask=scene.object_mask)
-    return EditResult(images, seeds, scene.text, scene.split, config, tuple(words), difference, scene.image, scene.mask, scene.reference, vectors=self.learn(scene, config)[0],
-                      times=times, losses=losses, record=record, info=scene.info, **own)
+    record = dict(
+        model=self.models.name,
+        model_hash=self.models.hash,
+        precision=str(self.models.dtype).removeprefix("torch."),
+        source=scene.source,
+        **record,
+        **environment(str(self.models.device)),
+    )
+    own = (
+        {}
+        if scene.object_image is scene.image
+        else dict(object_image=scene.object_image, object_mask=scene.object_mask)
+    )
+    return EditResult(
+        images,
+        seeds,
+        scene.text,
+        scene.split,
+        config,
+        tuple(words),
+        difference,
+        scene.image,
+        scene.mask,
+        scene.reference,
+        vectors=self.learn(scene, config)[0],
+        times=times,
+        losses=losses,
+        record=record,
+        info=scene.info,
+        **own,
+    )
 
 # %% ../nbs/10_pipeline.ipynb #9b0b7275
 @patch
-def preview(self: LayerDiffusion,
-            path: Union[str, Path, None] = None,  # a picture file that is replaced again and again; None: in the notebook
-            every: float = .5,  # seconds between two previews, at least
-            most: int = 4  # pictures of a batch that are shown
-           ) -> Callable[[Event], None]:
+def preview(
+    self: LayerDiffusion,
+    path: str | Path | None = None,  # a picture file that is replaced again and again; None: in the notebook
+    every: float = 0.5,  # seconds between two previews, at least
+    most: int = 4,  # pictures of a batch that are shown
+) -> Callable[[Event], None]:
     "A callback for `edit` that shows what is being drawn, beside the progress of each stage."
     return live_preview(lambda latents: decode_latents(self.models, latents), path, every, most)
 
 # %% ../nbs/10_pipeline.ipynb #994c4e05
-DRAWN = "alpha", "iterative_guidance", "eq8_index", "eq8_first", "scheduler", "sampling_steps", "guidance_scale", "negative_prompt"  # settings that the drawing reads
+DRAWN = (
+    "alpha",
+    "iterative_guidance",
+    "eq8_index",
+    "eq8_first",
+    "scheduler",
+    "sampling_steps",
+    "guidance_scale",
+    "negative_prompt",
+)  # settings that the drawing reads
+
 
 @shielded
-def load_edit(path: Union[str, Path],  # edit.safetensors or its folder
-              method: Optional[LayerDiffusion] = None,  # a loaded model, `Models` or a name; None: the one named in the file
-              seeds: Optional[Sequence[int]] = None,  # None: those it was saved with
-              callback: Optional[Callable] = None,
-              draw: bool = True,  # False: no pictures, only what they are drawn with
-              **changes  # settings of the drawing to change, see `DRAWN`
-             ) -> EditResult:
+def load_edit(
+    path: str | Path,  # edit.safetensors or its folder
+    method: LayerDiffusion | None = None,  # a loaded model, `Models` or a name; None: the one named in the file
+    seeds: Sequence[int] | None = None,  # None: those it was saved with
+    callback: Callable | None = None,
+    draw: bool = True,  # False: no pictures, only what they are drawn with
+    **changes,  # settings of the drawing to change, see `DRAWN`
+) -> EditResult:
     "Draw a saved edit again: with nothing changed, the same pictures, on the same device in the same precision."
     path = as_path(path, "The saved edit")
     path = path / "edit.safetensors" if path.is_dir() else path
     tensors, settings = read_edit(path)
     if fixed := [name for name in changes if name in EditConfig.model_fields and name not in DRAWN]:
-        raise BadInput(f"{str(path)!r} was made with its {fixed[0]}, and only a new edit has another; a saved one can be drawn with another {', '.join(DRAWN)}.")
+        raise BadInput(
+            f"{str(path)!r} was made with its {fixed[0]}, and only a new edit has another; a saved one can be drawn with another {', '.join(DRAWN)}."
+        )
     config, split = EditConfig(**settings["config"] | changes), Split(settings["object"], settings["background"])
-    precision = next((name for name, dtype in PRECISIONS.items() if str(dtype) == f"torch.{settings.get('precision')}"), "auto")
-    if method is None or isinstance(method, (str, Path)): method = LayerDiffusion.from_pretrained(method or settings["model"], precision=precision)
+    precision = next(
+        (name for name, dtype in PRECISIONS.items() if str(dtype) == f"torch.{settings.get('precision')}"), "auto"
+    )
+    if method is None or isinstance(method, (str, Path)):
+        method = LayerDiffusion.from_pretrained(method or settings["model"], precision=precision)
     method = method if isinstance(method, LayerDiffusion) else LayerDiffusion(method)
     same_model(settings, method.models, repr(str(path)))
     check_tensors(tensors, method.models.unet, repr(str(path)))
     words = tuple(tensors[k].to(method.models.device) for k in ("e_a", "e_b"))
-    change, seeds = {k[5:]: v for k, v in tensors.items() if k.startswith("unet.")}, check_seeds(settings["seeds"] if seeds is None else seeds)
-    images = method.sample(words, change, tuple(settings["size"]), seeds, config, callback) if draw else torch.zeros(0, 3, *settings["size"])
-    record = dict(precision=str(method.models.dtype).removeprefix("torch.")) | {k: settings[k] for k in ("model", "model_hash", "source", "move", "scale", "object_given", "reused") if k in settings} | environment(str(method.models.device))
-    return EditResult(images, seeds, settings["text"], split, config, words, change, vectors=tensors.get("vectors"), record=record, **beside(path))
+    change, seeds = (
+        {k[5:]: v for k, v in tensors.items() if k.startswith("unet.")},
+        check_seeds(settings["seeds"] if seeds is None else seeds),
+    )
+    images = (
+        method.sample(words, change, tuple(settings["size"]), seeds, config, callback)
+        if draw
+        else torch.zeros(0, 3, *settings["size"])
+    )
+    record = (
+        dict(precision=str(method.models.dtype).removeprefix("torch."))
+        | {
+            k: settings[k]
+            for k in ("model", "model_hash", "source", "move", "scale", "object_given", "reused")
+            if k in settings
+        }
+        | environment(str(method.models.device))
+    )
+    return EditResult(
+        images,
+        seeds,
+        settings["text"],
+        split,
+        config,
+        words,
+        change,
+        vectors=tensors.get("vectors"),
+        record=record,
+        **beside(path),
+    )
 
 # %% ../nbs/10_pipeline.ipynb #b2a953d6
 @patch
-def carry(self: LayerDiffusion,
-          result: EditResult,  # what was learnt
-          scene: Scene  # with the new words
-         ) -> tuple:  # e_a and e_b, (1, L, D) each
+def carry(
+    self: LayerDiffusion,
+    result: EditResult,  # what was learnt
+    scene: Scene,  # with the new words
+) -> tuple:  # e_a and e_b, (1, L, D) each
     "The new words, with what Eq. 2 learnt about the subject."
-    if result.vectors is not None or result.config.object_words == "whole": return self.embed(scene, result.config)[:2]
+    if result.vectors is not None or result.config.object_words == "whole":
+        return self.embed(scene, result.config)[:2]
     learnt = result.embeddings[0].to(scene.e_a) - encode_text(self.models, result.split.object)
     return scene.e_a + learnt, scene.e_b
 
 # %% ../nbs/10_pipeline.ipynb #ff405f47
 @patch
 @shielded
-def reuse(self: LayerDiffusion,
-          result: EditResult,  # from `edit` or `load_edit`
-          text: str,  # T, what the new pictures shall show
-          reference=None,  # the new background; None: drawn from T_b, or the old one where T_b is the same
-          *,
-          object_reference=None, object_mask=None,  # as in `edit`; None: the old ones where they were given and T_a is the same
-          object: Optional[str] = None, background: Optional[str] = None,  # T_a and T_b; None: split by rule
-          move: Sequence = (0., 0.), scale: float = 1.,  # as in `edit`, from where the subject was then
-          seeds: Sequence[int] = range(8),  # one picture each
-          steps: Optional[int] = None,  # of tuning; None: half of the edit's
-          learning_rate: Optional[float] = None,  # of tuning; None: the edit's
-          sampling_steps: Optional[int] = None,  # None: half of the edit's
-          keep: float = 0.,  # share of the U-Net's change to begin with, 0-1
-          draws: int = 32,  # pictures that O_t is chosen from, at most, where the edit's settings choose it
-          callback: Optional[Callable[[Event], None]] = None, look_every: int = 0  # see `edit`
-         ) -> EditResult:
+def reuse(
+    self: LayerDiffusion,
+    result: EditResult,  # from `edit` or `load_edit`
+    text: str,  # T, what the new pictures shall show
+    reference=None,  # the new background; None: drawn from T_b, or the old one where T_b is the same
+    *,
+    object_reference=None,
+    object_mask=None,  # as in `edit`; None: the old ones where they were given and T_a is the same
+    object: str | None = None,
+    background: str | None = None,  # T_a and T_b; None: split by rule
+    move: Sequence = (0.0, 0.0),
+    scale: float = 1.0,  # as in `edit`, from where the subject was then
+    seeds: Sequence[int] = range(8),  # one picture each
+    steps: int | None = None,  # of tuning; None: half of the edit's
+    learning_rate: float | None = None,  # of tuning; None: the edit's
+    sampling_steps: int | None = None,  # None: half of the edit's
+    keep: float = 0.0,  # share of the U-Net's change to begin with, 0-1
+    draws: int = 32,  # pictures that O_t is chosen from, at most, where the edit's settings choose it
+    callback: Callable[[Event], None] | None = None,
+    look_every: int = 0,  # see `edit`
+) -> EditResult:
     "Another text or place for a subject that was learnt, by a short tuning instead of a whole edit."
-    if not isinstance(result, EditResult): raise BadInput(f"reuse takes an edit, not {result!r}; load_edit(path) reads one from a folder.")
-    if not isinstance(keep, Real) or not 0 <= keep <= 1: raise BadInput(f"keep is {keep!r}; it must be between 0 (the U-Net begins anew) and 1 (with all its change).")
-    if not isinstance(draws, Integral) or draws < 1: raise BadInput(f"draws is {draws!r}; it must be a whole number, at least 1.")
+    if not isinstance(result, EditResult):
+        raise BadInput(f"reuse takes an edit, not {result!r}; load_edit(path) reads one from a folder.")
+    if not isinstance(keep, Real) or not 0 <= keep <= 1:
+        raise BadInput(f"keep is {keep!r}; it must be between 0 (the U-Net begins anew) and 1 (with all its change).")
+    if not isinstance(draws, Integral) or draws < 1:
+        raise BadInput(f"draws is {draws!r}; it must be a whole number, at least 1.")
     check_reusable(result, self.models)
     old, seeds = result.config, check_seeds(seeds)
     config = shorter(old, steps, learning_rate, sampling_steps, draws)
     split = split_text(text, object, background)
-    if reference is None and split.background == result.split.background: reference = result.reference
+    if reference is None and split.background == result.split.background:
+        reference = result.reference
     kept = old.object_picture == "input" or result.record.get("object_given") and split.object == result.split.object
-    if object_reference is None and object_mask is None and kept: object_reference, object_mask = result.object_image, result.object_mask
-    scene = replace(self.prepare(result.image, text, mask=result.mask, reference=reference, object=object, background=background, object_reference=object_reference,
-                                 object_mask=object_mask, move=move, scale=scale, source=result.record.get("source"), config=config, callback=callback), vectors=result.vectors)
+    if object_reference is None and object_mask is None and kept:
+        object_reference, object_mask = result.object_image, result.object_mask
+    scene = replace(
+        self.prepare(
+            result.image,
+            text,
+            mask=result.mask,
+            reference=reference,
+            object=object,
+            background=background,
+            object_reference=object_reference,
+            object_mask=object_mask,
+            move=move,
+            scale=scale,
+            source=result.record.get("source"),
+            config=config,
+            callback=callback,
+        ),
+        vectors=result.vectors,
+    )
     times, words = dict(scene.times), self.carry(result, scene)
-    start = {name: x if name.endswith(".down") else (keep * x.float()).half() for name, x in result.difference.items()} if keep else None
-    with clock(times, "tune"): difference, losses = self.tune(scene, words, config, callback, None, look_every, seeds[0], start)
-    with clock(times, "sample"): images = self.sample(words, difference, scene.size, seeds, config, callback)
-    return self.pack(scene, words, difference, images, seeds, config, times, dict(embed=[], tune=losses), move=list(map(float, move)), scale=float(scale), object_given=object_reference is not None, reused=dict(text=result.text, keep=keep))
+    start = (
+        {name: x if name.endswith(".down") else (keep * x.float()).half() for name, x in result.difference.items()}
+        if keep
+        else None
+    )
+    with clock(times, "tune"):
+        difference, losses = self.tune(scene, words, config, callback, None, look_every, seeds[0], start)
+    with clock(times, "sample"):
+        images = self.sample(words, difference, scene.size, seeds, config, callback)
+    return self.pack(
+        scene,
+        words,
+        difference,
+        images,
+        seeds,
+        config,
+        times,
+        dict(embed=[], tune=losses),
+        move=list(map(float, move)),
+        scale=float(scale),
+        object_given=object_reference is not None,
+        reused=dict(text=result.text, keep=keep),
+    )
 
 # %% ../nbs/10_pipeline.ipynb #fda8ff5b
-def shorter(old: EditConfig, steps: Optional[int] = None, learning_rate: Optional[float] = None, sampling_steps: Optional[int] = None, draws: int = 32) -> EditConfig:
+def shorter(
+    old: EditConfig,
+    steps: int | None = None,
+    learning_rate: float | None = None,
+    sampling_steps: int | None = None,
+    draws: int = 32,
+) -> EditConfig:
     "The settings of a reuse; what is None is taken from those of the edit."
-    return EditConfig(**old.model_dump() | dict(tuning_steps=-(-old.tuning_steps // 2) if steps is None else steps, tuning_lr=old.tuning_lr if learning_rate is None else learning_rate,
-                                                sampling_steps=-(-old.sampling_steps // 2) if sampling_steps is None else sampling_steps, target_draws=min(draws, old.target_draws)))
+    return EditConfig(
+        **old.model_dump()
+        | dict(
+            tuning_steps=-(-old.tuning_steps // 2) if steps is None else steps,
+            tuning_lr=old.tuning_lr if learning_rate is None else learning_rate,
+            sampling_steps=-(-old.sampling_steps // 2) if sampling_steps is None else sampling_steps,
+            target_draws=min(draws, old.target_draws),
+        )
+    )
 
 # %% ../nbs/10_pipeline.ipynb #86a1c2ee
 def check_reusable(result: EditResult, models: Models):
     "Refuse an edit that lacks what `reuse` needs."
     same_model(result.record, models, f"The edit {result.text!r}")
     missing = [name for name, x in (("photo", result.image), ("mask", result.mask)) if x is None]
-    if missing: raise BadInput(f"The edit {result.text!r} came without its {' and '.join(missing)}; input.png and mask.png must lie beside its edit.safetensors.")
-    if result.config.learnt_words and result.vectors is None: raise BadInput(f"The edit {result.text!r} came without its learnt words; make and save it once more.")
+    if missing:
+        raise BadInput(
+            f"The edit {result.text!r} came without its {' and '.join(missing)}; input.png and mask.png must lie beside its edit.safetensors."
+        )
+    if result.config.learnt_words and result.vectors is None:
+        raise BadInput(f"The edit {result.text!r} came without its learnt words; make and save it once more.")

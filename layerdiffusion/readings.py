@@ -8,7 +8,7 @@ __all__ = ['READINGS', 'CENTRE', 'setting_name', 'reading_tasks', 'measure_readi
 # %% ../nbs/14_readings.ipynb #cf4025d1
 import json
 from pathlib import Path
-from typing import Callable, Sequence
+from collections.abc import Callable, Sequence
 
 # %% ../nbs/14_readings.ipynb #dc50f049
 from .core import environment, write_json
@@ -18,21 +18,50 @@ from .settings import EditConfig
 # %% ../nbs/14_readings.ipynb #388dc3fa
 READINGS = {
     "": [{}],
-    "Eq. 7-8": [dict(iterative_guidance=False), dict(eq8_index="timestep"), dict(eq8_first="opt"), dict(scheduler="pndm"), dict(guidance_scale=1.5), dict(guidance_scale=5.)],
-    "Eq. 4-6": [dict(object_picture="input"), dict(eq45_pictures="one"), dict(eq45_pictures="composite"), dict(eq5_region="reference"), dict(eq5_words="background"), dict(reference_mask="sam"), dict(lambda_obj=3.),
-                dict(tuned_parameters="attention"), dict(tuned_parameters="lora"), dict(tuning_lr=2e-6), dict(tuning_steps=0)],
-    "Eq. 2": [dict(eq2_region="object"), dict(eq2_region="none"), dict(eq2_region="branch", eq2_conditioning="sum"), dict(eq2_picture="reference"), dict(eq2_conditioning="sum"),
-              dict(eq2_conditioning="alternate"), dict(eq2_conditioning="mix"), dict(embedding_lr=1e-3), dict(embedding_steps=0)],
-    "Eq. 3": [dict(alpha=.3), dict(alpha=.5)],
+    "Eq. 7-8": [
+        dict(iterative_guidance=False),
+        dict(eq8_index="timestep"),
+        dict(eq8_first="opt"),
+        dict(scheduler="pndm"),
+        dict(guidance_scale=1.5),
+        dict(guidance_scale=5.0),
+    ],
+    "Eq. 4-6": [
+        dict(object_picture="input"),
+        dict(eq45_pictures="one"),
+        dict(eq45_pictures="composite"),
+        dict(eq5_region="reference"),
+        dict(eq5_words="background"),
+        dict(reference_mask="sam"),
+        dict(lambda_obj=3.0),
+        dict(tuned_parameters="attention"),
+        dict(tuned_parameters="lora"),
+        dict(tuning_lr=2e-6),
+        dict(tuning_steps=0),
+    ],
+    "Eq. 2": [
+        dict(eq2_region="object"),
+        dict(eq2_region="none"),
+        dict(eq2_region="branch", eq2_conditioning="sum"),
+        dict(eq2_picture="reference"),
+        dict(eq2_conditioning="sum"),
+        dict(eq2_conditioning="alternate"),
+        dict(eq2_conditioning="mix"),
+        dict(embedding_lr=1e-3),
+        dict(embedding_steps=0),
+    ],
+    "Eq. 3": [dict(alpha=0.3), dict(alpha=0.5)],
     "masks": [dict(loss_scale="mask"), dict(mask_resample="nearest"), dict(mask_hard=True)],
-    "none": [dict(embedding_steps=0, tuning_steps=0), dict(embedding_steps=0, tuning_steps=0, alpha=.5)],
+    "none": [dict(embedding_steps=0, tuning_steps=0), dict(embedding_steps=0, tuning_steps=0, alpha=0.5)],
 }
 
 CENTRE = dict(eq45_pictures="each")  # beside the defaults
 
+
 def setting_name(changes: dict) -> str:
     "A setting in words: what differs from the centre."
     return ", ".join(f"{k}={v}" for k, v in changes.items()) or "the centre"
+
 
 def reading_tasks() -> list:
     "The first development edit of each species that changes pose and place."
@@ -40,17 +69,40 @@ def reading_tasks() -> list:
     return [next(t for t in joint if t.edit.before.species == k) for k in range(3)]
 
 # %% ../nbs/14_readings.ipynb #b0153f5c
-def measure_readings(method,  # a `LayerDiffusion`
-                     folder: Path = Path("results"), seeds: Sequence[int] = range(20), show: Callable = print) -> dict:
+def measure_readings(
+    method,  # a `LayerDiffusion`
+    folder: Path = Path("results"),
+    seeds: Sequence[int] = range(20),
+    show: Callable = print,
+) -> dict:
     "Measure all readings; writes readings.jsonl (every picture) and readings.json (the summary), and gives the summary."
     found = {}
     for group, settings in READINGS.items():
         for changes in settings:
-            rows = measure(method, reading_tasks(), EditConfig(**CENTRE | changes), seeds, Path(folder) / "readings.jsonl", setting_name(changes))
-            found[setting_name(changes)] = dict(group=group, changes=changes, n=len(rows), valid_count=sum(r["valid"] for r in rows),
-                                                **{f: [round(v, 3) for v in interval(rows, f)] for f in ("right", "valid", "identity", "background")})
+            rows = measure(
+                method,
+                reading_tasks(),
+                EditConfig(**CENTRE | changes),
+                seeds,
+                Path(folder) / "readings.jsonl",
+                setting_name(changes),
+            )
+            found[setting_name(changes)] = dict(
+                group=group,
+                changes=changes,
+                n=len(rows),
+                valid_count=sum(r["valid"] for r in rows),
+                **{f: [round(v, 3) for v in interval(rows, f)] for f in ("right", "valid", "identity", "background")},
+            )
             show(f"{setting_name(changes):60}{summary_line(rows)}")
-    out = dict(command="the slow cell of nbs/14_readings.ipynb", seeds=len(seeds), edits=[t.name for t in reading_tasks()], model=method.models.hash, environment=environment(str(method.models.device)), settings=found)
+    out = dict(
+        command="the slow cell of nbs/14_readings.ipynb",
+        seeds=len(seeds),
+        edits=[t.name for t in reading_tasks()],
+        model=method.models.hash,
+        environment=environment(str(method.models.device)),
+        settings=found,
+    )
     write_json(Path(folder) / "readings.json", out)
     return out
 
@@ -59,15 +111,23 @@ def load_readings(folder: Path = Path("results")) -> dict:
     "The summary of the recorded measurement."
     return json.loads((Path(folder) / "readings.json").read_text())
 
-def show_readings(*groups: str,  # such as "Eq. 2"; none: all
-                  folder: Path = Path("results")):
+
+def show_readings(
+    *groups: str,  # such as "Eq. 2"; none: all
+    folder: Path = Path("results"),
+):
     "Print the measured readings as a table; the first line is the centre that the others differ from."
     found = load_readings(folder)
     about = found["environment"]
-    print(f"{found['seeds']} seeds each of {len(found['edits'])} edits, {about['device_name']}, torch {about['torch']}, commit {about['commit']}, weights {found['model']}; 95 % intervals over edits.\n"
-          f"The first line, “the centre”: {', '.join(f'{k}={v}' for k, v in CENTRE.items())}, and otherwise the defaults of `EditConfig`; every other line says what it changes in it.\n")
+    print(
+        f"{found['seeds']} seeds each of {len(found['edits'])} edits, {about['device_name']}, torch {about['torch']}, commit {about['commit']}, weights {found['model']}; 95 % intervals over edits.\n"
+        f"The first line, “the centre”: {', '.join(f'{k}={v}' for k, v in CENTRE.items())}, and otherwise the defaults of `EditConfig`; every other line says what it changes in it.\n"
+    )
     print(f"{'':58}{'valid':>6} {'of':>3}  {'':14}{'identity':22}{'background':22}right")
     for name, row in found["settings"].items():
-        if groups and row["group"] not in ("", *groups): continue
+        if groups and row["group"] not in ("", *groups):
+            continue
         say = lambda f: "{:5.2f} [{:.2f}, {:.2f}]".format(*row[f])
-        print(f"{name:58}{row['valid_count']:6} {row['n']:3}  {'[{:.2f}, {:.2f}]'.format(*row['valid'][1:]):14}{say('identity'):22}{say('background'):22}{row['right'][0]:.2f}")
+        print(
+            f"{name:58}{row['valid_count']:6} {row['n']:3}  {'[{:.2f}, {:.2f}]'.format(*row['valid'][1:]):14}{say('identity'):22}{say('background'):22}{row['right'][0]:.2f}"
+        )

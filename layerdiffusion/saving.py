@@ -9,16 +9,37 @@ __all__ = ['FORMAT', 'OURS', 'WRITTEN', 'DRAW', 'EditResult', 'lora_rank', 'phot
            'export']
 
 # %% ../nbs/09_saving.ipynb #4055775e
-import copy, io, json, os, re, shutil, time, uuid, warnings
+import copy
+import io
+import json
+import os
+import re
+import shutil
+import time
+import uuid
+import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Callable, Literal, Optional, Union
+from typing import Literal, Optional, Union
+from collections.abc import Callable
 
 import torch
 import torch.nn as nn
 
-from .core import UNREADABLE, BadInput, Notice, as_path, load_image, make_sheet, one_writer, pack_exif, shielded, to_pil, write_json
+from layerdiffusion.core import (
+    UNREADABLE,
+    BadInput,
+    Notice,
+    as_path,
+    load_image,
+    make_sheet,
+    one_writer,
+    pack_exif,
+    shielded,
+    to_pil,
+    write_json,
+)
 from .embeddings import Split
 from .fine_tuning import apply_difference, changed, check_rank, left_out, low_rank, thin
 from .guidance import turns
@@ -31,6 +52,7 @@ from .settings import LATER, EditConfig
 @dataclass
 class EditResult:
     "Edited pictures, and all that is needed to make them again."
+
     images: torch.Tensor  # (B, 3, H, W), 0-1
     seeds: list  # one for each picture
     text: str  # T
@@ -38,18 +60,21 @@ class EditResult:
     config: EditConfig  # with every number filled in
     embeddings: tuple  # fitted e_a and e_b, (1, L, D) each
     difference: dict  # what was changed in the U-Net
-    image: Optional[torch.Tensor] = None  # (3, H, W) the photo
-    mask: Optional[torch.Tensor] = None  # (1, H, W)
-    reference: Optional[torch.Tensor] = None  # (3, H, W)
-    object_image: Optional[torch.Tensor] = None  # (3, H, W) the picture of Eq. 4, where it is not the photo
-    object_mask: Optional[torch.Tensor] = None  # (1, H, W) its subject
-    vectors: Optional[torch.Tensor] = None  # (n, D) learnt words, where there are any
+    image: torch.Tensor | None = None  # (3, H, W) the photo
+    mask: torch.Tensor | None = None  # (1, H, W)
+    reference: torch.Tensor | None = None  # (3, H, W)
+    object_image: torch.Tensor | None = None  # (3, H, W) the picture of Eq. 4, where it is not the photo
+    object_mask: torch.Tensor | None = None  # (1, H, W) its subject
+    vectors: torch.Tensor | None = None  # (n, D) learnt words, where there are any
     times: dict = field(default_factory=dict)  # seconds of each stage
     losses: dict = field(default_factory=dict)  # of each training stage
     record: dict = field(default_factory=dict)  # model, versions, device, date
     info: dict = field(default_factory=dict)  # the photo's EXIF notes and colour profile, see `photo_info`
 
-    def __repr__(self): return f"EditResult({self.text!r}, {len(self.images)} pictures of {'×'.join(map(str, self.images.shape[-2:]))} px)"
+    def __repr__(self):
+        return (
+            f"EditResult({self.text!r}, {len(self.images)} pictures of {'×'.join(map(str, self.images.shape[-2:]))} px)"
+        )
 
 # %% ../nbs/09_saving.ipynb #aadb3684
 def patch(f: Callable  # a function whose first argument is annotated with a class
@@ -64,34 +89,63 @@ def patch(f: Callable  # a function whose first argument is annotated with a cla
 @shielded
 def sheet(self: EditResult, columns: int = 6):
     "One picture with everything on it: input, mask, reference, the object's own picture and mask where there is one, and a picture for each seed."
-    def marked(image, mask): return None if image is None or mask is None else overlay(image, mask)
-    parts = [(self.image, "input"), (marked(self.image, self.mask), "mask"), (self.reference, "reference"),
-             (self.object_image, "object (Eq. 4)"), (marked(self.object_image, self.object_mask), "its mask")]
-    parts = [p for p in parts if p[0] is not None] + [(picture, f"seed {seed}") for picture, seed in zip(self.images, self.seeds)]
+
+    def marked(image, mask):
+        return None if image is None or mask is None else overlay(image, mask)
+
+    parts = [
+        (self.image, "input"),
+        (marked(self.image, self.mask), "mask"),
+        (self.reference, "reference"),
+        (self.object_image, "object (Eq. 4)"),
+        (marked(self.object_image, self.object_mask), "its mask"),
+    ]
+    parts = [p for p in parts if p[0] is not None] + [
+        (picture, f"seed {seed}") for picture, seed in zip(self.images, self.seeds)
+    ]
     return make_sheet([p[0] for p in parts], [p[1] for p in parts], columns)
 
 # %% ../nbs/09_saving.ipynb #02d1ddb3
 FORMAT = "layerdiffusion edit 1"
 
-def lora_rank(difference: dict) -> Optional[int]:
+
+def lora_rank(difference: dict) -> int | None:
     "The rank of a difference that is a LoRA, all of it in two factors; None where it is not."
     ranks = [change.shape[1] for name, change in difference.items() if name.endswith(".up")]
     return max(ranks) if ranks and len(ranks) == len(changed(difference)) else None
 
+
 @patch
-def tensors(self: EditResult, rank: Optional[int] = None) -> dict:
+def tensors(self: EditResult, rank: int | None = None) -> dict:
     "What must be kept to draw the pictures again; `rank` keeps a low-rank form of the U-Net's change."
     change = self.difference if rank is None else low_rank(self.difference, rank)
     vectors = {} if self.vectors is None else {"vectors": self.vectors}
-    return {"e_a": self.embeddings[0], "e_b": self.embeddings[1]} | vectors | {f"unet.{name}": x for name, x in change.items()}
+    return (
+        {"e_a": self.embeddings[0], "e_b": self.embeddings[1]}
+        | vectors
+        | {f"unet.{name}": x for name, x in change.items()}
+    )
+
 
 @patch
-def settings(self: EditResult, rank: Optional[int] = None) -> dict:
+def settings(self: EditResult, rank: int | None = None) -> dict:
     "Everything about the edit that is not a tensor."
     alpha = lora_rank(self.difference)  # of a LoRA: W + alpha / rank * up @ down, and both are the same here
-    if alpha is not None and rank is not None: alpha = min(alpha, rank)
-    return dict(format=FORMAT, text=self.text, object=self.split.object, background=self.split.background, seeds=self.seeds, size=list(self.images.shape[-2:]),
-                rank=rank, **({} if alpha is None else dict(lora_alpha=alpha)), config=self.config.model_dump(), **self.record, seconds={k: round(v, 3) for k, v in self.times.items()})
+    if alpha is not None and rank is not None:
+        alpha = min(alpha, rank)
+    return dict(
+        format=FORMAT,
+        text=self.text,
+        object=self.split.object,
+        background=self.split.background,
+        seeds=self.seeds,
+        size=list(self.images.shape[-2:]),
+        rank=rank,
+        **({} if alpha is None else dict(lora_alpha=alpha)),
+        config=self.config.model_dump(),
+        **self.record,
+        seconds={k: round(v, 3) for k, v in self.times.items()},
+    )
 
 # %% ../nbs/09_saving.ipynb #a5331f21
 def photo_info(photo) -> dict:  # anything `load_image` reads
@@ -99,50 +153,68 @@ def photo_info(photo) -> dict:  # anything `load_image` reads
     return {name: note for name, note in load_image(photo).info.items() if name in ("exif", "icc_profile")}
 
 # %% ../nbs/09_saving.ipynb #a5331f23
-def fitting_notes(info: dict,  # from `photo_info`
-                  kind: str  # "PNG", "JPEG": Pillow's name of the kind of file
-                 ) -> dict:
+def fitting_notes(
+    info: dict,  # from `photo_info`
+    kind: str,  # "PNG", "JPEG": Pillow's name of the kind of file
+) -> dict:
     "Those of the notes that such a file can hold, as keywords for Pillow's `save`."
     kept, lost = {}, []
     for name, note in info.items():
         smaller, without = (note, []) if name != "exif" or _comes_back(kind, name, note) else _smaller(note, kind)
-        if _comes_back(kind, name, smaller): kept[name] = smaller
-        else: without = [dict(exif="its EXIF notes", icc_profile="its colour profile").get(name, name)]
+        if _comes_back(kind, name, smaller):
+            kept[name] = smaller
+        else:
+            without = [dict(exif="its EXIF notes", icc_profile="its colour profile").get(name, name)]
         lost += without
-    if lost: warnings.warn(Notice(f"Not every note of the photo fits into a {kind} file; left out: {', '.join(lost)}."), stacklevel=3)
+    if lost:
+        warnings.warn(
+            Notice(f"Not every note of the photo fits into a {kind} file; left out: {', '.join(lost)}."), stacklevel=3
+        )
     return kept
+
 
 def _smaller(note, kind):
     "EXIF notes that a kind of file has room for, and what was left out."
     from PIL import Image
+
     exif = Image.Exif()
     try:
         exif.load(note)
         return pack_exif(exif, 65_533 if kind == "JPEG" else 2**31)
-    except UNREADABLE: return b"", []
+    except UNREADABLE:
+        return b"", []
+
 
 def _comes_back(kind, name, note):
     "Whether a picture of one pixel keeps a note."
     from PIL import Image
+
     file = io.BytesIO()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             Image.new("RGB", (1, 1)).save(file, kind, **{name: note})
             return load_image(Image.open(file)).info.get(name) == note
-        except UNREADABLE: return False
+        except UNREADABLE:
+            return False
 
 # %% ../nbs/09_saving.ipynb #b07fc15a
 @patch
 @shielded
-def full_resolution(self: EditResult,
-                    photo,  # the same photo in full size, anything `load_image` reads
-                    grow: float = .04  # width of the rim around the subject that is taken from the edit too, in shares of the longer side
-                   ) -> list:  # Pillow pictures, one for each seed
+def full_resolution(
+    self: EditResult,
+    photo,  # the same photo in full size, anything `load_image` reads
+    grow: float = 0.04,  # width of the rim around the subject that is taken from the edit too, in shares of the longer side
+) -> list:  # Pillow pictures, one for each seed
     "The photo in its own size, with the edit where the subject was and where it is."
     from PIL import Image, ImageFilter
-    if self.mask is None: raise BadInput("This edit came without its mask, so where its subject is cannot be told.")
-    whole, place = load_image(photo), self.mask if self.object_mask is None else torch.maximum(self.mask, self.object_mask)
+
+    if self.mask is None:
+        raise BadInput("This edit came without its mask, so where its subject is cannot be told.")
+    whole, place = (
+        load_image(photo),
+        self.mask if self.object_mask is None else torch.maximum(self.mask, self.object_mask),
+    )
     rim = max(1, round(grow * max(place.shape[-2:])))
     soft = to_pil(dilate(place[None], 2 * rim)[0]).convert("L").resize(whole.size, Image.Resampling.BILINEAR)
     soft = soft.filter(ImageFilter.GaussianBlur(rim / 2 * max(whole.size) / max(place.shape[-2:])))
@@ -151,36 +223,59 @@ def full_resolution(self: EditResult,
 # %% ../nbs/09_saving.ipynb #49df245c
 @patch
 @shielded
-def save(self: EditResult,
-         folder: Union[str, Path],  # made if it is not there
-         rank: Optional[int] = None,  # a smaller file: the U-Net's change by matrices of this rank; pictures drawn from it differ, and edit.json says how much of the change is left out (rank_error)
-         photo=None  # the photo in full size: paste the edit back into it, see `full_resolution`
-        ) -> Path:
+def save(
+    self: EditResult,
+    folder: str | Path,  # made if it is not there
+    rank: int | None = None,  # a smaller file: the U-Net's change by matrices of this rank; pictures drawn from it differ, and edit.json says how much of the change is left out (rank_error)
+    photo=None,  # the photo in full size: paste the edit back into it, see `full_resolution`
+) -> Path:
     "Write pictures, sheet, edit.safetensors and edit.json."
-    with one_writer(check_folder(folder)) as folder: return self.replace_files(folder, rank, photo)
+    with one_writer(check_folder(folder)) as folder:
+        return self.replace_files(folder, rank, photo)
+
 
 @patch
-def replace_files(self: EditResult, folder: Path, rank: Optional[int] = None, photo=None) -> Path:
+def replace_files(self: EditResult, folder: Path, rank: int | None = None, photo=None) -> Path:
     "What `save` does once the folder is its own."
     from safetensors.torch import save_file
+
     folder, settings = check_folder(folder), self.settings(rank)
     before = saved_before(folder)
     tensors = {k: v.detach().cpu().contiguous() for k, v in self.tensors(rank).items()}
-    if rank is not None: settings["rank_error"] = round(left_out(self.difference, {k[5:]: v for k, v in tensors.items() if k.startswith("unet.")}), 4)
-    pictures = dict(input=self.image, mask=self.mask, reference=self.reference, object=self.object_image, object_mask=self.object_mask) | {f"seed-{s}": x for s, x in zip(self.seeds, self.images)}
+    if rank is not None:
+        settings["rank_error"] = round(
+            left_out(self.difference, {k[5:]: v for k, v in tensors.items() if k.startswith("unet.")}), 4
+        )
+    pictures = dict(
+        input=self.image,
+        mask=self.mask,
+        reference=self.reference,
+        object=self.object_image,
+        object_mask=self.object_mask,
+    ) | {f"seed-{s}": x for s, x in zip(self.seeds, self.images)}
     notes, large = fitting_notes(self.info, "PNG"), [] if photo is None else self.full_resolution(photo)
     jpeg = dict(quality=95, subsampling=0, **fitting_notes(photo_info(photo), "JPEG")) if large else {}
     with whole_folder(folder) as inside:
         for name, x in pictures.items():
-            if x is not None: to_pil(x).save(inside / f"{name}.png", **(notes if name.startswith(("seed", "input")) else {}))
-        for seed, whole in zip(self.seeds, large): whole.save(inside / f"full-{seed}.jpg", **jpeg)
+            if x is not None:
+                to_pil(x).save(inside / f"{name}.png", **(notes if name.startswith(("seed", "input")) else {}))
+        for seed, whole in zip(self.seeds, large):
+            whole.save(inside / f"full-{seed}.jpg", **jpeg)
         self.sheet().save(inside / "sheet.png")
         save_file(tensors, inside / "edit.safetensors", {"edit": json.dumps(settings)})
         shutil.copymode(inside / "sheet.png", inside / "edit.safetensors")  # safetensors makes private files
         write_json(inside / "edit.json", settings | dict(losses=self.losses))
-    written = {f"{name}.png" for name, x in pictures.items() if x is not None} | {f"full-{seed}.jpg" for seed in (self.seeds if photo is not None else ())}
-    old = [f"{name}.png" for name in (*pictures, "looks")] + [name for seed in before.get("seeds", ()) for name in (f"seed-{seed}.png", f"full-{seed}.jpg")] if before else []
-    for name in set(old) - written: (folder / name).unlink(missing_ok=True)  # of the edit that was here before
+    written = {f"{name}.png" for name, x in pictures.items() if x is not None} | {
+        f"full-{seed}.jpg" for seed in (self.seeds if photo is not None else ())
+    }
+    old = (
+        [f"{name}.png" for name in (*pictures, "looks")]
+        + [name for seed in before.get("seeds", ()) for name in (f"seed-{seed}.png", f"full-{seed}.jpg")]
+        if before
+        else []
+    )
+    for name in set(old) - written:
+        (folder / name).unlink(missing_ok=True)  # of the edit that was here before
     clear_checkpoints(folder)
     return folder
 
@@ -194,77 +289,125 @@ def whole_folder(folder: Path):
             hidden.mkdir(parents=True)
             yield hidden
             for path in sorted(hidden.iterdir()):
-                if path.is_dir(): shutil.rmtree(folder / path.name, ignore_errors=True)  # a folder only replaces an empty one
-                os.replace(path, folder / path.name)  # edit.json comes first, so that a folder of which half was moved is known as ours
+                if path.is_dir():
+                    shutil.rmtree(folder / path.name, ignore_errors=True)  # a folder only replaces an empty one
+                os.replace(
+                    path, folder / path.name
+                )  # edit.json comes first, so that a folder of which half was moved is known as ours
         except Exception as e:
-            if isinstance(e, OSError) or "os error" in str(e): raise BadInput(f"{str(folder)!r} cannot be written: {getattr(e, 'strerror', None) or re.sub(r'.*I/O error: | .os error.*', '', str(e))}.") from None
+            if isinstance(e, OSError) or "os error" in str(e):
+                raise BadInput(
+                    f"{str(folder)!r} cannot be written: {getattr(e, 'strerror', None) or re.sub(r'.*I/O error: | .os error.*', '', str(e))}."
+                ) from None
             raise  # safetensors has an error of its own for a full disk, hence the text
-        finally: shutil.rmtree(hidden, ignore_errors=True)
+        finally:
+            shutil.rmtree(hidden, ignore_errors=True)
 
 # %% ../nbs/09_saving.ipynb #3a793107
-def clear_checkpoints(folder: Union[str, Path]):
+def clear_checkpoints(folder: str | Path):
     "Remove the checkpoints of an edit, and what a killed process left half-written."
     for path in as_path(folder).glob("*"):
-        if path.is_file() and re.fullmatch(r"\.?checkpoint-(embeddings|words|tuning)(-[0-9a-f]{8})?\.safetensors", path.name): path.unlink(missing_ok=True)
-        if path.is_dir() and re.fullmatch(r"\.\d+-[0-9a-f]{8}\.unfinished", path.name) and not _at_work(path): shutil.rmtree(path, ignore_errors=True)
+        if path.is_file() and re.fullmatch(
+            r"\.?checkpoint-(embeddings|words|tuning)(-[0-9a-f]{8})?\.safetensors", path.name
+        ):
+            path.unlink(missing_ok=True)
+        if path.is_dir() and re.fullmatch(r"\.\d+-[0-9a-f]{8}\.unfinished", path.name) and not _at_work(path):
+            shutil.rmtree(path, ignore_errors=True)
+
 
 def _at_work(hidden: Path) -> bool:
     "Whether the process that fills a hidden folder is alive; on Windows, whether it may be."
-    if os.name == "nt": return time.time() - hidden.stat().st_mtime < 3600
-    try: os.kill(int(hidden.name[1:].split("-")[0]), 0)
-    except OSError as e: return isinstance(e, PermissionError)
+    if os.name == "nt":
+        return time.time() - hidden.stat().st_mtime < 3600
+    try:
+        os.kill(int(hidden.name[1:].split("-")[0]), 0)
+    except OSError as e:
+        return isinstance(e, PermissionError)
     return True
 
 # %% ../nbs/09_saving.ipynb #3a793111
 OURS = r"(input|mask|reference|object|object_mask|sheet)\.png|edit\.(json|safetensors)|seed-\d+\.png|full-\d+\.jpg"  # names that `save` writes
 
-def saved_before(folder: Path) -> Optional[dict]:
+
+def saved_before(folder: Path) -> dict | None:
     "The settings of the edit that lies in a folder; None where there is none."
-    try: found = json.loads((folder / "edit.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError): return None
+    try:
+        found = json.loads((folder / "edit.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
     return found if isinstance(found, dict) and str(found.get("format")).startswith("layerdiffusion edit") else None
 
-def check_folder(folder: Union[str, Path]) -> Path:
+
+def check_folder(folder: str | Path) -> Path:
     "The folder for an edit, refused where `save` would replace files of somebody else."
     folder = as_path(folder)
     taken = [] if saved_before(folder) else sorted(p.name for p in folder.glob("*") if re.fullmatch(OURS, p.name))
-    if taken: raise BadInput(f"The folder {str(folder)!r} holds {taken[0]!r}, which an edit would replace, and no edit of this library; give another folder.")
+    if taken:
+        raise BadInput(
+            f"The folder {str(folder)!r} holds {taken[0]!r}, which an edit would replace, and no edit of this library; give another folder."
+        )
     return folder
 
 # %% ../nbs/09_saving.ipynb #2c1a9543
 def read_edit(path: Path) -> tuple:
     "Tensors and settings of a saved edit."
     from safetensors import SafetensorError, safe_open
-    if not as_path(path).is_file(): raise BadInput(f"There is no saved edit {str(path)!r}.")
+
+    if not as_path(path).is_file():
+        raise BadInput(f"There is no saved edit {str(path)!r}.")
     try:
-        with safe_open(str(path), "pt") as f: tensors, settings = {k: f.get_tensor(k) for k in f.keys()}, json.loads(f.metadata()["edit"])
+        with safe_open(str(path), "pt") as f:
+            tensors, settings = {k: f.get_tensor(k) for k in f}, json.loads(f.metadata()["edit"])
         whole = {"e_a", "e_b"} <= tensors.keys() and {"format", *WRITTEN} <= settings.keys()
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError): whole = False
-    if not whole: raise BadInput(f"{str(path)!r} is damaged or is not a saved edit.")
-    if settings["format"] != FORMAT: raise BadInput(f"{str(path)!r} has the format {settings['format']!r} and this version reads {FORMAT!r}; use the layerdiffusion that wrote it.")
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError):
+        whole = False
+    if not whole:
+        raise BadInput(f"{str(path)!r} is damaged or is not a saved edit.")
+    if settings["format"] != FORMAT:
+        raise BadInput(
+            f"{str(path)!r} has the format {settings['format']!r} and this version reads {FORMAT!r}; use the layerdiffusion that wrote it."
+        )
     odd = next((name for name, kind in WRITTEN.items() if not isinstance(settings[name], kind)), None)
-    odd = odd or (None if len(settings["size"]) == 2 and all(isinstance(n, int) and n > 0 for n in settings["size"]) else "size")
-    if odd: raise BadInput(f"{str(path)!r} is damaged: it says that its {odd} is {settings[odd]!r:.60}.")
+    odd = odd or (
+        None if len(settings["size"]) == 2 and all(isinstance(n, int) and n > 0 for n in settings["size"]) else "size"
+    )
+    if odd:
+        raise BadInput(f"{str(path)!r} is damaged: it says that its {odd} is {settings[odd]!r:.60}.")
     gone = EditConfig.model_fields.keys() - LATER.keys() - settings["config"].keys()
-    if gone: raise BadInput(f"{str(path)!r} is damaged: its settings lack {', '.join(sorted(gone)[:3])}.")
+    if gone:
+        raise BadInput(f"{str(path)!r} is damaged: its settings lack {', '.join(sorted(gone)[:3])}.")
     return tensors, settings
 
-WRITTEN = dict(text=str, object=str, background=str, seeds=list, size=list, config=dict, model=str, model_hash=str)  # what a saved edit says of itself
 
-def check_tensors(tensors: dict,  # of a saved edit
-                  unet: nn.Module,  # of the model that it was made with
-                  what: str  # begins the sentence
-                 ):
+WRITTEN = dict(
+    text=str, object=str, background=str, seeds=list, size=list, config=dict, model=str, model_hash=str
+)  # what a saved edit says of itself
+
+
+def check_tensors(
+    tensors: dict,  # of a saved edit
+    unet: nn.Module,  # of the model that it was made with
+    what: str,  # begins the sentence
+):
     "Refuse a saved edit whose change does not fit the U-Net, weight for weight."
     sizes = {name: x.numel() for name, x in unet.state_dict().items()}
     found = {name: tuple(x.shape) for name, x in tensors.items()}
+
     def fits(name):
         up, down = (found.get(f"unet.{name}.{end}", ()) for end in ("up", "down"))
-        if f"unet.{name}" in found: return not up and not down and sizes.get(name) == tensors[f"unet.{name}"].numel()
+        if f"unet.{name}" in found:
+            return not up and not down and sizes.get(name) == tensors[f"unet.{name}"].numel()
         return len(up) == len(down) == 2 and up[1] == down[0] and sizes.get(name) == up[0] * down[1]
+
     odd = [name for name, x in tensors.items() if not x.is_floating_point()]
-    odd += [name for name in changed({name[5:]: x for name, x in tensors.items() if name.startswith("unet.")}) if not fits(name)]
-    if odd: raise BadInput(f"{what} is damaged: {odd[0]} is no change of this model's U-Net.")
+    odd += [
+        name
+        for name in changed({name[5:]: x for name, x in tensors.items() if name.startswith("unet.")})
+        if not fits(name)
+    ]
+    if odd:
+        raise BadInput(f"{what} is damaged: {odd[0]} is no change of this model's U-Net.")
+
 
 def beside(path: Path) -> dict:
     "The pictures that lie beside a saved edit, those that are there."
@@ -272,7 +415,11 @@ def beside(path: Path) -> dict:
     names = dict(input="image", object="object_image")
     read = {names.get(name, name): pixels(file) for name, file in found.items() if file.is_file()}
     info = dict(info=photo_info(found["input"])) if "image" in read else {}
-    return read | {name: read[name].mean(0, keepdim=True).round() for name in ("mask", "object_mask") if name in read} | info
+    return (
+        read
+        | {name: read[name].mean(0, keepdim=True).round() for name in ("mask", "object_mask") if name in read}
+        | info
+    )
 
 # %% ../nbs/09_saving.ipynb #8df4870e
 def pixels(image  # anything `load_image` reads
@@ -282,21 +429,32 @@ def pixels(image  # anything `load_image` reads
     return torch.from_numpy(np.array(load_image(image))).permute(2, 0, 1).float() / 255
 
 # %% ../nbs/09_saving.ipynb #3a8f49a3
-def lora(unet: nn.Module,  # the untouched U-Net: it knows each matrix's shape
-         difference: dict,  # see `weight_difference`
-         rank: Optional[int] = None  # None: that of a LoRA, where the difference is one, else 16
-        ) -> dict:  # for `StableDiffusionPipeline.load_lora_weights`
+def lora(
+    unet: nn.Module,  # the untouched U-Net: it knows each matrix's shape
+    difference: dict,  # see `weight_difference`
+    rank: int | None = None,  # None: that of a LoRA, where the difference is one, else 16
+) -> dict:  # for `StableDiffusionPipeline.load_lora_weights`
     "The change of every matrix and convolution as LoRA factors, with alpha = rank; vectors cannot be held."
     own = lora_rank(difference)
     weights, out, rank = unet.state_dict(), {}, own or 16 if rank is None else rank
     check_rank(rank)
-    rank = min(rank, own or max((min(weights[n].flatten(1).shape) for n in changed(difference) if weights[n].ndim > 1), default=rank))
+    rank = min(
+        rank,
+        own
+        or max((min(weights[n].flatten(1).shape) for n in changed(difference) if weights[n].ndim > 1), default=rank),
+    )
     for name in changed(difference):
-        if (shape := weights[name].shape)[1:] == (): continue
+        if (shape := weights[name].shape)[1:] == ():
+            continue
         up, down = thin(difference, name, rank)
-        up, down = (nn.functional.pad(x, pad) for x, pad in ((up, (0, rank - up.shape[1])), (down, (0, 0, 0, rank - len(down)))))
+        up, down = (
+            nn.functional.pad(x, pad) for x, pad in ((up, (0, rank - up.shape[1])), (down, (0, 0, 0, rank - len(down))))
+        )
         layer = f"unet.{name.removesuffix('.weight')}"
-        out |= {f"{layer}.lora_A.weight": down.reshape(rank, *shape[1:]), f"{layer}.lora_B.weight": up.reshape(*up.shape, *[1] * (len(shape) - 2))}
+        out |= {
+            f"{layer}.lora_A.weight": down.reshape(rank, *shape[1:]),
+            f"{layer}.lora_B.weight": up.reshape(*up.shape, *[1] * (len(shape) - 2)),
+        }
     return {name: x.half().contiguous() for name, x in out.items()}
 
 # %% ../nbs/09_saving.ipynb #b54c4234
@@ -339,75 +497,125 @@ def draw_script(kind: str,  # "unet" or "lora"
 def drawing(result: EditResult, models: Models) -> dict:
     "The settings that draw.py reads."
     c, (height, width) = result.config, result.images.shape[-2:]
-    turn = turns("object_embeds", "prompt_embeds", c.eq8_index, c.eq8_first) if c.iterative_guidance else lambda i, t: "prompt_embeds"
+    turn = (
+        turns("object_embeds", "prompt_embeds", c.eq8_index, c.eq8_first)
+        if c.iterative_guidance
+        else lambda i, t: "prompt_embeds"
+    )
     steps = timesteps(copy.deepcopy(models.scheduler), c.sampling_steps)
-    return dict(text=result.text, model=models.name, model_hash=models.hash, folder=str(models.folder) if models.name == "mini" else models.name, seeds=list(result.seeds),
-                turns=[turn(i, t) for i, t in enumerate(steps)],
-                draw=dict(height=height, width=width, num_inference_steps=c.sampling_steps, guidance_scale=c.guidance_scale))
+    return dict(
+        text=result.text,
+        model=models.name,
+        model_hash=models.hash,
+        folder=str(models.folder) if models.name == "mini" else models.name,
+        seeds=list(result.seeds),
+        turns=[turn(i, t) for i, t in enumerate(steps)],
+        draw=dict(height=height, width=width, num_inference_steps=c.sampling_steps, guidance_scale=c.guidance_scale),
+    )
+
 
 def three_embeddings(result: EditResult, models: Models) -> dict:
     "e_opt, the subject's own and those of the negative prompt, named as diffusers names them."
     e_a, e_b = result.embeddings
-    found = dict(prompt_embeds=interpolate(e_a, e_b, result.config.alpha), object_embeds=e_a, negative_prompt_embeds=encode_text(models, result.config.negative_prompt))
+    found = dict(
+        prompt_embeds=interpolate(e_a, e_b, result.config.alpha),
+        object_embeds=e_a,
+        negative_prompt_embeds=encode_text(models, result.config.negative_prompt),
+    )
     return {name: x.detach().to("cpu", torch.float32).contiguous() for name, x in found.items()}
 
 # %% ../nbs/09_saving.ipynb #d6c7a561
-def same_model(record: dict,  # of an edit, or the settings in its file
-               models: Models,
-               what: str = "The edit"  # begins the sentence
-              ):
+def same_model(
+    record: dict,  # of an edit, or the settings in its file
+    models: Models,
+    what: str = "The edit",  # begins the sentence
+):
     "Refuse weights that an edit was not made with."
     if models.hash != record["model_hash"]:
-        raise BadInput(f"{what} was made with the model {record['model']!r} ({record['model_hash']}); this one is {models.name!r} ({models.hash}).")
+        raise BadInput(
+            f"{what} was made with the model {record['model']!r} ({record['model_hash']}); this one is {models.name!r} ({models.hash})."
+        )
 
 # %% ../nbs/09_saving.ipynb #069348d8
 def portable(scheduler):
     "The scheduler, with its schedule written out where its settings alone would give another."
     make = type(scheduler).from_config
-    if torch.equal(make(scheduler.config).alphas_cumprod, scheduler.alphas_cumprod.cpu()): return scheduler
+    if torch.equal(make(scheduler.config).alphas_cumprod, scheduler.alphas_cumprod.cpu()):
+        return scheduler
     kept = scheduler.alphas_cumprod.double().cpu()
     return make(scheduler.config, trained_betas=(1 - kept / torch.cat([torch.ones(1), kept[:-1]])).tolist())
 
 # %% ../nbs/09_saving.ipynb #8c8aa2c6
-def check_export(folder: Union[str, Path]) -> Path:
+def check_export(folder: str | Path) -> Path:
     "The folder for an export, refused where files of somebody else would be replaced."
     folder = as_path(folder)
-    try: ours = "turns" in json.loads((folder / "settings.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, TypeError): ours = False
-    names = ("unet", "scheduler", "pytorch_lora_weights.safetensors", "embeddings.safetensors", "settings.json", "draw.py")
+    try:
+        ours = "turns" in json.loads((folder / "settings.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, TypeError):
+        ours = False
+    names = (
+        "unet",
+        "scheduler",
+        "pytorch_lora_weights.safetensors",
+        "embeddings.safetensors",
+        "settings.json",
+        "draw.py",
+    )
     taken = [] if ours else [name for name in names if (folder / name).exists()]
-    if taken: raise BadInput(f"The folder {str(folder)!r} holds {taken[0]!r}, which an export would replace; give another folder.")
+    if taken:
+        raise BadInput(
+            f"The folder {str(folder)!r} holds {taken[0]!r}, which an export would replace; give another folder."
+        )
     return folder
 
-def save_lora(factors: dict,  # from `lora`
-              folder: Path):
+
+def save_lora(
+    factors: dict,  # from `lora`
+    folder: Path,
+):
     "Write `pytorch_lora_weights.safetensors`, the name under which diffusers finds a LoRA in a folder, with its rank and alpha."
     from diffusers import StableDiffusionPipeline
+
     layers = [name[5:-14] for name in factors if name.endswith("lora_A.weight")]
     rank = next((len(x) for name, x in factors.items() if "lora_A" in name), 1)
-    StableDiffusionPipeline.save_lora_weights(folder, {name[5:]: x for name, x in factors.items()}, unet_lora_adapter_metadata=dict(r=rank, lora_alpha=rank, target_modules=layers))
+    StableDiffusionPipeline.save_lora_weights(
+        folder,
+        {name[5:]: x for name, x in factors.items()},
+        unet_lora_adapter_metadata=dict(r=rank, lora_alpha=rank, target_modules=layers),
+    )
+
 
 @shielded
-def export(result: EditResult,
-           models,  # `Models` it was made with, or a `LayerDiffusion`
-           folder: Union[str, Path],  # made if it is not there
-           kind: Literal["unet", "lora"] = "unet",  # the whole tuned U-Net in the folder `unet`, or a file that `load_lora_weights(folder)` finds
-           rank: Optional[int] = None  # of "lora"; None: that of an edit that is a LoRA, else 16
-          ) -> Path:
+def export(
+    result: EditResult,
+    models,  # `Models` it was made with, or a `LayerDiffusion`
+    folder: str | Path,  # made if it is not there
+    kind: Literal[
+        "unet", "lora"
+    ] = "unet",  # the whole tuned U-Net in the folder `unet`, or a file that `load_lora_weights(folder)` finds
+    rank: int | None = None,  # of "lora"; None: that of an edit that is a LoRA, else 16
+) -> Path:
     "Write an edit so that diffusers alone can draw it."
     from safetensors.torch import save_file
-    if kind not in ("unet", "lora"): raise BadInput(f"The kind of export is {kind!r}; it must be unet or lora.")
+
+    if kind not in ("unet", "lora"):
+        raise BadInput(f"The kind of export is {kind!r}; it must be unet or lora.")
     models = getattr(models, "models", models)
     if not isinstance(result, EditResult) or not isinstance(models, Models):
-        raise BadInput("export takes an edit, such as load_edit gives, and the model that it was made with: export(result, method, folder).")
+        raise BadInput(
+            "export takes an edit, such as load_edit gives, and the model that it was made with: export(result, method, folder)."
+        )
     same_model(result.record, models, "The edit")
     models, folder = with_scheduler(models, result.config.scheduler), check_export(folder)
     with whole_folder(folder) as inside, quiet():
-        if kind == "unet": apply_difference(models.unet, result.difference).save_pretrained(inside / "unet")
-        else: save_lora(lora(models.unet, result.difference, rank), inside)
+        if kind == "unet":
+            apply_difference(models.unet, result.difference).save_pretrained(inside / "unet")
+        else:
+            save_lora(lora(models.unet, result.difference, rank), inside)
         save_file(three_embeddings(result, models), inside / "embeddings.safetensors")
         portable(models.scheduler).save_pretrained(inside / "scheduler")
         write_json(inside / "settings.json", drawing(result, models))
         (inside / "draw.py").write_text(draw_script(kind, models.scheduler), encoding="utf-8")
-        for path in inside.rglob("*.safetensors"): shutil.copymode(inside / "settings.json", path)
+        for path in inside.rglob("*.safetensors"):
+            shutil.copymode(inside / "settings.json", path)
     return folder

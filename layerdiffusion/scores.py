@@ -11,7 +11,8 @@ __all__ = ['KINDS', 'SETS', 'LIMIT', 'Task', 'edit_set', 'parts', 'subject_dista
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Callable, Optional, Sequence
+from typing import Optional
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -28,24 +29,35 @@ from .world import VALUES, Edit, make_edit, render, sample_scenes, stack_scenes,
 
 # %% ../nbs/13_scores.ipynb #885ee79e
 KINDS = {"pose and place": (6, 12), "colour and place": (2, 2), "pose": (2, 4), "colour": (1, 2), "place": (1, 4)}
-SETS = {"development": {kind: n for kind, (n, _) in KINDS.items()}, **{name: {kind: n for kind, (_, n) in KINDS.items()} for name in ("held-out", "fresh", "unseen")}, "joint": {"pose and place": 15}}
+SETS = {
+    "development": {kind: n for kind, (n, _) in KINDS.items()},
+    **{name: {kind: n for kind, (_, n) in KINDS.items()} for name in ("held-out", "fresh", "unseen")},
+    "joint": {"pose and place": 15},
+}
 
 
 @dataclass
 class Task:
     "One edit of a set."
+
     name: str  # such as "held-out 7"
     kind: str  # what changes
     edit: Edit  # with its true answer
 
-def edit_set(name: str,  # "development", "held-out", "fresh", "unseen" or "joint"
-             size: int = 64  # px
-            ) -> list:  # of `Task`
+
+def edit_set(
+    name: str,  # "development", "held-out", "fresh", "unseen" or "joint"
+    size: int = 64,  # px
+) -> list:  # of `Task`
     "The edits of a set: 12 to choose settings with, 24 others to measure on, three times, or 15 that change pose and place, for comparisons."
-    if name not in SETS: raise BadInput(f"There is no set of edits {name!r}; there are {', '.join(SETS)}.")
+    if name not in SETS:
+        raise BadInput(f"There is no set of edits {name!r}; there are {', '.join(SETS)}.")
     counts = SETS[name]
     kinds = [(kind, i) for kind, n in counts.items() for i in range(n)]
-    return [Task(f"{name} {k}", kind, _draw_edit(kind, k, stream(f"{name} edits {kind}", i), size)) for k, (kind, i) in enumerate(kinds)]
+    return [
+        Task(f"{name} {k}", kind, _draw_edit(kind, k, stream(f"{name} edits {kind}", i), size))
+        for k, (kind, i) in enumerate(kinds)
+    ]
 
 # %% ../nbs/13_scores.ipynb #31e37de6
 def _draw_edit(kind, k, g, size):
@@ -54,9 +66,11 @@ def _draw_edit(kind, k, g, size):
     other = lambda value, n: (value + 1 + int(torch.randint(n - 1, (1,), generator=g))) % n
     before = sample_scenes(1, g, species=species, pose=other(pose, 4) if "pose" in kind else pose)
     changes = {"pose": pose} if "pose" in kind else {}
-    if "colour" in kind: changes["colour"] = other(int(before.colour[0]), len(VALUES["colour"]))
+    if "colour" in kind:
+        changes["colour"] = other(int(before.colour[0]), len(VALUES["colour"]))
     layout = torch.rand(1, 16, generator=g) if "place" in kind else None
-    if "place" in kind: changes["place"] = other(int(before.place[0]), len(VALUES["place"]))
+    if "place" in kind:
+        changes["place"] = other(int(before.place[0]), len(VALUES["place"]))
     return make_edit(before, size, layout=layout, **changes)
 
 # %% ../nbs/13_scores.ipynb #c55cfe7c
@@ -86,20 +100,25 @@ def redraw(edit: Edit, n: int, same: bool):
     scenes = replace(stack_scenes([edit.after] * n), jitter=fresh.jitter, where=fresh.where)
     return scenes if same else replace(scenes, look=fresh.look)
 
-def find_subject(sam, image: torch.Tensor) -> Optional[torch.Tensor]:
+
+def find_subject(sam, image: torch.Tensor) -> torch.Tensor | None:
     "SAM's mask (1, H, W) of the subject; None where there seems to be nobody."
-    try: return propose_subject(sam, image).mask
-    except BadInput: return None
+    try:
+        return propose_subject(sam, image).mask
+    except BadInput:
+        return None
 
 # %% ../nbs/13_scores.ipynb #94eab864
 class LookAlikes:
     "A line-up: the true individual of a scene first, then others of the same words, all in the same pose and place."
-    def __init__(self,
-                 scene,  # `Scenes` of length 1, such as `edit.after`
-                 name: str,  # of the line-up; the same name gives the same others
-                 n: int = 64,  # individuals in all
-                 size: int = 64  # px
-                ):
+
+    def __init__(
+        self,
+        scene,  # `Scenes` of length 1, such as `edit.after`
+        name: str,  # of the line-up; the same name gives the same others
+        n: int = 64,  # individuals in all
+        size: int = 64,  # px
+    ):
         look = sample_scenes(n, stream(f"look-alikes {name}")).look
         look[0] = scene.look[0]
         self.images, self.masks, _ = render(replace(stack_scenes([scene] * n), look=look), size)
@@ -115,16 +134,19 @@ class LookAlikes:
         by_palette = (wide - self.palettes).abs().mean((1, 2))
         return (by_parts / by_parts.mean() + by_palette / by_palette.mean()) / 2
 
-    def rank(self, image,  # (3, H, W), 0-1
-             mask  # (1, H, W); None: nobody was found
-            ) -> int:
+    def rank(
+        self,
+        image,  # (3, H, W), 0-1
+        mask,  # (1, H, W); None: nobody was found
+    ) -> int:
         "The place of the true individual, 1 the nearest; the last place where there is nobody."
-        if mask is None: return len(self.images)
+        if mask is None:
+            return len(self.images)
         d = self.distances(image, mask)
         return 1 + int((d < d[0]).sum())
 
 # %% ../nbs/13_scores.ipynb #5f087b47
-def background_distance(image: torch.Tensor, mask: Optional[torch.Tensor], edit: Edit) -> torch.Tensor:
+def background_distance(image: torch.Tensor, mask: torch.Tensor | None, edit: Edit) -> torch.Tensor:
     "Mean difference to the reference, where no subject is or should be."
     subject = edit.answer_mask if mask is None else torch.maximum(mask, edit.answer_mask)
     outside = 1 - F.max_pool2d(subject[None], 5, 1, 2)[0]
@@ -133,16 +155,20 @@ def background_distance(image: torch.Tensor, mask: Optional[torch.Tensor], edit:
 # %% ../nbs/13_scores.ipynb #62c03825
 class Scorer:
     "Scores pictures of one edit."
-    def __init__(self,
-                 edit: Edit,
-                 models,  # from `load_models`: whose autoencoder sets the scale
-                 sam,  # finds the subjects
-                 judge,  # from `load_judge`
-                 n: int = 32  # redraws for each end of the scale
-                ):
+
+    def __init__(
+        self,
+        edit: Edit,
+        models,  # from `load_models`: whose autoencoder sets the scale
+        sam,  # finds the subjects
+        judge,  # from `load_judge`
+        n: int = 32,  # redraws for each end of the scale
+    ):
         self.edit, self.models, self.sam, self.judge = edit, models, sam, judge
         self.zero, self.one = (self.mean_distance(redraw(edit, n, same)) for same in (True, False))
-        elsewhere = replace(stack_scenes([edit.after] * n), layout=torch.rand(n, 16, generator=stream(f"places {edit.text}")))
+        elsewhere = replace(
+            stack_scenes([edit.after] * n), layout=torch.rand(n, 16, generator=stream(f"places {edit.text}"))
+        )
         pictures = self.seen(torch.cat([edit.answer[None], render(elsewhere, edit.image.shape[-1])[0]]))
         self.here, *others = (background_distance(x, None, edit) for x in pictures)
         self.elsewhere = torch.stack(others).mean()
@@ -151,7 +177,8 @@ class Scorer:
         "Pictures as the model's autoencoder gives them back."
         return decode_latents(self.models, encode_image(self.models, images)).cpu()
 
-    def distance(self, image, mask): return subject_distance(image, mask, self.edit.answer, self.edit.answer_mask)
+    def distance(self, image, mask):
+        return subject_distance(image, mask, self.edit.answer, self.edit.answer_mask)
 
     def mean_distance(self, scenes):
         pictures = self.seen(render(scenes, self.edit.image.shape[-1])[0])
@@ -159,24 +186,38 @@ class Scorer:
         return torch.stack([self.distance(x, m) for x, m in found]).mean(0)
 
 # %% ../nbs/13_scores.ipynb #4cbc1056
-LIMIT = .4  # of identity and of background, for a picture to be right
+LIMIT = 0.4  # of identity and of background, for a picture to be right
+
 
 def wanted(edit: Edit) -> dict:
     "What the judge must see in a valid picture."
     fields = ["species", "pose", "place"] + (["colour"] if edit.after.colour != edit.before.colour else [])
     return {f: VALUES[f][getattr(edit.after, f)[0]] for f in fields}
 
-def score(self: Scorer,
-          images: torch.Tensor  # (B, 3, H, W), 0-1
-         ) -> list:  # a dict for each picture
+
+def score(
+    self: Scorer,
+    images: torch.Tensor,  # (B, 3, H, W), 0-1
+) -> list:  # a dict for each picture
     "Valid, identity, background and right of each picture."
     answers, rows = ask(self.judge, images), []
     for x, good in zip(images, valid(answers, **wanted(self.edit))):
         mask = find_subject(self.sam, x)
-        identity = 1. if mask is None else ((self.distance(x, mask) - self.zero) / (self.one - self.zero)).mean().item()
+        identity = (
+            1.0 if mask is None else ((self.distance(x, mask) - self.zero) / (self.one - self.zero)).mean().item()
+        )
         background = ((background_distance(x, mask, self.edit) - self.here) / (self.elsewhere - self.here)).item()
-        rows.append(dict(valid=bool(good), identity=round(identity, 4), background=round(background, 4), right=bool(good) and max(identity, background) <= LIMIT))
+        rows.append(
+            dict(
+                valid=bool(good),
+                identity=round(identity, 4),
+                background=round(background, 4),
+                right=bool(good) and max(identity, background) <= LIMIT,
+            )
+        )
     return rows
+
+
 Scorer.__call__ = score
 
 # %% ../nbs/13_scores.ipynb #ff8ca8c0
@@ -186,20 +227,23 @@ def _gate(name, hits):
     low, high = wilson(k, n)
     return dict(gate=name, value=k / n, low=low, high=high, n=n, bar=GATES[name])
 
-def check_look_alikes(models, n: int = 120, level: float = 0.) -> list:  # one row
+
+def check_look_alikes(models, n: int = 120, level: float = 0.0) -> list:  # one row
     "Top-1 among 64 look-alikes of pictures that went through the autoencoder, with their exact masks."
     scenes = sample_scenes(n, stream("held-out look-alikes"), level)
     images, masks, _ = render(scenes, 64)
     seen = torch.cat([decode_latents(models, encode_image(models, x)).cpu() for x in images.split(30)])
-    line_ups = [LookAlikes(scenes[i:i + 1], f"gate {i}") for i in range(n)]
+    line_ups = [LookAlikes(scenes[i : i + 1], f"gate {i}") for i in range(n)]
     return [_gate("vae_top1", [one.rank(x, m) == 1 for one, x, m in zip(line_ups, seen, masks)])]
 
+
 @torch.no_grad()
-def draw_seen(models, edit: Edit, seeds: Sequence[int], guidance_scale: float = 2., steps: int = 25) -> torch.Tensor:
+def draw_seen(models, edit: Edit, seeds: Sequence[int], guidance_scale: float = 2.0, steps: int = 25) -> torch.Tensor:
     "Pictures (B, 3, H, W) of an edit's sentence by a model that sees the photo's subject; nothing is tuned."
-    seeing = see_subject(models, cut_out(models, edit.image, edit.mask), 1., subject_weights(models))
+    seeing = see_subject(models, cut_out(models, edit.image, edit.mask), 1.0, subject_weights(models))
     embeds, latents = encode_text(models, edit.text), initial_latents(models, seeds)
     return decode_latents(models, ddim_sample(seeing, embeds, None, latents, steps, guidance_scale)).cpu()
+
 
 def check_subject(models, sam, judge, tasks: Sequence[Task], seeds: Sequence[int] = range(8)) -> list:  # of rows
     "Subject attention drawn directly: valid, top-1 among 64 look-alikes, and valid with identity at most `LIMIT`."
@@ -212,28 +256,40 @@ def check_subject(models, sam, judge, tasks: Sequence[Task], seeds: Sequence[int
             hits["subject_identity"].append(row["valid"] and row["identity"] <= LIMIT)
     return [_gate(name, found) for name, found in hits.items()]
 
-def check_individuals(folder=None,  # a mini folder; None: the one that is shipped
-                      quick: bool = False,  # a quarter of the individuals, two edits
-                      device: str = "cpu") -> list:  # of rows
+
+def check_individuals(
+    folder=None,  # a mini folder; None: the one that is shipped
+    quick: bool = False,  # a quarter of the individuals, two edits
+    device: str = "cpu",
+) -> list:  # of rows
     "The gates for the individual."
     folder = Path(folder or resolve_model("mini"))
-    models, tasks = load_models(folder, device), edit_set("joint")[:2 if quick else None]
-    rows = check_look_alikes(models, 30 if quick else 120, models.card.get("level", 0.))
-    if subject_weights(models): rows += check_subject(models, load_sam(folder / "sam"), load_judge(folder), tasks, range(4 if quick else 8))
+    models, tasks = load_models(folder, device), edit_set("joint")[: 2 if quick else None]
+    rows = check_look_alikes(models, 30 if quick else 120, models.card.get("level", 0.0))
+    if subject_weights(models):
+        rows += check_subject(models, load_sam(folder / "sam"), load_judge(folder), tasks, range(4 if quick else 8))
     return [row | dict(quick=True) for row in rows] if quick else rows
 
 # %% ../nbs/13_scores.ipynb #19cfab1e
 def scorer_of(method, task: Task, judge=None) -> Scorer:
     "The scorer of an edit, made once for each judge."
-    return method.once("scorer", [task.name, task.edit.image, task.edit.answer, *([judge.state_dict()] if judge else [])], lambda _: Scorer(task.edit, method.models, method.sam, judge or load_judge()))
+    return method.once(
+        "scorer",
+        [task.name, task.edit.image, task.edit.answer, *([judge.state_dict()] if judge else [])],
+        lambda _: Scorer(task.edit, method.models, method.sam, judge or load_judge()),
+    )
 
-def measure(method,  # a `LayerDiffusion`
-            tasks: Sequence[Task], config,  # an `EditConfig`
-            seeds: Sequence[int] = range(20),
-            record: Optional[Path] = None,  # a file of JSON lines; None: nothing is kept
-            setting: str = "",  # a name for people
-            judge=None,  # None: the one that is shipped; what `record` has is not judged again
-            callback: Optional[Callable] = None) -> list:  # a dict for each picture
+
+def measure(
+    method,  # a `LayerDiffusion`
+    tasks: Sequence[Task],
+    config,  # an `EditConfig`
+    seeds: Sequence[int] = range(20),
+    record: Path | None = None,  # a file of JSON lines; None: nothing is kept
+    setting: str = "",  # a name for people
+    judge=None,  # None: the one that is shipped; what `record` has is not judged again
+    callback: Callable | None = None,
+) -> list:  # a dict for each picture
     "Scores of a setting over edits and seeds."
     config, kept, rows = config.resolve(method.models.card), read_record(record), []
     seen = [subject_name(method.models)] if config.subject_scale else []
@@ -241,41 +297,72 @@ def measure(method,  # a `LayerDiffusion`
         key = content_hash(config.model_dump(), task.name, list(seeds), method.models.hash, *seen)
         if key not in kept:
             e = task.edit
-            images = method.edit(to_pil(e.image), e.text, mask=e.mask, reference=to_pil(e.reference), source=e.source, seeds=seeds, config=config, callback=callback).images
-            kept[key] = dict(key=key, setting=setting, edit=task.name, kind=task.kind, seeds=list(seeds), scores=scorer_of(method, task, judge)(images))
-            if record: append_line(record, kept[key])
-        rows += [dict(edit=task.name, kind=task.kind, seed=s, **r) for s, r in zip(kept[key]["seeds"], kept[key]["scores"])]
+            images = method.edit(
+                to_pil(e.image),
+                e.text,
+                mask=e.mask,
+                reference=to_pil(e.reference),
+                source=e.source,
+                seeds=seeds,
+                config=config,
+                callback=callback,
+            ).images
+            kept[key] = dict(
+                key=key,
+                setting=setting,
+                edit=task.name,
+                kind=task.kind,
+                seeds=list(seeds),
+                scores=scorer_of(method, task, judge)(images),
+            )
+            if record:
+                append_line(record, kept[key])
+        rows += [
+            dict(edit=task.name, kind=task.kind, seed=s, **r) for s, r in zip(kept[key]["seeds"], kept[key]["scores"])
+        ]
     return rows
 
 # %% ../nbs/13_scores.ipynb #21c87d52
-def read_record(path: Optional[Path]) -> dict:
+def read_record(path: Path | None) -> dict:
     "The lines of a record by their keys; a last line that was cut off is left out."
-    if not path or not Path(path).exists(): return {}
+    if not path or not Path(path).exists():
+        return {}
     lines = Path(path).read_text().split("\n")
     return {row["key"]: row for row in map(json.loads, lines[:-1])}
+
 
 def append_line(path: Path, row: dict):
     "Add a line to a record; a cut-off line before it is dropped."
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     whole = path.read_text().rpartition("\n")[0] + "\n" if path.exists() and path.stat().st_size else ""
-    if whole and path.stat().st_size != len(whole.encode()): path.write_text(whole)
-    with open(path, "a") as f: f.write(json.dumps(row) + "\n")
+    if whole and path.stat().st_size != len(whole.encode()):
+        path.write_text(whole)
+    with open(path, "a") as f:
+        f.write(json.dumps(row) + "\n")
 
 # %% ../nbs/13_scores.ipynb #9361b2f9
-def interval(rows: Sequence[dict],  # from `measure`
-             field: str,  # "valid", "identity", "background" or "right"
-             draws: int = 2000) -> tuple:  # mean, and the 95 % interval, in name
+def interval(
+    rows: Sequence[dict],  # from `measure`
+    field: str,  # "valid", "identity", "background" or "right"
+    draws: int = 2000,
+) -> tuple:  # mean, and the 95 % interval, in name
     "Mean of a score over all pictures, with a percentile bootstrap interval over edits. It is too narrow with few: up to three edits, just the range of their means."
     by_edit = {}
-    for r in rows: by_edit.setdefault(r["edit"], []).append(float(r[field]))
+    for r in rows:
+        by_edit.setdefault(r["edit"], []).append(float(r[field]))
     means = torch.tensor([sum(v) / len(v) for v in by_edit.values()])
     again = means[torch.randint(len(means), (draws, len(means)), generator=stream("bootstrap"))].mean(1)
-    low, high = torch.quantile(again, torch.tensor([.025, .975])).tolist()
+    low, high = torch.quantile(again, torch.tensor([0.025, 0.975])).tolist()
     return means.mean().item(), low, high
+
 
 def summary_line(rows: Sequence[dict]) -> str:
     "The four scores of a setting in one line."
     n, edits = len(rows), len({r["edit"] for r in rows})
-    parts = [f"{f} {m:.2f} [{a:.2f}, {b:.2f}]" for f in ("right", "valid", "identity", "background") for m, a, b in [interval(rows, f)]]
+    parts = [
+        f"{f} {m:.2f} [{a:.2f}, {b:.2f}]"
+        for f in ("right", "valid", "identity", "background")
+        for m, a, b in [interval(rows, f)]
+    ]
     return "   ".join(parts) + f"   ({n} pictures of {edits} edits)"

@@ -9,33 +9,52 @@ __all__ = ['PRECISIONS', 'PREDICTIONS', 'How', 'Models', 'quiet', 'pick_precisio
            'timesteps', 'ddim_sample', 'with_scheduler']
 
 # %% ../nbs/02_sd.ipynb #855a3fa1
-import copy, inspect, json, math, re, signal, threading, time
+import copy
+import inspect
+import json
+import math
+import re
+import signal
+import threading
+import time
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Callable, Optional, Sequence, Union
+from typing import Any, Optional, Union
+from collections.abc import Callable, Sequence
 
 # %% ../nbs/02_sd.ipynb #0722c54e
 import torch
 from .core import LOADING, BadInput, Event, one_loader, shielded
 from .folders import PARTS, check_folder, read_json, resolve_model, say_once, weight_files, weights_hash
-from .method import denoise, each_loss, embed_text, gradients, initial_noise, signal_and_noise, to_latents, to_pictures
-
+from layerdiffusion.method import (
+    denoise,
+    each_loss,
+    embed_text,
+    gradients,
+    initial_noise,
+    signal_and_noise,
+    to_latents,
+    to_pictures,
+)
 
 # %% ../nbs/02_sd.ipynb #668fee59
 @dataclass(frozen=True)
 class How:
     "How a model works: what it draws stays the same but for rounding."
+
     offload: bool = False  # autoencoder and text encoder wait on the CPU until they are needed, the loaded U-Net while its copy is tuned
     checkpointing: bool = False  # activations are computed again in the backward pass instead of being kept
     adam8bit: bool = False  # Eq. 6: Adam keeps its state in eight bits (bitsandbytes)
     channels_last: bool = False  # another order of the U-Net's and the autoencoder's numbers in memory
     compiled: bool = False  # the U-Net's repeated blocks by `torch.compile`
 
+
 @dataclass
 class Models:
     "The parts of one Stable Diffusion model, frozen, on one device."
+
     name: str  # as the user said it
     folder: Path  # where the weights were read
     vae: Any  # `AutoencoderKL`
@@ -49,19 +68,29 @@ class Models:
     how: How = How()  # see `use`
 
     @property
-    def factor(self) -> int: return 2 ** (len(self.vae.config.block_out_channels) - 1)
+    def factor(self) -> int:
+        return 2 ** (len(self.vae.config.block_out_channels) - 1)
+
     @property
-    def size(self) -> int: return self.unet.config.sample_size * self.factor
+    def size(self) -> int:
+        return self.unet.config.sample_size * self.factor
+
     @property
-    def text_length(self) -> int: return min(self.tokenizer.model_max_length, self.text_encoder.config.max_position_embeddings)
+    def text_length(self) -> int:
+        return min(self.tokenizer.model_max_length, self.text_encoder.config.max_position_embeddings)
+
     @property
-    def gradient_scale(self) -> float: return 1024. if self.dtype == torch.float16 else 1.
+    def gradient_scale(self) -> float:
+        return 1024.0 if self.dtype == torch.float16 else 1.0
+
     @cached_property
-    def hash(self) -> str: return weights_hash(self.folder)
+    def hash(self) -> str:
+        return weights_hash(self.folder)
 
     def to(self, device):
         "Move every part, in place."
-        for part in (self.vae, self.unet, self.text_encoder): part.to(device)
+        for part in (self.vae, self.unet, self.text_encoder):
+            part.to(device)
         self.device = torch.device(device)
         return self
 
@@ -71,38 +100,54 @@ def quiet():
     "No progress bars and warnings from diffusers and transformers inside the `with`, and one thread there at a time."
     from diffusers.utils import logging as a
     from transformers.utils import logging as b
+
     with LOADING:
         before = [(m, m.get_verbosity(), m.is_progress_bar_enabled()) for m in (a, b)]
-        for m in (a, b): m.set_verbosity_error(); m.disable_progress_bar()
-        try: yield
+        for m in (a, b):
+            m.set_verbosity_error()
+            m.disable_progress_bar()
+        try:
+            yield
         finally:
             for m, level, bar in before:
                 m.set_verbosity(level)
-                if bar: m.enable_progress_bar()
+                if bar:
+                    m.enable_progress_bar()
 
 # %% ../nbs/02_sd.ipynb #2a8e956c
 PRECISIONS = dict(fp32=torch.float32, bf16=torch.bfloat16, fp16=torch.float16)
 
-def pick_precision(name: str = "auto",  # "auto", "fp32", "bf16" or "fp16"
-                   device: str = "cpu"  # where the model will be
-                  ) -> torch.dtype:
+
+def pick_precision(
+    name: str = "auto",  # "auto", "fp32", "bf16" or "fp16"
+    device: str = "cpu",  # where the model will be
+) -> torch.dtype:
     "The precision to compute in; auto: bf16 on a GPU that has it, fp16 on another one of NVIDIA's, else fp32."
-    if isinstance(name, str) and name in PRECISIONS: return PRECISIONS[name]
-    if name != "auto": raise BadInput(f"The precision {name!r} is unknown; give auto, {', '.join(PRECISIONS)}.")
-    if not str(device).startswith("cuda"): return torch.float32
+    if isinstance(name, str) and name in PRECISIONS:
+        return PRECISIONS[name]
+    if name != "auto":
+        raise BadInput(f"The precision {name!r} is unknown; give auto, {', '.join(PRECISIONS)}.")
+    if not str(device).startswith("cuda"):
+        return torch.float32
     return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
 
 # %% ../nbs/02_sd.ipynb #6c7d7ed0
-def _cast(x, dtype): return x.to(dtype) if isinstance(x, torch.Tensor) and x.is_floating_point() else x
+def _cast(x, dtype):
+    return x.to(dtype) if isinstance(x, torch.Tensor) and x.is_floating_point() else x
+
 
 def _casts_in(part, args, kwargs):
     dtype = next(part.parameters()).dtype
     return tuple(_cast(x, dtype) for x in args), {k: _cast(x, dtype) for k, x in kwargs.items()}
 
+
 def _casts_out(part, args, out):
-    if isinstance(out, tuple): return tuple(_cast(x, torch.float32) for x in out)
-    for name, x in out.items(): out[name] = _cast(x, torch.float32)
+    if isinstance(out, tuple):
+        return tuple(_cast(x, torch.float32) for x in out)
+    for name, x in out.items():
+        out[name] = _cast(x, torch.float32)
     return out
+
 
 def speak_float32(part):  # a U-Net or a text encoder in half precision
     "Let a part take and give float32, whatever it computes in."
@@ -140,25 +185,36 @@ def _check_keys(model, info: dict, where: Path):
     "Refuse weights that are not those of their part, key for key."
     odd = sorted(info["mismatched_keys"])
     empty = {name for name, p in model.named_parameters() if p.is_meta} - {name for name, *_ in odd}
-    said = [("missing", sorted({*info["missing_keys"], *empty})), ("not known to it", sorted(info["unexpected_keys"])),
-            ("of another shape", [f"{n}: {list(a)} instead of {list(b)}" for n, a, b in odd])]
+    said = [
+        ("missing", sorted({*info["missing_keys"], *empty})),
+        ("not known to it", sorted(info["unexpected_keys"])),
+        ("of another shape", [f"{n}: {list(a)} instead of {list(b)}" for n, a, b in odd]),
+    ]
     wrong = [f"{len(n)} {what} ({', '.join(n[:3])}{', …' if len(n) > 3 else ''})" for what, n in said if n]
-    if wrong: raise BadInput(f"The weights in {where} do not fit {where / 'config.json'}: {'; '.join(wrong)}. "
-                             "Get both files from one model, saved with diffusers' save_pretrained.")
+    if wrong:
+        raise BadInput(
+            f"The weights in {where} do not fit {where / 'config.json'}: {'; '.join(wrong)}. "
+            "Get both files from one model, saved with diffusers' save_pretrained."
+        )
 
     lost = [name for name, p in model.named_parameters() if not p.isfinite().all()]
     if lost:
-        raise BadInput(f"The weights in {where} hold numbers that are not finite (NaN or infinite), first in {lost[0]}; "
-                       "get them again, or in full precision.")
+        raise BadInput(
+            f"The weights in {where} hold numbers that are not finite (NaN or infinite), first in {lost[0]}; "
+            "get them again, or in full precision."
+        )
+
 
 def _check_kinds(cls, file: Path):
-    "Refuse text where a class of diffusers takes a number or yes and no: \"false\" would count as yes."
+    'Refuse text where a class of diffusers takes a number or yes and no: "false" would count as yes.'
     known = inspect.signature(cls.__init__).parameters
     for name, value in read_json(file).items():
         default = known[name].default if name in known else None
         if isinstance(value, str) and isinstance(default, (bool, int, float)):
-            raise BadInput(f"{file}: {name} is the text {value!r}; it must be like {json.dumps(default)}, without "
-                           "quotation marks.")
+            raise BadInput(
+                f"{file}: {name} is the text {value!r}; it must be like {json.dumps(default)}, without quotation marks."
+            )
+
 
 def _unknown(cls, file: Path) -> list:
     "A note about settings that a part's class does not know."
@@ -172,14 +228,25 @@ def _load_part(cls, folder, part, device, dtype):
     variant = weight_files(folder, part)[1]
     _check_kinds(cls, folder / part / PARTS[part].settings)
     try:
-        model, info = cls.from_pretrained(folder, subfolder=part, use_safetensors=True, variant=variant, dtype=dtype,
-                                          output_loading_info=True, ignore_mismatched_sizes=True)
-    except (MemoryError, torch.OutOfMemoryError): raise
+        model, info = cls.from_pretrained(
+            folder,
+            subfolder=part,
+            use_safetensors=True,
+            variant=variant,
+            dtype=dtype,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+        )
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
     except Exception as e:  # whatever it is, it comes of these files
-        if "allocate memory" in str(e) or "out of memory" in str(e): raise
+        if "allocate memory" in str(e) or "out of memory" in str(e):
+            raise
         why = " ".join(str(e).split())[:200]
-        raise BadInput(f"{cls.__name__} cannot be made of {folder / part / 'config.json'} and the weights beside it "
-                       f"({type(e).__name__}: {why}); get both again from where the model came from.") from e
+        raise BadInput(
+            f"{cls.__name__} cannot be made of {folder / part / 'config.json'} and the weights beside it "
+            f"({type(e).__name__}: {why}); get both again from where the model came from."
+        ) from e
     _check_keys(model, info, folder / part)
     model = model.to(device).eval().requires_grad_(False)
     return model if dtype == torch.float32 else speak_float32(model)
@@ -192,48 +259,63 @@ def _lost_words(tokenizer) -> list:
     made.update(tokenizer.get_added_vocab())
     return [word for word in inside["vocab"] if len(word.removesuffix("</w>")) > 1 and word not in made]
 
+
 def _load_tokenizer(folder: Path, text_encoder):
     "The tokenizer, if the text encoder has a vector for each of its tokens."
     from transformers import CLIPTokenizer
+
     where, size = folder / "tokenizer", text_encoder.config.vocab_size
-    try: tokenizer = CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer")
+    try:
+        tokenizer = CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer")
     except Exception as e:  # the files' own, and tokenizers raises nothing more precise
         why = " ".join(str(e).split())[:200]
         there = ", ".join(sorted(p.name for p in where.iterdir()))
         raise BadInput(f"The tokenizer in {where} ({there}) cannot be read: {why}; get it again.") from e
     if lost := _lost_words(tokenizer):
-        raise BadInput(f"The tokenizer in {where} never says {len(lost)} of its words, such as {lost[0]!r}: its merges "
-                       "(merges.txt or tokenizer.json) are cut short; get it again.")
+        raise BadInput(
+            f"The tokenizer in {where} never says {len(lost)} of its words, such as {lost[0]!r}: its merges "
+            "(merges.txt or tokenizer.json) are cut short; get it again."
+        )
     if len(tokenizer) > size:
-        raise BadInput(f"The tokenizer in {where} knows {len(tokenizer)} tokens, but text_encoder has vectors for "
-                       f"{size}; take both from one model.")
+        raise BadInput(
+            f"The tokenizer in {where} knows {len(tokenizer)} tokens, but text_encoder has vectors for "
+            f"{size}; take both from one model."
+        )
     length = tokenizer.model_max_length
     if not isinstance(length, (int, float)) or length < 3:
         raise BadInput(f"{where / 'tokenizer_config.json'}: model_max_length is {length!r}; it must be 3 or more.")
     if tokenizer("").input_ids != [tokenizer.bos_token_id, tokenizer.eos_token_id]:
-        raise BadInput(f"The tokenizer in {where} does not put one mark before a text and one after it, as CLIP's "
-                       "does.")
+        raise BadInput(
+            f"The tokenizer in {where} does not put one mark before a text and one after it, as CLIP's does."
+        )
     return tokenizer
 
 # %% ../nbs/02_sd.ipynb #fc15410d
 @shielded
 @one_loader
-def load_models(name: Union[str, Path] = "mini",  # "mini", a folder, or a hub name
-                device: Union[str, torch.device] = "cpu",  # "cpu", "cuda", "mps"
-                dtype: torch.dtype = torch.float32,  # of all weights, see `pick_precision`
-               offline: bool = False  # never ask the hub
-               ) -> Models:
+def load_models(
+    name: str | Path = "mini",  # "mini", a folder, or a hub name
+    device: str | torch.device = "cpu",  # "cpu", "cuda", "mps"
+    dtype: torch.dtype = torch.float32,  # of all weights, see `pick_precision`
+    offline: bool = False,  # never ask the hub
+) -> Models:
     "Load the parts of a Stable Diffusion model, frozen."
     folder = resolve_model(name, offline)
     notes = check_folder(folder)
     card = read_json(folder / "card.json") if (folder / "card.json").exists() else {}
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTextModel
+
     with quiet():
-        vae, unet, text_encoder = (_load_part(cls, folder, part, device, dtype) for cls, part in ((AutoencoderKL, "vae"), (UNet2DConditionModel, "unet"), (CLIPTextModel, "text_encoder")))
+        vae, unet, text_encoder = (
+            _load_part(cls, folder, part, device, dtype)
+            for cls, part in ((AutoencoderKL, "vae"), (UNet2DConditionModel, "unet"), (CLIPTextModel, "text_encoder"))
+        )
         tokenizer, scheduler = _load_tokenizer(folder, text_encoder), load_scheduler(folder)
-    for part in (unet, vae): notes += _unknown(type(part), folder / ("unet" if part is unet else "vae") / "config.json")
-    for note in notes: say_once(note)
+    for part in (unet, vae):
+        notes += _unknown(type(part), folder / ("unet" if part is unet else "vae") / "config.json")
+    for note in notes:
+        say_once(note)
     return Models(str(name), folder, vae, unet, text_encoder, tokenizer, scheduler, torch.device(device), dtype, card)
 
 # %% ../nbs/02_sd.ipynb #fff53df0
@@ -241,35 +323,48 @@ def load_models(name: Union[str, Path] = "mini",  # "mini", a folder, or a hub n
 def awake(models: Models, part: str):  # "vae" or "text_encoder"
     "A part where the model works; back to the CPU after the `with` where parts wait there."
     module = getattr(models, part)
-    try: yield module.to(models.device) if models.how.offload else module
+    try:
+        yield module.to(models.device) if models.how.offload else module
     finally:
-        if models.how.offload: module.to("cpu")
+        if models.how.offload:
+            module.to("cpu")
+
 
 @contextmanager
 def parked(models: Models):
     "The loaded U-Net on the CPU inside the `with`, where parts wait there: a copy of it is at work."
-    if models.how.offload: models.unet.to("cpu")
-    try: yield
-    finally: models.unet.to(models.device)
+    if models.how.offload:
+        models.unet.to("cpu")
+    try:
+        yield
+    finally:
+        models.unet.to(models.device)
 
 # %% ../nbs/02_sd.ipynb #f550caa1
-def use(models: Models,
-        how: How  # see there
-       ) -> Models:  # the same one
+def use(
+    models: Models,
+    how: How,  # see there
+) -> Models:  # the same one
     "Put a way of working into effect; it holds for every later copy of the U-Net too."
     models.how = how
     (models.unet.enable_gradient_checkpointing if how.checkpointing else models.unet.disable_gradient_checkpointing)()
-    for part in (models.unet, models.vae): part.to(memory_format=torch.channels_last if how.channels_last else torch.contiguous_format)
-    for part in (models.vae, models.text_encoder): part.to("cpu" if how.offload else models.device)
+    for part in (models.unet, models.vae):
+        part.to(memory_format=torch.channels_last if how.channels_last else torch.contiguous_format)
+    for part in (models.vae, models.text_encoder):
+        part.to("cpu" if how.offload else models.device)
     models.unet.to(models.device)
-    if how.compiled: models.unet.compile_repeated_blocks()
+    if how.compiled:
+        models.unet.compile_repeated_blocks()
     return models
+
 
 def twin(unet):  # not changed
     "A copy of a U-Net, compiled where it is."
     new = copy.deepcopy(unet)
-    if any(getattr(m, "_compiled_call_impl", None) for m in unet.modules()): new.compile_repeated_blocks()
+    if any(getattr(m, "_compiled_call_impl", None) for m in unet.modules()):
+        new.compile_repeated_blocks()
     return new
+
 
 def half(models: Models):
     "Inside this `with` a float32 copy of a part computes in the model's own precision (`torch.autocast`); nothing in fp32."
@@ -280,66 +375,89 @@ def _check_length(models, text):
     "Refuse a text with more tokens than the model reads."
     count = len(models.tokenizer(text, truncation=False, verbose=False).input_ids)
     if count > models.text_length:
-        raise BadInput(f"The text {text!r} has {count} tokens with its start and end marks, {count - models.text_length} more than the {models.text_length} this model reads; say it in fewer words.")
+        raise BadInput(
+            f"The text {text!r} has {count} tokens with its start and end marks, {count - models.text_length} more than the {models.text_length} this model reads; say it in fewer words."
+        )
 
 # %% ../nbs/02_sd.ipynb #29bed3fb
 def _check_words(text, words):
     "Refuse a word that a small model has never seen, with its nearest neighbours."
     import difflib
+
     for word in re.findall(r"[^\W\d_']+", text.lower()):
-        if word in words: continue
-        near = difflib.get_close_matches(word, words, 3, .5)
-        hint = f" (near it: {', '.join(near)})" if near else f" (it knows {len(words)} words, listed in models.card['words'])"
-        raise BadInput(f"This small model does not know the word {word!r}{hint}; use its words, or a full model with --model CompVis/stable-diffusion-v1-4.")
+        if word in words:
+            continue
+        near = difflib.get_close_matches(word, words, 3, 0.5)
+        hint = (
+            f" (near it: {', '.join(near)})"
+            if near
+            else f" (it knows {len(words)} words, listed in models.card['words'])"
+        )
+        raise BadInput(
+            f"This small model does not know the word {word!r}{hint}; use its words, or a full model with --model CompVis/stable-diffusion-v1-4."
+        )
 
 # %% ../nbs/02_sd.ipynb #f0308bd8
 def check_text(models: Models, text: str):
     "Refuse a text that the model cannot read whole."
-    if "words" in models.card: _check_words(text, models.card["words"])
+    if "words" in models.card:
+        _check_words(text, models.card["words"])
     _check_length(models, text)
 
+
 @torch.no_grad()
-def encode_text(models: Models,
-                texts: Union[str, Sequence[str]]  # one text or several; "" is the empty condition of guidance
-               ) -> torch.Tensor:  # (B, L, D)
+def encode_text(
+    models: Models,
+    texts: str | Sequence[str],  # one text or several; "" is the empty condition of guidance
+) -> torch.Tensor:  # (B, L, D)
     "Text embeddings e: the text encoder's last hidden state."
     texts = [texts] if isinstance(texts, str) else list(texts)
-    for text in texts: check_text(models, text)
-    with awake(models, "text_encoder") as encoder: return embed_text(models.tokenizer, encoder, texts)
+    for text in texts:
+        check_text(models, text)
+    with awake(models, "text_encoder") as encoder:
+        return embed_text(models.tokenizer, encoder, texts)
 
 # %% ../nbs/02_sd.ipynb #136564ec
 def check_size(models: Models, height: int, width: int):
     "Refuse a size that does not make whole latents."
     f = models.factor
-    if height % f or width % f or min(height, width) < f: raise BadInput(f"A picture of {height}×{width} px does not fit this model: both sides must be multiples of {f}.")
+    if height % f or width % f or min(height, width) < f:
+        raise BadInput(
+            f"A picture of {height}×{width} px does not fit this model: both sides must be multiples of {f}."
+        )
 
 # %% ../nbs/02_sd.ipynb #cf2d917a
 def _as_batch(models, image):
     "A picture or a batch as (B, 3, H, W) where the model is."
     image = image if image.ndim == 4 else image[None]
-    if image.ndim != 4 or image.shape[1] != 3: raise BadInput(f"A picture must have shape (3, H, W) or (B, 3, H, W), this one has {tuple(image.shape)}.")
+    if image.ndim != 4 or image.shape[1] != 3:
+        raise BadInput(f"A picture must have shape (3, H, W) or (B, 3, H, W), this one has {tuple(image.shape)}.")
     check_size(models, *image.shape[-2:])
     return image.to(models.device, models.dtype)
 
 # %% ../nbs/02_sd.ipynb #1a672714
 @torch.no_grad()
-def encode_image(models: Models,
-                 image: torch.Tensor,  # (B, 3, H, W) or (3, H, W), 0-1
-                 generator: Optional[torch.Generator] = None  # to draw from the posterior; None: its mean
-                ) -> torch.Tensor:  # (B, C, H/f, W/f)
+def encode_image(
+    models: Models,
+    image: torch.Tensor,  # (B, 3, H, W) or (3, H, W), 0-1
+    generator: torch.Generator | None = None,  # to draw from the posterior; None: its mean
+) -> torch.Tensor:  # (B, C, H/f, W/f)
     "Latents x_0 of pictures."
     pictures = _as_batch(models, image)
-    with awake(models, "vae") as vae: return to_latents(vae, pictures, generator)
+    with awake(models, "vae") as vae:
+        return to_latents(vae, pictures, generator)
 
 # %% ../nbs/02_sd.ipynb #6b884d6e
 @torch.no_grad()
-def decode_latents(models: Models,
-                   latents: torch.Tensor,  # (B, C, h, w)
-                   batch: int = 8  # pictures at a time
-                  ) -> torch.Tensor:  # (B, 3, H, W), 0-1
+def decode_latents(
+    models: Models,
+    latents: torch.Tensor,  # (B, C, h, w)
+    batch: int = 8,  # pictures at a time
+) -> torch.Tensor:  # (B, 3, H, W), 0-1
     "Pictures of latents."
     latents = latents.to(models.device, models.dtype)
-    with awake(models, "vae") as vae: return torch.cat([to_pictures(vae, x) for x in latents.split(batch)])
+    with awake(models, "vae") as vae:
+        return torch.cat([to_pictures(vae, x) for x in latents.split(batch)])
 
 # %% ../nbs/02_sd.ipynb #18e1e98f
 def vae_psnr(models: Models,
@@ -350,15 +468,17 @@ def vae_psnr(models: Models,
     return -10 * (back - _as_batch(models, image).float()).square().mean().clamp_min(1e-10).log10().item()
 
 # %% ../nbs/02_sd.ipynb #f4cef1d4
-def predict_x0(scheduler,
-               latents: torch.Tensor,  # (B, C, h, w), noisy: x_t
-               noise_pred: torch.Tensor,  # (B, C, h, w), what the U-Net said
-               t: Union[int, torch.Tensor]  # one timestep or (B,)
-              ) -> torch.Tensor:  # x_0
+def predict_x0(
+    scheduler,
+    latents: torch.Tensor,  # (B, C, h, w), noisy: x_t
+    noise_pred: torch.Tensor,  # (B, C, h, w), what the U-Net said
+    t: int | torch.Tensor,  # one timestep or (B,)
+) -> torch.Tensor:  # x_0
     "The clean latents that the U-Net's answer amounts to."
     share, sigma = signal_and_noise(scheduler, t, latents)
     kind = scheduler.config.prediction_type
-    if kind == "sample": return noise_pred
+    if kind == "sample":
+        return noise_pred
     return (latents - sigma * noise_pred) / share if kind == "epsilon" else share * latents - sigma * noise_pred
 
 # %% ../nbs/02_sd.ipynb #0700d8f8
@@ -366,62 +486,83 @@ def predict_x0(scheduler,
 def whole_step():
     "Hold Ctrl-C back until the end of the `with`."
     old = signal.getsignal(signal.SIGINT)
-    if threading.current_thread() is not threading.main_thread() or not callable(old): yield; return
+    if threading.current_thread() is not threading.main_thread() or not callable(old):
+        yield
+        return
     pressed = []
     signal.signal(signal.SIGINT, lambda *args: pressed.append(args))
-    try: yield
-    finally: signal.signal(signal.SIGINT, old)
-    if pressed: old(*pressed[0])
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, old)
+    if pressed:
+        old(*pressed[0])
 
 # %% ../nbs/02_sd.ipynb #0669cce9
-def _gradients(loss, params, scale: float = 1.) -> torch.Tensor:
+def _gradients(loss, params, scale: float = 1.0) -> torch.Tensor:
     "The `gradients` of `loss`; tells whether all are numbers."
     gradients(loss if scale == 1 else loss * scale, params)
     found = [p.grad for p in params if p.grad is not None]
-    if scale != 1: torch._foreach_div_(found, scale)
+    if scale != 1:
+        torch._foreach_div_(found, scale)
     return torch.stack([loss.detach().float(), *(n.float() for n in torch._foreach_norm(found))]).isfinite().all()
 
 # %% ../nbs/02_sd.ipynb #46e11b66
-def optimise(loss_fn: Callable[[int, torch.Generator], torch.Tensor],  # (step, generator) -> loss, a scalar
-             params: Sequence[torch.Tensor],  # changed in place; float32
-             steps: int,  # in total, those done before included
-             learning_rate: float,
-             stage: str,  # names the run, in messages and in its random draws
-             callback: Optional[Callable[[Event], None]] = None,  # called after each step
-             start: int = 0,  # steps done before
-             optimizer: Optional[torch.optim.Optimizer] = None,  # None: Adam
-             seed: int = 0,
-             losses: Optional[list] = None,  # grows with each whole step
-             scale: float = 1.,  # of the loss in the backward pass, see `Models.gradient_scale`
-             decay: bool = False,  # the learning rate falls to nothing along half a cosine
-             every: Optional[int] = None  # steps between two looks at the numbers; None: 1 on a CPU, 16 on a GPU
-            ) -> list:  # the losses
+def optimise(
+    loss_fn: Callable[[int, torch.Generator], torch.Tensor],  # (step, generator) -> loss, a scalar
+    params: Sequence[torch.Tensor],  # changed in place; float32
+    steps: int,  # in total, those done before included
+    learning_rate: float,
+    stage: str,  # names the run, in messages and in its random draws
+    callback: Callable[[Event], None] | None = None,  # called after each step
+    start: int = 0,  # steps done before
+    optimizer: torch.optim.Optimizer | None = None,  # None: Adam
+    seed: int = 0,
+    losses: list | None = None,  # grows with each whole step
+    scale: float = 1.0,  # of the loss in the backward pass, see `Models.gradient_scale`
+    decay: bool = False,  # the learning rate falls to nothing along half a cosine
+    every: int | None = None,  # steps between two looks at the numbers; None: 1 on a CPU, 16 on a GPU
+) -> list:  # the losses
     "`minimise` with all that a long run needs: what Eqs. 2 and 4–6 are trained with."
     params, losses, begin, good, known = list(params), [] if losses is None else losses, time.perf_counter(), [], None
-    optimizer, every = optimizer or torch.optim.Adam(params, lr=learning_rate), every or (1 if params[0].device.type == "cpu" else 16)
+    optimizer, every = (
+        optimizer or torch.optim.Adam(params, lr=learning_rate),
+        every or (1 if params[0].device.type == "cpu" else 16),
+    )
     for step, loss in each_loss(loss_fn, steps, stage, seed, start):
-        for group in optimizer.param_groups if decay else (): group["lr"] = learning_rate * (1 + math.cos(math.pi * step / steps)) / 2
+        for group in optimizer.param_groups if decay else ():
+            group["lr"] = learning_rate * (1 + math.cos(math.pi * step / steps)) / 2
         good.append(_gradients(loss, params, scale))
         look = (step + 1) % every == 0 or step + 1 == steps
-        if look: good = _check_steps(good, loss, f"The stage {stage!r} stopped at step {step} (learning rate {learning_rate:g})")
+        if look:
+            good = _check_steps(
+                good, loss, f"The stage {stage!r} stopped at step {step} (learning rate {learning_rate:g})"
+            )
         with whole_step():
             optimizer.step()
             optimizer.zero_grad()
             losses.append(loss.detach())
-            if look: losses[:] = map(float, losses); known = losses[-1]
-        if callback: callback(Event(stage, step + 1, steps, known, time.perf_counter() - begin))
+            if look:
+                losses[:] = map(float, losses)
+                known = losses[-1]
+        if callback:
+            callback(Event(stage, step + 1, steps, known, time.perf_counter() - begin))
     return losses
+
 
 def _check_steps(good: list, loss, blame: str) -> list:
     "Refuse to go on where a step since the last look had a loss or a gradient that is no number; an empty list."
-    if not torch.stack(good).all(): raise BadInput(f"{blame}: the loss became {loss.item():.3g}, or its gradient is not a number; try a smaller learning rate.")
+    if not torch.stack(good).all():
+        raise BadInput(
+            f"{blame}: the loss became {loss.item():.3g}, or its gradient is not a number; try a smaller learning rate."
+        )
     return []
 
 # %% ../nbs/02_sd.ipynb #1f568fe1
 def initial_latents(models: Models,
                     seeds: Sequence[int],  # one picture each
-                    height: Optional[int] = None,  # px; None: the model's own size
-                    width: Optional[int] = None  # px
+                    height: int | None = None,  # px; None: the model's own size
+                    width: int | None = None  # px
                    ) -> torch.Tensor:  # (B, C, h, w)
     "I_T: pure noise for each seed."
     height, width = height or models.size, width or models.size
@@ -433,48 +574,75 @@ def initial_latents(models: Models,
 def timesteps(scheduler, num_inference_steps: int, device="cpu") -> torch.Tensor:
     "The timesteps that `num_inference_steps` steps visit."
     most = scheduler.config.num_train_timesteps
-    if not 1 <= num_inference_steps <= most: raise BadInput(f"num_inference_steps is {num_inference_steps}; it must be between 1 and {most}.")
+    if not 1 <= num_inference_steps <= most:
+        raise BadInput(f"num_inference_steps is {num_inference_steps}; it must be between 1 and {most}.")
     scheduler.set_timesteps(num_inference_steps, device=device)
     return scheduler.timesteps
 
 # %% ../nbs/02_sd.ipynb #c4e5a0d1
 def _check_numbers(latents, stage: str, step: int):
     "Refuse to go on with latents that are no numbers."
-    if not latents.isfinite().all(): raise BadInput(f"The stage {stage!r} stopped at step {step}: its latents are no numbers any more; try a smaller learning rate in the stages before it, or float32.")
+    if not latents.isfinite().all():
+        raise BadInput(
+            f"The stage {stage!r} stopped at step {step}: its latents are no numbers any more; try a smaller learning rate in the stages before it, or float32."
+        )
 
 # %% ../nbs/02_sd.ipynb #5138fa92
 @torch.no_grad()
-def ddim_sample(models: Models,
-                prompt_embeds: Optional[torch.Tensor],  # (B or 1, L, D); None where `condition` is given
-                negative_embeds: Optional[torch.Tensor] = None,  # (1, L, D); None: the empty text
-                latents: Optional[torch.Tensor] = None,  # (B, C, h, w) from `initial_latents`; None: seed 0
-                num_inference_steps: int = 50,
-                guidance_scale: float = 7.5,  # 1: no guidance
-                condition: Optional[Callable[[int, torch.Tensor], torch.Tensor]] = None,  # (i, t) -> embeddings for step i
-                callback: Optional[Callable[[Event], None]] = None,  # called after each step
-                stage: str = "drawing"
-               ) -> torch.Tensor:  # (B, C, h, w), clean
+def ddim_sample(
+    models: Models,
+    prompt_embeds: torch.Tensor | None,  # (B or 1, L, D); None where `condition` is given
+    negative_embeds: torch.Tensor | None = None,  # (1, L, D); None: the empty text
+    latents: torch.Tensor | None = None,  # (B, C, h, w) from `initial_latents`; None: seed 0
+    num_inference_steps: int = 50,
+    guidance_scale: float = 7.5,  # 1: no guidance
+    condition: Callable[[int, torch.Tensor], torch.Tensor] | None = None,  # (i, t) -> embeddings for step i
+    callback: Callable[[Event], None] | None = None,  # called after each step
+    stage: str = "drawing",
+) -> torch.Tensor:  # (B, C, h, w), clean
     "Eq. 7: from noise to clean latents (DDIM, η = 0)."
     begin, total = time.perf_counter(), len(timesteps(copy.deepcopy(models.scheduler), num_inference_steps))
     latents = initial_latents(models, [0]) if latents is None else latents.to(models.device, torch.float32)
     negative_embeds = encode_text(models, "") if negative_embeds is None else negative_embeds
+
     def watch(i, t, noisy, noise_pred, latents):
-        if models.device.type == "cpu" or i % 10 == 9 or i + 1 == total: _check_numbers(latents, stage, i)
-        if not callback: return
+        if models.device.type == "cpu" or i % 10 == 9 or i + 1 == total:
+            _check_numbers(latents, stage, i)
+        if not callback:
+            return
         x0 = predict_x0(models.scheduler, noisy, noise_pred, t)
         callback(Event(stage, i + 1, total, None, time.perf_counter() - begin, latents, x0))
-    return denoise(models.unet, models.scheduler, latents, condition or (lambda i, t: prompt_embeds), negative_embeds,
-                   num_inference_steps, guidance_scale, watch)
+
+    return denoise(
+        models.unet,
+        models.scheduler,
+        latents,
+        condition or (lambda i, t: prompt_embeds),
+        negative_embeds,
+        num_inference_steps,
+        guidance_scale,
+        watch,
+    )
 
 # %% ../nbs/02_sd.ipynb #ae4c95fc
-def with_scheduler(models: Models,
-                   name: str  # "ddim" or "pndm"
-                  ) -> Models:
+def with_scheduler(
+    models: Models,
+    name: str,  # "ddim" or "pndm"
+) -> Models:
     "The same parts with another sampler; `models` is not changed."
-    if name == "ddim": return models if type(models.scheduler).__name__ == "DDIMScheduler" else replace(models, scheduler=load_scheduler(models.folder))
-    if name != "pndm": raise BadInput(f"The scheduler {name!r} is unknown; give 'ddim' or 'pndm'.")
+    if name == "ddim":
+        return (
+            models
+            if type(models.scheduler).__name__ == "DDIMScheduler"
+            else replace(models, scheduler=load_scheduler(models.folder))
+        )
+    if name != "pndm":
+        raise BadInput(f"The scheduler {name!r} is unknown; give 'ddim' or 'pndm'.")
     from diffusers import PNDMScheduler
-    if models.scheduler.config.prediction_type == "sample": raise BadInput("PNDM cannot draw with a model that predicts the picture itself; use 'ddim'.")
-    with quiet(): scheduler = PNDMScheduler.from_config(models.scheduler.config, skip_prk_steps=True, timestep_spacing="leading")
+
+    if models.scheduler.config.prediction_type == "sample":
+        raise BadInput("PNDM cannot draw with a model that predicts the picture itself; use 'ddim'.")
+    with quiet():
+        scheduler = PNDMScheduler.from_config(models.scheduler.config, skip_prk_steps=True, timestep_spacing="leading")
     scheduler.alphas_cumprod = models.scheduler.alphas_cumprod.clone()
     return replace(models, scheduler=scheduler)

@@ -7,7 +7,8 @@ __all__ = ['LATER', 'PAPER', 'PRESETS', 'EditConfig', 'preset', 'near', 'config_
 
 # %% ../nbs/08_settings.ipynb #b0b08ce2
 import difflib
-from typing import Literal, Optional, Sequence
+from typing import Literal, Optional
+from collections.abc import Sequence
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_serializer, model_validator
 
@@ -20,69 +21,164 @@ LATER = dict(negative_prompt=[""], preset=["paper", None])
 # %% ../nbs/08_settings.ipynb #2c13a603
 class EditConfig(BaseModel):
     "Every setting of an edit."
+
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
-    alpha: float = Field(.7, ge=0, le=1, description="Eq. 3: how much of e_opt is the subject's words")
+    alpha: float = Field(0.7, ge=0, le=1, description="Eq. 3: how much of e_opt is the subject's words")
     embedding_steps: int = Field(500, ge=0, description="Eq. 2: steps of Adam; 0 leaves the stage out")
-    embedding_lr: Optional[float] = Field(None, gt=0, description="Eq. 2: learning rate; None: the model's own, else 1e-3")
-    eq2_region: Literal["background", "object", "branch", "none"] = Field("background", description="Eq. 2: where M lets the error through; branch: M with e_a and 1-M with e_b")
+    embedding_lr: float | None = Field(
+        None, gt=0, description="Eq. 2: learning rate; None: the model's own, else 1e-3"
+    )
+    eq2_region: Literal["background", "object", "branch", "none"] = Field(
+        "background", description="Eq. 2: where M lets the error through; branch: M with e_a and 1-M with e_b"
+    )
     eq2_picture: Literal["input", "reference"] = Field("input", description="Eq. 2: the picture that is noised")
-    eq2_conditioning: Literal["concat", "sum", "alternate", "mix"] = Field("concat", description="Eq. 2: how [e_a, e_b] enters the U-Net")
-    learnt_words: int = Field(0, ge=0, le=8, description="Eq. 2 fits so many new words to the photo's subject, instead of e_a and e_b (beyond the paper); 0: as in the paper")
-    word_lr: Optional[float] = Field(None, gt=0, description="Eq. 2: learning rate of new words; None: the model's own, else 5e-3")
-    object_words: Literal["object", "whole"] = Field("object", description="Eq. 3, 8: e_a is made of T_a as in the paper, or of the whole text T (beyond the paper)")
+    eq2_conditioning: Literal["concat", "sum", "alternate", "mix"] = Field(
+        "concat", description="Eq. 2: how [e_a, e_b] enters the U-Net"
+    )
+    learnt_words: int = Field(
+        0,
+        ge=0,
+        le=8,
+        description="Eq. 2 fits so many new words to the photo's subject, instead of e_a and e_b (beyond the paper); 0: as in the paper",
+    )
+    word_lr: float | None = Field(
+        None, gt=0, description="Eq. 2: learning rate of new words; None: the model's own, else 5e-3"
+    )
+    object_words: Literal["object", "whole"] = Field(
+        "object", description="Eq. 3, 8: e_a is made of T_a as in the paper, or of the whole text T (beyond the paper)"
+    )
     tuning_steps: int = Field(250, ge=0, description="Eq. 6: steps of Adam; 0 leaves the stage out")
-    tuning_lr: Optional[float] = Field(None, gt=0, description="Eq. 6: learning rate; None: the model's own, else 2e-6")
-    tuning_batch: int = Field(1, ge=1, le=64, description="Eq. 6: draws of noise and timestep in each step (beyond the paper)")
-    tuning_decay: bool = Field(False, description="Eq. 6: the learning rate falls to nothing along half a cosine (beyond the paper)")
-    lambda_obj: float = Field(2., ge=0, description="Eq. 6: λ1, weight of the subject; the paper takes 3 for small ones")
-    lambda_bg: float = Field(1., ge=0, description="Eq. 6: λ2, weight of the background")
-    object_picture: Literal["input", "target", "auto"] = Field("target", description="Eq. 4: O_t is SD(T) with SAM's mask of it, or the user's photo, or (auto, beyond the paper) the photo where its subject does already what the text says")
-    target_widen: float = Field(0., ge=0, le=.2, description="Eq. 4: the mask of a drawn O_t is grown by this share of the picture's longer side (beyond the paper)")
-    recolour: bool = Field(False, description="Eq. 4: where the text asks for a coat of another colour, the photo's subject is shown in that colour first (beyond the paper)")
-    recolour_tone: bool = Field(False, description="Eq. 4: with recolour, the new coat is as much lighter or darker than its words as the old one is than the words for the photo (beyond the paper)")
-    target_draws: int = Field(1, ge=1, le=1024, description="Eq. 4: O_t is the best of so many pictures SD(T), the one whose subject looks most like the photo's (beyond the paper)")
-    target_quality: float = Field(0., ge=0, le=10, description="Eq. 4: with subject_scale, how much SAM's own estimate of a mask's quality (0 to 1) counts beside likeness (a distance of colours) in the choice of O_t (beyond the paper)")
-    subject_scale: float = Field(0., ge=0, le=20, description="Eq. 4: how strongly the model that draws O_t sees the photo's subject (beyond the paper); 0: not at all")
-    eq45_pictures: Literal["each", "one", "composite"] = Field("composite", description="Eq. 4, 5: subject pasted on the reference; each its own picture; the subject's with two masks")
-    eq5_region: Literal["union", "reference"] = Field("union", description="Eq. 5: 1-M_r leaves out the subject's place too (union), or the reference's subject only; only with eq45_pictures each")
-    eq4_words: Literal["opt", "source"] = Field("opt", description="Eq. 4: under e_opt as in the paper, or under the words that are true of the photo (beyond the paper)")
-    eq5_words: Literal["opt", "background"] = Field("opt", description="Eq. 5: under e_opt as in the paper, or under the place's words alone (beyond the paper)")
-    reference_mask: Literal["empty", "sam"] = Field("empty", description="M_r: the reference shows nobody, or SAM finds who is in it; only with eq45_pictures each")
-    prior_batch: int = Field(0, ge=0, le=32, description="Eq. 6: so many pictures of the model's own in every step, in other poses and places (beyond the paper)")
-    lambda_prior: float = Field(1., ge=0, description="Eq. 6: weight of the model's own pictures")
-    tuned_parameters: Literal["all", "attention", "lora"] = Field("all", description="Eq. 6: which parameters of the U-Net move")
+    tuning_lr: float | None = Field(None, gt=0, description="Eq. 6: learning rate; None: the model's own, else 2e-6")
+    tuning_batch: int = Field(
+        1, ge=1, le=64, description="Eq. 6: draws of noise and timestep in each step (beyond the paper)"
+    )
+    tuning_decay: bool = Field(
+        False, description="Eq. 6: the learning rate falls to nothing along half a cosine (beyond the paper)"
+    )
+    lambda_obj: float = Field(
+        2.0, ge=0, description="Eq. 6: λ1, weight of the subject; the paper takes 3 for small ones"
+    )
+    lambda_bg: float = Field(1.0, ge=0, description="Eq. 6: λ2, weight of the background")
+    object_picture: Literal["input", "target", "auto"] = Field(
+        "target",
+        description="Eq. 4: O_t is SD(T) with SAM's mask of it, or the user's photo, or (auto, beyond the paper) the photo where its subject does already what the text says",
+    )
+    target_widen: float = Field(
+        0.0,
+        ge=0,
+        le=0.2,
+        description="Eq. 4: the mask of a drawn O_t is grown by this share of the picture's longer side (beyond the paper)",
+    )
+    recolour: bool = Field(
+        False,
+        description="Eq. 4: where the text asks for a coat of another colour, the photo's subject is shown in that colour first (beyond the paper)",
+    )
+    recolour_tone: bool = Field(
+        False,
+        description="Eq. 4: with recolour, the new coat is as much lighter or darker than its words as the old one is than the words for the photo (beyond the paper)",
+    )
+    target_draws: int = Field(
+        1,
+        ge=1,
+        le=1024,
+        description="Eq. 4: O_t is the best of so many pictures SD(T), the one whose subject looks most like the photo's (beyond the paper)",
+    )
+    target_quality: float = Field(
+        0.0,
+        ge=0,
+        le=10,
+        description="Eq. 4: with subject_scale, how much SAM's own estimate of a mask's quality (0 to 1) counts beside likeness (a distance of colours) in the choice of O_t (beyond the paper)",
+    )
+    subject_scale: float = Field(
+        0.0,
+        ge=0,
+        le=20,
+        description="Eq. 4: how strongly the model that draws O_t sees the photo's subject (beyond the paper); 0: not at all",
+    )
+    eq45_pictures: Literal["each", "one", "composite"] = Field(
+        "composite",
+        description="Eq. 4, 5: subject pasted on the reference; each its own picture; the subject's with two masks",
+    )
+    eq5_region: Literal["union", "reference"] = Field(
+        "union",
+        description="Eq. 5: 1-M_r leaves out the subject's place too (union), or the reference's subject only; only with eq45_pictures each",
+    )
+    eq4_words: Literal["opt", "source"] = Field(
+        "opt",
+        description="Eq. 4: under e_opt as in the paper, or under the words that are true of the photo (beyond the paper)",
+    )
+    eq5_words: Literal["opt", "background"] = Field(
+        "opt", description="Eq. 5: under e_opt as in the paper, or under the place's words alone (beyond the paper)"
+    )
+    reference_mask: Literal["empty", "sam"] = Field(
+        "empty", description="M_r: the reference shows nobody, or SAM finds who is in it; only with eq45_pictures each"
+    )
+    prior_batch: int = Field(
+        0,
+        ge=0,
+        le=32,
+        description="Eq. 6: so many pictures of the model's own in every step, in other poses and places (beyond the paper)",
+    )
+    lambda_prior: float = Field(1.0, ge=0, description="Eq. 6: weight of the model's own pictures")
+    tuned_parameters: Literal["all", "attention", "lora"] = Field(
+        "all", description="Eq. 6: which parameters of the U-Net move"
+    )
     lora_rank: int = Field(8, ge=1, le=1280, description="rank of the change for tuned_parameters=lora")
     loss_scale: Literal["all", "mask"] = Field("all", description="Eq. 2, 4, 5: mean over all latents or over the mask")
     mask_resample: Literal["area", "nearest", "bilinear"] = Field("area", description="how masks become latent-sized")
     mask_hard: bool = Field(False, description="round latent-sized masks to 0 and 1")
     iterative_guidance: bool = Field(True, description="Eq. 8: take turns; off: e_opt at every step")
     eq8_index: Literal["loop", "timestep"] = Field("loop", description="Eq. 8: whose parity decides")
-    eq8_first: Literal["object", "opt"] = Field("object", description="Eq. 8: who speaks at even steps, the first one included")
+    eq8_first: Literal["object", "opt"] = Field(
+        "object", description="Eq. 8: who speaks at even steps, the first one included"
+    )
     scheduler: Literal["ddim", "pndm"] = Field("ddim", description="Eq. 7: D")
     sampling_steps: int = Field(50, ge=1, le=1000, description="Eq. 7: steps from noise to picture")
-    guidance_scale: Optional[float] = Field(None, ge=1, le=100, description="classifier-free guidance; 1: off; None: the model's own, else 7.5")
-    negative_prompt: str = Field("", description="classifier-free guidance: the text that pictures are led away from; empty: the empty text, as in the paper")
-    seed: int = Field(0, ge=0, lt=2**63, description="of every draw but the pictures' first noise: noise and timesteps in Eq. 2, 4, 5, drawn reference")
-    preset: Optional[Literal["paper", "best"]] = Field("paper", description="whose values the settings have that were not asked for; None: every value is already named")
+    guidance_scale: float | None = Field(
+        None, ge=1, le=100, description="classifier-free guidance; 1: off; None: the model's own, else 7.5"
+    )
+    negative_prompt: str = Field(
+        "",
+        description="classifier-free guidance: the text that pictures are led away from; empty: the empty text, as in the paper",
+    )
+    seed: int = Field(
+        0,
+        ge=0,
+        lt=2**63,
+        description="of every draw but the pictures' first noise: noise and timesteps in Eq. 2, 4, 5, drawn reference",
+    )
+    preset: Literal["paper", "best"] | None = Field(
+        "paper",
+        description="whose values the settings have that were not asked for; None: every value is already named",
+    )
 
     @field_validator("negative_prompt")
     @classmethod
-    def in_words(cls, text): return plain_words(text, "The negative prompt")
+    def in_words(cls, text):
+        return plain_words(text, "The negative prompt")
 
     @model_validator(mode="after")
     def takes_preset(self):
         for name, value in PRESETS[self.preset].items() if self.preset == "best" else ():
-            if name not in self.model_fields_set: self.__dict__[name] = value
+            if name not in self.model_fields_set:
+                self.__dict__[name] = value
         named = self.model_fields_set | LATER.keys() >= EditConfig.model_fields.keys()
-        if named and None not in [getattr(self, name) for name in PAPER]: self.__dict__["preset"] = None
+        if named and None not in [getattr(self, name) for name in PAPER]:
+            self.__dict__["preset"] = None
         return self
 
     @model_validator(mode="after")
     def fits_together(self):
-        if self.negative_prompt and self.guidance_scale == 1: raise ValueError("negative_prompt works through guidance, and guidance_scale is 1, which is off; give one above 1")
-        if self.eq2_region == "branch" and self.eq2_conditioning in ("concat", "mix"): raise ValueError("eq2_region 'branch' needs eq2_conditioning 'sum' or 'alternate': one pass has one mask")
-        if self.eq5_words == "background" and self.eq45_pictures != "each": raise ValueError("eq5_words 'background' needs eq45_pictures 'each': one picture has one text")
-        if self.eq4_words == "source" and self.eq45_pictures != "each": raise ValueError("eq4_words 'source' needs eq45_pictures 'each': one picture has one text")
+        if self.negative_prompt and self.guidance_scale == 1:
+            raise ValueError(
+                "negative_prompt works through guidance, and guidance_scale is 1, which is off; give one above 1"
+            )
+        if self.eq2_region == "branch" and self.eq2_conditioning in ("concat", "mix"):
+            raise ValueError("eq2_region 'branch' needs eq2_conditioning 'sum' or 'alternate': one pass has one mask")
+        if self.eq5_words == "background" and self.eq45_pictures != "each":
+            raise ValueError("eq5_words 'background' needs eq45_pictures 'each': one picture has one text")
+        if self.eq4_words == "source" and self.eq45_pictures != "each":
+            raise ValueError("eq4_words 'source' needs eq45_pictures 'each': one picture has one text")
         return self
 
     @model_serializer(mode="wrap")
@@ -90,53 +186,89 @@ class EditConfig(BaseModel):
         return {name: value for name, value in write(self).items() if name not in LATER or value not in LATER[name]}
 
     def __init__(self, **values):
-        try: super().__init__(**values)
-        except ValidationError as error: raise BadInput(config_error(error)) from None
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise BadInput(config_error(error)) from None
 
     def change(self, **changes) -> "EditConfig":
         "The same settings with some others; those that nobody asked for stay open to a model's own numbers."
         if changes.get("preset") and self.preset is None:
-            raise BadInput(f"These settings are all named already, so the preset {changes['preset']!r} would change none; begin with EditConfig(preset={changes['preset']!r}).")
+            raise BadInput(
+                f"These settings are all named already, so the preset {changes['preset']!r} would change none; begin with EditConfig(preset={changes['preset']!r})."
+            )
         return EditConfig(**{name: getattr(self, name) for name in self.model_fields_set} | changes)
 
     def resolve(self, card: dict) -> "EditConfig":
         "Every setting named: with the model's own numbers, and those it has for the preset, where nothing was asked for."
         numbers = {name: card.get(name, value) for name, value in PAPER.items() if getattr(self, name) is None}
         own = card.get("presets", {}).get(self.preset, {})
-        numbers |= {name: value for name, value in own.items() if name not in self.model_fields_set or getattr(self, name) is None}
+        numbers |= {
+            name: value
+            for name, value in own.items()
+            if name not in self.model_fields_set or getattr(self, name) is None
+        }
         return EditConfig(**{name: getattr(self, name) for name in EditConfig.model_fields} | numbers)
 
 # %% ../nbs/08_settings.ipynb #1a8b64a1
 PAPER = dict(embedding_lr=1e-3, word_lr=5e-3, tuning_lr=2e-6, guidance_scale=7.5)
 
 # %% ../nbs/08_settings.ipynb #83ac60e7
-PRESETS = dict(paper=dict(), best=dict(object_picture="auto", recolour=True, recolour_tone=True, subject_scale=1., target_draws=96, target_quality=.2, target_widen=.03,
-                                        embedding_steps=0, tuning_steps=100, tuning_batch=8, tuning_decay=True, iterative_guidance=False, sampling_steps=20))
+PRESETS = dict(
+    paper=dict(),
+    best=dict(
+        object_picture="auto",
+        recolour=True,
+        recolour_tone=True,
+        subject_scale=1.0,
+        target_draws=96,
+        target_quality=0.2,
+        target_widen=0.03,
+        embedding_steps=0,
+        tuning_steps=100,
+        tuning_batch=8,
+        tuning_decay=True,
+        iterative_guidance=False,
+        sampling_steps=20,
+    ),
+)
 
-def preset(name: str = "best",  # "paper" or "best"
-           card: Optional[dict] = None,  # of the model: `models.card`; None: that of the model it is used with
-           **changes  # settings that shall differ
-          ) -> EditConfig:
+
+def preset(
+    name: str = "best",  # "paper" or "best"
+    card: dict | None = None,  # of the model: `models.card`; None: that of the model it is used with
+    **changes,  # settings that shall differ
+) -> EditConfig:
     "A named set of settings, with the model's numbers for it, and with changes."
-    if name not in PRESETS: raise BadInput(f"There is no preset {name!r}; there are {' and '.join(PRESETS)}.")
+    if name not in PRESETS:
+        raise BadInput(f"There is no preset {name!r}; there are {' and '.join(PRESETS)}.")
     return EditConfig(preset=name, **(card or {}).get("presets", {}).get(name, {}) | changes)
 
 # %% ../nbs/08_settings.ipynb #920d3828
-def near(name: str,  # as it was typed
-         names: Sequence[str]  # those there are
-        ) -> str:
+def near(
+    name: str,  # as it was typed
+    names: Sequence[str],  # those there are
+) -> str:
     "The names that are most like one, for a sentence about it."
     words = {word for word in name.lower().split("_") if len(word) > 2}
     like = [other for other in names if words & set(other.split("_"))]
     folded = {other.replace("_", ""): other for other in names if other not in like}
-    like += [folded[n] for n in difflib.get_close_matches(name.replace("_", "").lower(), folded, 3, .6)]
+    like += [folded[n] for n in difflib.get_close_matches(name.replace("_", "").lower(), folded, 3, 0.6)]
     return f"near it: {', '.join(like[:4])}" if like else f"there are: {', '.join(names)}"
+
 
 def config_error(error: ValidationError) -> str:
     "The first complaint of pydantic as a sentence."
     first = error.errors()[0]
-    if not first["loc"]: return f"The settings do not fit together: {first['msg'].removeprefix('Value error, ')}."
-    name, value, what = ".".join(map(str, first["loc"])), first["input"], first["msg"].replace("Input should be ", "should be ")
-    if first["type"] == "extra_forbidden": return f"There is no setting {name!r}; {near(name, list(EditConfig.model_fields))}."
-    if first["type"] == "value_error": return what.removeprefix("Value error, ")
+    if not first["loc"]:
+        return f"The settings do not fit together: {first['msg'].removeprefix('Value error, ')}."
+    name, value, what = (
+        ".".join(map(str, first["loc"])),
+        first["input"],
+        first["msg"].replace("Input should be ", "should be "),
+    )
+    if first["type"] == "extra_forbidden":
+        return f"There is no setting {name!r}; {near(name, list(EditConfig.model_fields))}."
+    if first["type"] == "value_error":
+        return what.removeprefix("Value error, ")
     return f"The setting {name} is {value!r}, but it {what}."

@@ -7,9 +7,11 @@ __all__ = ['QUESTIONS', 'MARKS', 'SIMULATED', 'trials', 'show_trial', 'ratings_f
            'as_png', 'simulated_rating', 'simulate', 'study_table', 'plot_study']
 
 # %% ../nbs/19_user_study.ipynb #d9afd6a7
-import io, json, random
+import io
+import json
+import random
 from pathlib import Path
-from typing import Sequence
+from collections.abc import Sequence
 
 # %% ../nbs/19_user_study.ipynb #55d7f9f8
 from .core import BadInput, content_hash, to_pil
@@ -17,19 +19,29 @@ from .experiments import load_strip
 from .scores import append_line, edit_set, interval, read_record
 
 # %% ../nbs/19_user_study.ipynb #c33f6d3a
-QUESTIONS = dict(background="How well does the place match the reference picture?", action="How well does the animal do what the words say?")
+QUESTIONS = dict(
+    background="How well does the place match the reference picture?",
+    action="How well does the animal do what the words say?",
+)
 MARKS = {1: "1 very poor", 2: "2", 3: "3", 4: "4", 5: "5 very good"}
 
-def trials(record: dict,  # of an experiment
-           rater: str,  # whose order it is
-           per: int = 10,  # pictures of each setting
-           seed: int = 0  # of the choice of pictures, the same for all raters
-          ) -> list:  # dicts with the names of a cell, an edit, a setting, and a seed's place
+
+def trials(
+    record: dict,  # of an experiment
+    rater: str,  # whose order it is
+    per: int = 10,  # pictures of each setting
+    seed: int = 0,  # of the choice of pictures, the same for all raters
+) -> list:  # dicts with the names of a cell, an edit, a setting, and a seed's place
     "The pictures that a rater sees, in the rater's own order; the same edits and seeds of every setting."
-    if per < 1: raise BadInput(f"per is {per}; at least one picture of each setting is needed.")
+    if per < 1:
+        raise BadInput(f"per is {per}; at least one picture of each setting is needed.")
     pairs = [(e, k) for e in range(len(record["edits"])) for k in range(len(record["seeds"]))]
     some = random.Random(f"pictures {seed}").sample(pairs, min(per, len(pairs)))
-    found = [dict(cell=row["cells"][e], setting=row["setting"], seed=record["seeds"][k], place=k) for row in record["settings"] for e, k in some]
+    found = [
+        dict(cell=row["cells"][e], setting=row["setting"], seed=record["seeds"][k], place=k)
+        for row in record["settings"]
+        for e, k in some
+    ]
     random.Random(f"{rater} {seed}").shuffle(found)
     return [dict(name=content_hash(t["cell"], t["place"])[:12], **t) for t in found]
 
@@ -44,15 +56,20 @@ def show_trial(trial: dict, folder: Path) -> tuple:  # words, reference, picture
 # %% ../nbs/19_user_study.ipynb #4f6aa1c8
 def ratings_file(folder: Path, rater: str) -> Path:
     "Where a rater's answers are."
-    if not rater or any(c in rater for c in "/\\:") or rater.startswith("."): raise BadInput(f"The rater's name is {rater!r}; give one without / \\ : that does not begin with a dot.")
+    if not rater or any(c in rater for c in "/\\:") or rater.startswith("."):
+        raise BadInput(f"The rater's name is {rater!r}; give one without / \\ : that does not begin with a dot.")
     return Path(folder) / f"{rater}.jsonl"
+
 
 def rate(folder: Path, rater: str, trial: dict, **marks):
     "Keep one answer: a mark from 1 to 5 for each of `QUESTIONS`."
-    if set(marks) != set(QUESTIONS): raise BadInput(f"The marks are for {', '.join(marks) or 'nothing'}; each of {', '.join(QUESTIONS)} needs one.")
+    if set(marks) != set(QUESTIONS):
+        raise BadInput(f"The marks are for {', '.join(marks) or 'nothing'}; each of {', '.join(QUESTIONS)} needs one.")
     for question, mark in marks.items():
-        if mark not in MARKS: raise BadInput(f"The mark for {question} is {mark!r}; it must be one of {', '.join(map(str, MARKS))}.")
+        if mark not in MARKS:
+            raise BadInput(f"The mark for {question} is {mark!r}; it must be one of {', '.join(map(str, MARKS))}.")
     append_line(ratings_file(folder, rater), dict(key=trial["name"], **marks))
+
 
 def load_ratings(folder: Path) -> dict:
     "All answers by rater: the name of a trial -> its marks."
@@ -61,17 +78,27 @@ def load_ratings(folder: Path) -> dict:
 # %% ../nbs/19_user_study.ipynb #89def88c
 class StudyForm:
     "A form that asks a rater about one picture after the other."
-    def __init__(self, record: dict, rater: str, folder: Path,  # where `cells` are
-                 answers: Path,  # the folder of ratings
-                 per: int = 10):
-        try: import ipywidgets as w
-        except ImportError: raise BadInput("The form needs ipywidgets; install it with: pip install ipywidgets") from None
+
+    def __init__(
+        self,
+        record: dict,
+        rater: str,
+        folder: Path,  # where `cells` are
+        answers: Path,  # the folder of ratings
+        per: int = 10,
+    ):
+        try:
+            import ipywidgets as w
+        except ImportError:
+            raise BadInput("The form needs ipywidgets; install it with: pip install ipywidgets") from None
         self.rater, self.folder, self.answers = rater, Path(folder), Path(answers)
         done = read_record(ratings_file(answers, rater))
         self.todo = [t for t in trials(record, rater, per) if t["name"] not in done]
         self.bar = w.IntProgress(len(done), 0, len(done) + len(self.todo), description="rated")
         self.words, self.reference, self.picture = w.HTML(), w.Image(width=256), w.Image(width=256)
-        self.marks = {q: w.ToggleButtons(options=[(text, k) for k, text in MARKS.items()], value=None) for q in QUESTIONS}
+        self.marks = {
+            q: w.ToggleButtons(options=[(text, k) for k, text in MARKS.items()], value=None) for q in QUESTIONS
+        }
         self.next, self.says = w.Button(description="Keep and go on", button_style="primary"), w.HTML()
         self.next.on_click(lambda _: self.keep())
         rows = [v for q, text in QUESTIONS.items() for v in (w.HTML(f"<b>{text}</b>"), self.marks[q])]
@@ -80,23 +107,32 @@ class StudyForm:
 
     def show(self):
         "Show the first picture that has no answer."
-        if not self.todo: self.words.value, self.next.disabled = "<b>Thank you, that was all.</b>", True; return
+        if not self.todo:
+            self.words.value, self.next.disabled = "<b>Thank you, that was all.</b>", True
+            return
         words, *pictures = show_trial(self.todo[0], self.folder)
         self.words.value = f"<b>{words}</b>"
-        for widget, picture in zip((self.reference, self.picture), pictures): widget.value = as_png(picture)
-        for buttons in self.marks.values(): buttons.value = None
+        for widget, picture in zip((self.reference, self.picture), pictures):
+            widget.value = as_png(picture)
+        for buttons in self.marks.values():
+            buttons.value = None
 
     def keep(self):
         "Keep the answer and show the next picture; says what is missing."
-        try: rate(self.answers, self.rater, self.todo[0], **{q: b.value for q, b in self.marks.items()})
-        except BadInput: self.says.value = "Please give both marks."; return
+        try:
+            rate(self.answers, self.rater, self.todo[0], **{q: b.value for q, b in self.marks.items()})
+        except BadInput:
+            self.says.value = "Please give both marks."
+            return
         self.says.value, self.bar.value = "", self.bar.value + 1
         del self.todo[0]
         self.show()
 
     def _ipython_display_(self):
         from IPython.display import display
+
         display(self.view)
+
 
 def as_png(picture) -> bytes:
     "A picture (tensor or Pillow) as the bytes of a PNG, enlarged without blur."
@@ -123,20 +159,44 @@ def study_table(record: dict, ratings: dict, per: int = 10) -> list:
     "For each setting and question: mean mark, its 95 % interval over pictures, how many marks."
     rows = []
     for setting in [r["setting"] for r in record["settings"]]:
-        mine = [(t["name"], marks[t["name"]]) for rater, marks in ratings.items() for t in trials(record, rater, per) if t["setting"] == setting and t["name"] in marks]
-        for q in QUESTIONS if mine else (): rows.append(dict(setting=setting, question=q, n=len(mine), mean=interval([dict(edit=name, **m) for name, m in mine], q)))
+        mine = [
+            (t["name"], marks[t["name"]])
+            for rater, marks in ratings.items()
+            for t in trials(record, rater, per)
+            if t["setting"] == setting and t["name"] in marks
+        ]
+        for q in QUESTIONS if mine else ():
+            rows.append(
+                dict(
+                    setting=setting,
+                    question=q,
+                    n=len(mine),
+                    mean=interval([dict(edit=name, **m) for name, m in mine], q),
+                )
+            )
     return rows
+
 
 def plot_study(rows: Sequence[dict], title: str = ""):
     "Bars of the mean marks, as the right of Fig. 7."
     import matplotlib.pyplot as plt
+
     names = list(dict.fromkeys(r["setting"] for r in rows))
     fig, ax = plt.subplots(figsize=(1.5 + 1.1 * len(names), 2.8))
     for k, q in enumerate(QUESTIONS):
         means = [next(r["mean"] for r in rows if (r["setting"], r["question"]) == (n, q)) for n in names]
-        ax.bar([x + .4 * k for x in range(len(names))], [m[0] for m in means], .38, label=q, yerr=[[m[0] - m[1] for m in means], [m[2] - m[0] for m in means]], capsize=2)
+        ax.bar(
+            [x + 0.4 * k for x in range(len(names))],
+            [m[0] for m in means],
+            0.38,
+            label=q,
+            yerr=[[m[0] - m[1] for m in means], [m[2] - m[0] for m in means]],
+            capsize=2,
+        )
     ax.set(ylim=(1, 5.2), ylabel="mean mark")
     ax.set_title(title, fontsize=9, loc="left")
-    ax.set_xticks([x + .2 for x in range(len(names))], [n.replace(", ", ",\n").replace(" recipe", "") for n in names], fontsize=8)
+    ax.set_xticks(
+        [x + 0.2 for x in range(len(names))], [n.replace(", ", ",\n").replace(" recipe", "") for n in names], fontsize=8
+    )
     ax.legend(fontsize=8, frameon=False, ncols=2, loc="lower right", bbox_to_anchor=(1, 1))
     return fig

@@ -12,9 +12,11 @@ __all__ = ['SPECIES', 'POSES', 'PATTERNS', 'ACCESSORIES', 'SIZES', 'COLOURS', 'P
            'make_edit', 'pictures_per_second']
 
 # %% ../nbs/01_world.ipynb #725a7c83
-import math, time
+import math
+import time
 from dataclasses import dataclass, fields, replace
-from typing import Optional, Sequence, Union
+from typing import Optional, Union
+from collections.abc import Sequence
 
 import torch
 
@@ -90,41 +92,72 @@ def _placement(n, level, size, g):
     return torch.stack([x * (.05 + .35 * level), .66 + y * (.04 + .10 * level), scale], 1)
 
 # %% ../nbs/01_world.ipynb #7c05b789
-def sample_scenes(n: int,  # how many
-                  generator: torch.Generator,  # see `stream`
-                  level: float = 0.,  # difficulty, 0 (simple) to 1 (full)
-                  empty: float = 0.,  # share of scenes without a subject
-                  **fixed  # attributes to fix: an index, a word ("jumping") or a (n,) tensor
-                 ) -> Scenes:
+def sample_scenes(
+    n: int,  # how many
+    generator: torch.Generator,  # see `stream`
+    level: float = 0.0,  # difficulty, 0 (simple) to 1 (full)
+    empty: float = 0.0,  # share of scenes without a subject
+    **fixed,  # attributes to fix: an index, a word ("jumping") or a (n,) tensor
+) -> Scenes:
     "Draw `n` random scenes."
-    if not 0 <= level <= 1: raise BadInput(f"level must be between 0 (simple) and 1 (full), not {level}.")
+    if not 0 <= level <= 1:
+        raise BadInput(f"level must be between 0 (simple) and 1 (full), not {level}.")
     g = generator
     size = _pick(n, 3, g, level)
     scenes = Scenes(
-        species=_pick(n, 3, g), pose=_pick(n, 4, g), colour=_pick(n, len(COLOURS), g), pattern=_pick(n, 3, g, level),
-        accessory=_pick(n, 3, g, level), size=size, place=_pick(n, len(PLACES), g), present=torch.rand(n, generator=g) >= empty,
-        look=torch.rand(n, len(TRAITS), generator=g), layout=torch.rand(n, 16, generator=g), where=_placement(n, level, size, g),
-        facing=1. - 2. * _pick(n, 2, g, level).float(), jitter=_spread(n, 8, g) * (.35 + .65 * level))
+        species=_pick(n, 3, g),
+        pose=_pick(n, 4, g),
+        colour=_pick(n, len(COLOURS), g),
+        pattern=_pick(n, 3, g, level),
+        accessory=_pick(n, 3, g, level),
+        size=size,
+        place=_pick(n, len(PLACES), g),
+        present=torch.rand(n, generator=g) >= empty,
+        look=torch.rand(n, len(TRAITS), generator=g),
+        layout=torch.rand(n, 16, generator=g),
+        where=_placement(n, level, size, g),
+        facing=1.0 - 2.0 * _pick(n, 2, g, level).float(),
+        jitter=_spread(n, 8, g) * (0.35 + 0.65 * level),
+    )
     return edit_scenes(scenes, **fixed)
 
 # %% ../nbs/01_world.ipynb #f2117f7c
-VALUES = dict(species=SPECIES, pose=POSES, colour=list(COLOURS), pattern=PATTERNS, accessory=ACCESSORIES, size=SIZES,
-              place=list(PLACES), present=[False, True])
+VALUES = dict(
+    species=SPECIES,
+    pose=POSES,
+    colour=list(COLOURS),
+    pattern=PATTERNS,
+    accessory=ACCESSORIES,
+    size=SIZES,
+    place=list(PLACES),
+    present=[False, True],
+)
+
 
 def _as_tensor(name, value, like):
     "An index, a word or a tensor as a tensor shaped like the field."
     known = VALUES.get(name)
     try:
-        found = torch.as_tensor(known.index(value) if known and isinstance(value, str) else value, device=like.device).to(like.dtype).expand_as(like).clone()
-        if known and not ((found >= 0) & (found < len(known))).all(): raise ValueError
+        found = (
+            torch.as_tensor(known.index(value) if known and isinstance(value, str) else value, device=like.device)
+            .to(like.dtype)
+            .expand_as(like)
+            .clone()
+        )
+        if known and not ((found >= 0) & (found < len(known))).all():
+            raise ValueError
         return found
     except (TypeError, ValueError, RuntimeError):
-        raise BadInput(f"The world has no {name} {value!r}; it has {', '.join(map(str, known)) if known else f'numbers in the shape {tuple(like.shape)}'}.") from None
+        raise BadInput(
+            f"The world has no {name} {value!r}; it has {', '.join(map(str, known)) if known else f'numbers in the shape {tuple(like.shape)}'}."
+        ) from None
+
 
 def edit_scenes(scenes: Scenes, **changes) -> Scenes:
-    "The same scenes with some attributes changed: words (`pose=\"jumping\"`), indices or tensors."
+    'The same scenes with some attributes changed: words (`pose="jumping"`), indices or tensors.'
     names = [f.name for f in fields(scenes)]
-    if odd := [k for k in changes if k not in names]: raise BadInput(f"A scene has no {odd[0]}; it has {', '.join(names)}.")
+    if odd := [k for k in changes if k not in names]:
+        raise BadInput(f"A scene has no {odd[0]}; it has {', '.join(names)}.")
     return replace(scenes, **{k: _as_tensor(k, v, getattr(scenes, k)) for k, v in changes.items()})
 
 # %% ../nbs/01_world.ipynb #ec2f0edf
@@ -153,7 +186,7 @@ def limb(grid,  # (B, H, W, 2) points
     return distance[:, None], along[:, None], (offset[..., 1] / radius.clamp(min=.01)).clamp(-1, 1)[:, None]
 
 # %% ../nbs/01_world.ipynb #4c8790ab
-def pixel_grid(size: Union[int, tuple], device="cpu"):
+def pixel_grid(size: int | tuple, device="cpu"):
     "Pixel centres as (1, H, W, 2), x and y from -1 to 1 (the shorter side of a non-square picture), y down."
     h, w = (size, size) if isinstance(size, int) else size
     y, x = (torch.arange(n, device=device).add(.5).mul(2).sub(n) / min(h, w) for n in (h, w))
@@ -176,90 +209,155 @@ def _paint(canvas, distance, colour, px):
     return blend(canvas, colour if torch.is_tensor(colour) else _rgb(*colour)(canvas), coverage(distance, px))
 
 # %% ../nbs/01_world.ipynb #672376f4
-def _tree(c, x, y, cx, foot, s, px, leaf, bare=(.33, .22, .15)):
+def _tree(c, x, y, cx, foot, s, px, leaf, bare=(0.33, 0.22, 0.15)):
     "A round tree standing at `foot`, `s` times the usual size."
-    c = _paint(c, _box(x, y, cx, foot - .25 * s, .045 * s, .27 * s), bare, px)
-    c = _paint(c, _disc(x, y, cx, foot - .62 * s, .26 * s), leaf, px)
-    return _paint(c, _disc(x, y, cx - .07 * s, foot - .69 * s, .14 * s), tuple(v * 1.18 for v in leaf), px)
+    c = _paint(c, _box(x, y, cx, foot - 0.25 * s, 0.045 * s, 0.27 * s), bare, px)
+    c = _paint(c, _disc(x, y, cx, foot - 0.62 * s, 0.26 * s), leaf, px)
+    return _paint(c, _disc(x, y, cx - 0.07 * s, foot - 0.69 * s, 0.14 * s), tuple(v * 1.18 for v in leaf), px)
 
-def _pine(c, x, y, cx, foot, s, px, leaf=(.18, .36, .31)):
+
+def _pine(c, x, y, cx, foot, s, px, leaf=(0.18, 0.36, 0.31)):
     "A pine: two triangles, snow on top."
-    for lift, w in ((.18, .30), (.42, .22)):
-        c = _paint(c, torch.maximum((x - cx).abs() - w * s * (y - foot + (lift + .5) * s) / (.5 * s), y - foot + lift * s), leaf, px)
-    return _paint(c, torch.maximum((x - cx).abs() - .44 * (y - foot + .92 * s), y - foot + .72 * s), (.97, .98, 1.), px)
+    for lift, w in ((0.18, 0.30), (0.42, 0.22)):
+        c = _paint(
+            c,
+            torch.maximum((x - cx).abs() - w * s * (y - foot + (lift + 0.5) * s) / (0.5 * s), y - foot + lift * s),
+            leaf,
+            px,
+        )
+    return _paint(
+        c, torch.maximum((x - cx).abs() - 0.44 * (y - foot + 0.92 * s), y - foot + 0.72 * s), (0.97, 0.98, 1.0), px
+    )
 
 # %% ../nbs/01_world.ipynb #482c8d41
 def draw_forest(x, y, u, px):
     "Trees before dark wood, mossy ground."
-    c = _sky(y, (.62, .80, .66), (.80, .90, .74))
-    c = _paint(c, _hill(x, y, -.30, .10, 3., u[0]), (.28, .46, .32), px)
-    for k, s in enumerate((.85, 1.15, .95, 1.25)):
-        c = _tree(c, x, y, -.85 + .56 * k + .3 * (u[1 + k] - .5), .22 + .1 * u[5 + k], s * (.9 + .3 * u[9 + k]), px, (.16 + .06 * (k % 2), .40, .20))
-    return _paint(c, _hill(x, y, .20, .03, 4., u[13]), (.31, .43, .20), px)
+    c = _sky(y, (0.62, 0.80, 0.66), (0.80, 0.90, 0.74))
+    c = _paint(c, _hill(x, y, -0.30, 0.10, 3.0, u[0]), (0.28, 0.46, 0.32), px)
+    for k, s in enumerate((0.85, 1.15, 0.95, 1.25)):
+        c = _tree(
+            c,
+            x,
+            y,
+            -0.85 + 0.56 * k + 0.3 * (u[1 + k] - 0.5),
+            0.22 + 0.1 * u[5 + k],
+            s * (0.9 + 0.3 * u[9 + k]),
+            px,
+            (0.16 + 0.06 * (k % 2), 0.40, 0.20),
+        )
+    return _paint(c, _hill(x, y, 0.20, 0.03, 4.0, u[13]), (0.31, 0.43, 0.20), px)
+
 
 def draw_beach(x, y, u, px):
     "Sun, sea, sand and a palm."
-    c = _sky(y, (.42, .72, .95), (.80, .92, .98), .0)
-    c = _paint(c, _disc(x, y, 1.4 * u[0] - .7, -.68 + .3 * u[1], .13), (1., .93, .55), px)
-    horizon, shore = -.02 + .16 * (u[2] - .5), .27 + .10 * (u[3] - .5)
-    c = _paint(c, horizon - y, (.13, .50, .72), px)
-    c = _paint(c, (y - (horizon + shore) / 2 - .02 * torch.sin(9 * x + 6 * u[4])).abs() - .018, (.55, .82, .90), px)
-    c = _paint(c, _hill(x, y, shore, .03, 3., u[5]), (.95, .85, .60), px)
-    px_, top = torch.where(u[6] > .5, .72 + .2 * u[7], -.92 + .2 * u[7]), -.42 + .2 * u[8]
-    c = _paint(c, torch.maximum((x - px_ - .12 * (y - .3).square()).abs() - .035, (y - (top + .42) / 2 ).abs() - (.42 - top) / 2), (.50, .35, .20), px)
+    c = _sky(y, (0.42, 0.72, 0.95), (0.80, 0.92, 0.98), 0.0)
+    c = _paint(c, _disc(x, y, 1.4 * u[0] - 0.7, -0.68 + 0.3 * u[1], 0.13), (1.0, 0.93, 0.55), px)
+    horizon, shore = -0.02 + 0.16 * (u[2] - 0.5), 0.27 + 0.10 * (u[3] - 0.5)
+    c = _paint(c, horizon - y, (0.13, 0.50, 0.72), px)
+    c = _paint(
+        c, (y - (horizon + shore) / 2 - 0.02 * torch.sin(9 * x + 6 * u[4])).abs() - 0.018, (0.55, 0.82, 0.90), px
+    )
+    c = _paint(c, _hill(x, y, shore, 0.03, 3.0, u[5]), (0.95, 0.85, 0.60), px)
+    px_, top = torch.where(u[6] > 0.5, 0.72 + 0.2 * u[7], -0.92 + 0.2 * u[7]), -0.42 + 0.2 * u[8]
+    c = _paint(
+        c,
+        torch.maximum(
+            (x - px_ - 0.12 * (y - 0.3).square()).abs() - 0.035, (y - (top + 0.42) / 2).abs() - (0.42 - top) / 2
+        ),
+        (0.50, 0.35, 0.20),
+        px,
+    )
     for k in (-1, 1):
-        c = _paint(c, (_disc(x, y, px_ + .05 + k * .17, top + .06, .20)).maximum(-_disc(x, y, px_ + .05 + k * .19, top + .17, .21)), (.20, .55, .28), px)
+        c = _paint(
+            c,
+            (_disc(x, y, px_ + 0.05 + k * 0.17, top + 0.06, 0.20)).maximum(
+                -_disc(x, y, px_ + 0.05 + k * 0.19, top + 0.17, 0.21)
+            ),
+            (0.20, 0.55, 0.28),
+            px,
+        )
     return c
+
 
 def draw_desert(x, y, u, px):
     "Dunes under an orange sky, a cactus."
-    c = _sky(y, (.98, .72, .42), (1., .90, .66))
-    c = _paint(c, _disc(x, y, 1.4 * u[0] - .7, -.55 + .35 * u[1], .19), (1., .96, .80), px)
-    c = _paint(c, _hill(x, y, -.02 + .1 * u[2], .14, 3.2, u[3]), (.87, .60, .34), px)
-    side = torch.where(u[4] > .5, .72 + .2 * u[5], -.72 - .2 * u[5])
-    for dx, foot, h, w in ((0., .30, .30, .055), (.11, .02, .10, .04), (.06, .10, .03, .06), (-.11, .10, .10, .04), (-.06, .18, .03, .06)):
-        c = _paint(c, _box(x, y, side + dx, foot - h, w, h), (.28, .50, .28), px)
-    return _paint(c, _hill(x, y, .22, .07, 2.4, u[6]), (.93, .73, .44), px)
+    c = _sky(y, (0.98, 0.72, 0.42), (1.0, 0.90, 0.66))
+    c = _paint(c, _disc(x, y, 1.4 * u[0] - 0.7, -0.55 + 0.35 * u[1], 0.19), (1.0, 0.96, 0.80), px)
+    c = _paint(c, _hill(x, y, -0.02 + 0.1 * u[2], 0.14, 3.2, u[3]), (0.87, 0.60, 0.34), px)
+    side = torch.where(u[4] > 0.5, 0.72 + 0.2 * u[5], -0.72 - 0.2 * u[5])
+    for dx, foot, h, w in (
+        (0.0, 0.30, 0.30, 0.055),
+        (0.11, 0.02, 0.10, 0.04),
+        (0.06, 0.10, 0.03, 0.06),
+        (-0.11, 0.10, 0.10, 0.04),
+        (-0.06, 0.18, 0.03, 0.06),
+    ):
+        c = _paint(c, _box(x, y, side + dx, foot - h, w, h), (0.28, 0.50, 0.28), px)
+    return _paint(c, _hill(x, y, 0.22, 0.07, 2.4, u[6]), (0.93, 0.73, 0.44), px)
 
 # %% ../nbs/01_world.ipynb #b58fc164
 def draw_snow(x, y, u, px):
     "White mountains, pines, white ground."
-    c = _sky(y, (.66, .76, .88), (.88, .92, .97))
+    c = _sky(y, (0.66, 0.76, 0.88), (0.88, 0.92, 0.97))
     for k in range(3):
-        cx, top = -.8 + .8 * k + .4 * (u[k] - .5), -.55 + .3 * u[3 + k]
-        c = _paint(c, (x - cx).abs() * .9 + top - y, (.60, .68, .80), px)
-        c = _paint(c, torch.maximum((x - cx).abs() * .9 + top - y, y - top - .20), (.97, .98, 1.), px)
-    for k in range(2): c = _pine(c, x, y, (.8 - 1.6 * k) + .3 * (u[6 + k] - .5), .34, .8 + .5 * u[8 + k], px)
-    return _paint(c, _hill(x, y, .22, .04, 3., u[10]), (.94, .96, .99), px)
+        cx, top = -0.8 + 0.8 * k + 0.4 * (u[k] - 0.5), -0.55 + 0.3 * u[3 + k]
+        c = _paint(c, (x - cx).abs() * 0.9 + top - y, (0.60, 0.68, 0.80), px)
+        c = _paint(c, torch.maximum((x - cx).abs() * 0.9 + top - y, y - top - 0.20), (0.97, 0.98, 1.0), px)
+    for k in range(2):
+        c = _pine(c, x, y, (0.8 - 1.6 * k) + 0.3 * (u[6 + k] - 0.5), 0.34, 0.8 + 0.5 * u[8 + k], px)
+    return _paint(c, _hill(x, y, 0.22, 0.04, 3.0, u[10]), (0.94, 0.96, 0.99), px)
+
 
 def draw_city(x, y, u, px):
     "Lit windows and a moon."
-    c = _sky(y, (.05, .06, .18), (.20, .18, .38))
-    c = _paint(c, _disc(x, y, 1.4 * u[0] - .7, -.72 + .15 * u[1], .12), (.97, .95, .80), px)
+    c = _sky(y, (0.05, 0.06, 0.18), (0.20, 0.18, 0.38))
+    c = _paint(c, _disc(x, y, 1.4 * u[0] - 0.7, -0.72 + 0.15 * u[1], 0.12), (0.97, 0.95, 0.80), px)
     for k in range(5):
-        cx, top = -.84 + .42 * k + .06 * (u[2 + k] - .5), -.50 + .55 * u[7 + k]
-        c = _paint(c, _box(x, y, cx, (top + .4) / 2, .19, (.4 - top) / 2), (.13 + .03 * (k % 2), .13, .24 + .04 * (k % 3)), px)
+        cx, top = -0.84 + 0.42 * k + 0.06 * (u[2 + k] - 0.5), -0.50 + 0.55 * u[7 + k]
+        c = _paint(
+            c,
+            _box(x, y, cx, (top + 0.4) / 2, 0.19, (0.4 - top) / 2),
+            (0.13 + 0.03 * (k % 2), 0.13, 0.24 + 0.04 * (k % 3)),
+            px,
+        )
         for i in (-1, 1):
             for j in range(3):
-                lit = (u[12] * 7 + k * 3 + i + 2 * j).sin() > -.4
-                c = _paint(c, torch.where(lit, _box(x, y, cx + i * .085, top + .14 + .2 * j, .038, .05).maximum(y - .22), 1.), (.98, .82, .42), px)
-    return _paint(c, .24 + .05 * (u[13] - .5) - y, (.33, .33, .41), px)
+                lit = (u[12] * 7 + k * 3 + i + 2 * j).sin() > -0.4
+                c = _paint(
+                    c,
+                    torch.where(
+                        lit, _box(x, y, cx + i * 0.085, top + 0.14 + 0.2 * j, 0.038, 0.05).maximum(y - 0.22), 1.0
+                    ),
+                    (0.98, 0.82, 0.42),
+                    px,
+                )
+    return _paint(c, 0.24 + 0.05 * (u[13] - 0.5) - y, (0.33, 0.33, 0.41), px)
+
 
 def draw_meadow(x, y, u, px):
     "Clouds, green hills, flowers."
-    c = _sky(y, (.38, .66, .96), (.82, .93, 1.))
+    c = _sky(y, (0.38, 0.66, 0.96), (0.82, 0.93, 1.0))
     for k in range(2):
-        cx, cy = -.5 + k + .6 * (u[k] - .5), -.65 + .3 * u[2 + k]
-        for dx, r in ((-.15, .10), (0., .15), (.16, .11)): c = _paint(c, _disc(x, y, cx + dx, cy, r), (1., 1., 1.), px)
-    c = _paint(c, _hill(x, y, .02, .14, 2.6, u[4]), (.50, .76, .40), px)
-    c = _paint(c, _hill(x, y, .24, .05, 2., u[5]), (.42, .70, .28), px)
+        cx, cy = -0.5 + k + 0.6 * (u[k] - 0.5), -0.65 + 0.3 * u[2 + k]
+        for dx, r in ((-0.15, 0.10), (0.0, 0.15), (0.16, 0.11)):
+            c = _paint(c, _disc(x, y, cx + dx, cy, r), (1.0, 1.0, 1.0), px)
+    c = _paint(c, _hill(x, y, 0.02, 0.14, 2.6, u[4]), (0.50, 0.76, 0.40), px)
+    c = _paint(c, _hill(x, y, 0.24, 0.05, 2.0, u[5]), (0.42, 0.70, 0.28), px)
     for k in range(7):
-        colour = ((.98, .90, .30), (.98, .98, .98), (.93, .42, .50))[k % 3]
-        c = _paint(c, _disc(x, y, -.85 + .29 * k + .2 * (u[6 + k] - .5), .40 + .5 * ((u[6 + k] * 7.3) % 1), .045), colour, px)
+        colour = ((0.98, 0.90, 0.30), (0.98, 0.98, 0.98), (0.93, 0.42, 0.50))[k % 3]
+        c = _paint(
+            c,
+            _disc(x, y, -0.85 + 0.29 * k + 0.2 * (u[6 + k] - 0.5), 0.40 + 0.5 * ((u[6 + k] * 7.3) % 1), 0.045),
+            colour,
+            px,
+        )
     return c
 
 # %% ../nbs/01_world.ipynb #3117ea59
-_DRAW = dict(forest=draw_forest, beach=draw_beach, desert=draw_desert, snow=draw_snow, city=draw_city, meadow=draw_meadow)
+_DRAW = dict(
+    forest=draw_forest, beach=draw_beach, desert=draw_desert, snow=draw_snow, city=draw_city, meadow=draw_meadow
+)
+
 
 def draw_places(scenes: Scenes, size) -> torch.Tensor:
     "The backgrounds alone, (B, 3, H, W) in 0-1: the true reference pictures `O_r`."
@@ -267,20 +365,67 @@ def draw_places(scenes: Scenes, size) -> torch.Tensor:
     out = x.new_zeros(len(scenes), 3, *x.shape[-2:])
     for k, name in enumerate(PLACES):
         at = scenes.place == k
-        if at.any(): out[at] = _DRAW[name](x, y, scenes.layout[at].T[..., None, None, None], 2 / min(x.shape[-2:])).clamp(0, 1)
+        if at.any():
+            out[at] = _DRAW[name](x, y, scenes.layout[at].T[..., None, None, None], 2 / min(x.shape[-2:])).clamp(0, 1)
     return out
 
 # %% ../nbs/01_world.ipynb #72e8aa8c
 JOINTS = ["chest", "hip", "head", "front", "front_far", "hind", "hind_far", "tail_mid", "tail_tip"]
-_POSE_TABLE = shielded(torch.tensor)([
-    # chest        hip           head          front       front_far   hind         hind_far     tail_mid     tail_tip
-    [[.26, -.44], [-.30, -.42], [.50, -.76], [.28, -.04], [.16, -.05], [-.28, -.04], [-.41, -.05], [-.50, -.52], [-.60, -.74]],
-    [[.12, -.48], [-.14, -.21], [.24, -.84], [.27, -.04], [.15, -.05], [.10, -.04], [-.02, -.05], [-.40, -.07], [-.62, -.12]],
-    [[.20, -.20], [-.36, -.18], [.44, -.42], [.64, -.05], [.54, -.07], [-.08, -.05], [-.02, -.06], [-.60, -.07], [-.82, -.06]],
-    [[.22, -.64], [-.26, -.46], [.46, -.90], [.62, -.58], [.52, -.46], [-.62, -.20], [-.68, -.33], [-.46, -.62], [-.64, -.80]]])
+_POSE_TABLE = shielded(torch.tensor)(
+    [
+        # chest        hip           head          front       front_far   hind         hind_far     tail_mid     tail_tip
+        [
+            [0.26, -0.44],
+            [-0.30, -0.42],
+            [0.50, -0.76],
+            [0.28, -0.04],
+            [0.16, -0.05],
+            [-0.28, -0.04],
+            [-0.41, -0.05],
+            [-0.50, -0.52],
+            [-0.60, -0.74],
+        ],
+        [
+            [0.12, -0.48],
+            [-0.14, -0.21],
+            [0.24, -0.84],
+            [0.27, -0.04],
+            [0.15, -0.05],
+            [0.10, -0.04],
+            [-0.02, -0.05],
+            [-0.40, -0.07],
+            [-0.62, -0.12],
+        ],
+        [
+            [0.20, -0.20],
+            [-0.36, -0.18],
+            [0.44, -0.42],
+            [0.64, -0.05],
+            [0.54, -0.07],
+            [-0.08, -0.05],
+            [-0.02, -0.06],
+            [-0.60, -0.07],
+            [-0.82, -0.06],
+        ],
+        [
+            [0.22, -0.64],
+            [-0.26, -0.46],
+            [0.46, -0.90],
+            [0.62, -0.58],
+            [0.52, -0.46],
+            [-0.62, -0.20],
+            [-0.68, -0.33],
+            [-0.46, -0.62],
+            [-0.64, -0.80],
+        ],
+    ]
+)
 
 # %% ../nbs/01_world.ipynb #773ee26e
-_SWING = shielded(torch.tensor)([[0, 0], [0, 0], [.05, .04], [.06, .0], [.06, 0], [.06, 0], [.06, 0], [.03, .05], [.05, .08]])
+_SWING = shielded(torch.tensor)(
+    [[0, 0], [0, 0], [0.05, 0.04], [0.06, 0.0], [0.06, 0], [0.06, 0], [0.06, 0], [0.03, 0.05], [0.05, 0.08]]
+)
+
 
 def joints(scenes: Scenes) -> dict:
     "The joints of each subject, name -> (B, 2), feet on y = 0."
@@ -288,10 +433,11 @@ def joints(scenes: Scenes) -> dict:
     p = _POSE_TABLE.to(dev)[scenes.pose].clone()
     j = scenes.jitter
     p = p + _SWING.to(dev) * torch.stack([j, j.roll(3, 1)], -1)[:, [0, 0, 0, 1, 2, 3, 4, 5, 6]]
-    lift = trait(scenes, "leg", -.05, .05) - .05 * (scenes.species == 2)
+    lift = trait(scenes, "leg", -0.05, 0.05) - 0.05 * (scenes.species == 2)
     p[..., 1] = p[..., 1] * (1 + lift[:, None])
-    tail = (trait(scenes, "tail", .75, 1.2) * torch.tensor([.8, 1.25, .25], device=dev)[scenes.species])[:, None]
-    for k in (7, 8): p[:, k] = p[:, 1] + (p[:, k] - p[:, 1]) * tail
+    tail = (trait(scenes, "tail", 0.75, 1.2) * torch.tensor([0.8, 1.25, 0.25], device=dev)[scenes.species])[:, None]
+    for k in (7, 8):
+        p[:, k] = p[:, 1] + (p[:, k] - p[:, 1]) * tail
     return dict(zip(JOINTS, p.unbind(1)))
 
 # %% ../nbs/01_world.ipynb #cdc4004e
@@ -299,58 +445,92 @@ def _by_species(scenes, dog, cat, rabbit):
     "One value per scene, chosen by its species."
     return torch.tensor([dog, cat, rabbit], device=scenes.look.device, dtype=torch.float32)[scenes.species]
 
-def _offset(point, x, y): return point + torch.stack(torch.broadcast_tensors(torch.as_tensor(x, device=point.device), torch.as_tensor(y, device=point.device), point[:, 0])[:2], -1)
+
+def _offset(point, x, y):
+    return point + torch.stack(
+        torch.broadcast_tensors(
+            torch.as_tensor(x, device=point.device), torch.as_tensor(y, device=point.device), point[:, 0]
+        )[:2],
+        -1,
+    )
+
 
 def body_parts(scenes: Scenes) -> list:
     "Tail, legs, body and neck as (name, a, b, ra, rb)."
-    p, plump = joints(scenes), trait(scenes, "plump", .9, 1.12) * _by_species(scenes, 1., .88, 1.12)
-    thin = _by_species(scenes, .05, .045, .09)
-    return [("tail", p["hip"], p["tail_mid"], thin * 1.1, thin), ("tail_tip", p["tail_mid"], p["tail_tip"], thin, thin * .8),
-            ("far", p["hip"], p["hind_far"], .10, .055), ("far", p["chest"], p["front_far"], .09, .055),
-            ("body", p["hip"], p["chest"], .20 * plump, .185 * plump), ("neck", p["chest"], p["head"], .14 * plump, .12),
-            ("leg", p["hip"], p["hind"], .14 * plump, .06), ("leg", p["chest"], p["front"], .10, .06)]
+    p, plump = joints(scenes), trait(scenes, "plump", 0.9, 1.12) * _by_species(scenes, 1.0, 0.88, 1.12)
+    thin = _by_species(scenes, 0.05, 0.045, 0.09)
+    return [
+        ("tail", p["hip"], p["tail_mid"], thin * 1.1, thin),
+        ("tail_tip", p["tail_mid"], p["tail_tip"], thin, thin * 0.8),
+        ("far", p["hip"], p["hind_far"], 0.10, 0.055),
+        ("far", p["chest"], p["front_far"], 0.09, 0.055),
+        ("body", p["hip"], p["chest"], 0.20 * plump, 0.185 * plump),
+        ("neck", p["chest"], p["head"], 0.14 * plump, 0.12),
+        ("leg", p["hip"], p["hind"], 0.14 * plump, 0.06),
+        ("leg", p["chest"], p["front"], 0.10, 0.06),
+    ]
+
 
 def head_parts(scenes: Scenes) -> list:
     "Ears, head and snout; the ears tell the species: hanging, pointed, long."
-    h, e = joints(scenes)["head"], trait(scenes, "ear", .85, 1.2)
-    ear = lambda dx: (_offset(h, _by_species(scenes, -.06, -.03, -.04) + dx, _by_species(scenes, -.12, -.12, -.13)),
-                      _offset(h, _by_species(scenes, -.14, -.06, -.10) * e + dx, _by_species(scenes, .14, -.34, -.50) * e),
-                      _by_species(scenes, .065, .10, .06), _by_species(scenes, .085, .005, .065))
-    snout = _by_species(scenes, .22, .12, .12)
-    return [("ear_far", *ear(_by_species(scenes, .05, .13, .09))), ("head", h, h, _by_species(scenes, .185, .20, .185), .19),
-            ("snout", _offset(h, .06, .05), _offset(h, snout, .07), .10, _by_species(scenes, .075, .06, .07)), ("ear", *ear(0. * e))]
+    h, e = joints(scenes)["head"], trait(scenes, "ear", 0.85, 1.2)
+    ear = lambda dx: (
+        _offset(h, _by_species(scenes, -0.06, -0.03, -0.04) + dx, _by_species(scenes, -0.12, -0.12, -0.13)),
+        _offset(h, _by_species(scenes, -0.14, -0.06, -0.10) * e + dx, _by_species(scenes, 0.14, -0.34, -0.50) * e),
+        _by_species(scenes, 0.065, 0.10, 0.06),
+        _by_species(scenes, 0.085, 0.005, 0.065),
+    )
+    snout = _by_species(scenes, 0.22, 0.12, 0.12)
+    return [
+        ("ear_far", *ear(_by_species(scenes, 0.05, 0.13, 0.09))),
+        ("head", h, h, _by_species(scenes, 0.185, 0.20, 0.185), 0.19),
+        ("snout", _offset(h, 0.06, 0.05), _offset(h, snout, 0.07), 0.10, _by_species(scenes, 0.075, 0.06, 0.07)),
+        ("ear", *ear(0.0 * e)),
+    ]
 
 # %% ../nbs/01_world.ipynb #450d6408
 def coat_colours(scenes: Scenes):
     "Coat and second colour of each subject, (B, 3, 1, 1) each."
     dev = scenes.look.device
     base = torch.tensor(list(COLOURS.values()), device=dev)[scenes.colour]
-    tint = torch.stack([trait(scenes, "tint", -.035, .035), 0 * scenes.look[:, 0], trait(scenes, "tint", .035, -.035)], 1)
-    coat = base * trait(scenes, "tone", .9, 1.08)[:, None] + tint
-    hue = (trait(scenes, "hue")[:, None] + torch.tensor([0., .33, .67], device=dev)) * 2 * math.pi
-    second = trait(scenes, "light", .25, .85)[:, None] + .16 * hue.cos()
+    tint = torch.stack(
+        [trait(scenes, "tint", -0.035, 0.035), 0 * scenes.look[:, 0], trait(scenes, "tint", 0.035, -0.035)], 1
+    )
+    coat = base * trait(scenes, "tone", 0.9, 1.08)[:, None] + tint
+    hue = (trait(scenes, "hue")[:, None] + torch.tensor([0.0, 0.33, 0.67], device=dev)) * 2 * math.pi
+    second = trait(scenes, "light", 0.25, 0.85)[:, None] + 0.16 * hue.cos()
     return coat.clamp(0, 1)[..., None, None], second.clamp(0, 1)[..., None, None]
 
-def _v(t): return t.view(-1, 1, 1, 1)
+
+def _v(t):
+    return t.view(-1, 1, 1, 1)
+
 
 def second_area(scenes: Scenes, name, along, across, px):
     "Where the second colour shows on a part, 0-1."
     edge = lambda d: coverage(d, px * 4)
-    if name in ("leg", "far"): return edge(_v(trait(scenes, "socks", 1.05, .45)) - along)
-    if name == "tail_tip": return edge(_v(trait(scenes, "tail_tip", 1.3, .0)) - along)
-    if name in ("snout", "ear_far"): return torch.full_like(along, 1. if name == "snout" else .35)
-    if name != "body": return torch.zeros_like(along)
-    saddle = torch.maximum((along - _v(trait(scenes, "saddle_at", .3, .7))).abs() - _v(trait(scenes, "saddle", -.1, .3)), across + .1)
-    return torch.maximum(edge(saddle), edge(_v(trait(scenes, "belly", 1.05, .45)) - across))
+    if name in ("leg", "far"):
+        return edge(_v(trait(scenes, "socks", 1.05, 0.45)) - along)
+    if name == "tail_tip":
+        return edge(_v(trait(scenes, "tail_tip", 1.3, 0.0)) - along)
+    if name in ("snout", "ear_far"):
+        return torch.full_like(along, 1.0 if name == "snout" else 0.35)
+    if name != "body":
+        return torch.zeros_like(along)
+    saddle = torch.maximum(
+        (along - _v(trait(scenes, "saddle_at", 0.3, 0.7))).abs() - _v(trait(scenes, "saddle", -0.1, 0.3)), across + 0.1
+    )
+    return torch.maximum(edge(saddle), edge(_v(trait(scenes, "belly", 1.05, 0.45)) - across))
 
 # %% ../nbs/01_world.ipynb #b53bdbba
 def pattern_area(scenes: Scenes, name, along, across, px):
     "Where spots or stripes show on a part, 0-1."
-    if name not in ("body", "neck", "head", "tail"): return torch.zeros_like(along)
+    if name not in ("body", "neck", "head", "tail"):
+        return torch.zeros_like(along)
     phase, shift, r = (_v(trait(scenes, k)) for k in ("patch_x", "patch_y", "patch_size"))
-    cell = torch.stack([(along * 3 + phase) % 1 - .5, (across * 1.2 + shift) % 1 - .5])
-    spots = cell.square().sum(0).sqrt() - (.22 + .12 * r)
-    stripes = -torch.sin((along * (3 + r.round()) + phase) * 2 * math.pi) - .1
+    cell = torch.stack([(along * 3 + phase) % 1 - 0.5, (across * 1.2 + shift) % 1 - 0.5])
+    spots = cell.square().sum(0).sqrt() - (0.22 + 0.12 * r)
+    stripes = -torch.sin((along * (3 + r.round()) + phase) * 2 * math.pi) - 0.1
     none = torch.ones_like(spots)
     kind = _v(scenes.pattern)
     return coverage(torch.where(kind == 1, spots, torch.where(kind == 2, stripes, none)), px * 4)
@@ -359,26 +539,38 @@ def pattern_area(scenes: Scenes, name, along, across, px):
 def paint_part(scenes: Scenes, name, along, across, px):
     "The colours of one part, (B, 3, H, W)."
     coat, second = coat_colours(scenes)
-    marks = torch.where(coat.mean(1, keepdim=True) > .4, coat * .45, coat + .38)
-    colour = blend(blend(coat, marks, pattern_area(scenes, name, along, across, px)), second, second_area(scenes, name, along, across, px))
-    return (colour * (1.02 - .16 * across) * (.78 if name in ("far", "ear_far") else 1.)).clamp(0, 1)
+    marks = torch.where(coat.mean(1, keepdim=True) > 0.4, coat * 0.45, coat + 0.38)
+    colour = blend(
+        blend(coat, marks, pattern_area(scenes, name, along, across, px)),
+        second,
+        second_area(scenes, name, along, across, px),
+    )
+    return (colour * (1.02 - 0.16 * across) * (0.78 if name in ("far", "ear_far") else 1.0)).clamp(0, 1)
+
 
 def face_parts(scenes: Scenes) -> list:
     "Eye and nose as (a, b, ra, rb, colour)."
     h = joints(scenes)["head"]
-    nose = _offset(h, _by_species(scenes, .27, .16, .16), .05)
-    eye = _offset(h, .08, -.05)
-    return [(eye, eye, .042, .042, (.08, .07, .10)), (_offset(eye, .012, -.012), _offset(eye, .012, -.012), .014, .014, (1., 1., 1.)),
-            (nose, nose, .038, .038, (.20, .12, .14))]
+    nose = _offset(h, _by_species(scenes, 0.27, 0.16, 0.16), 0.05)
+    eye = _offset(h, 0.08, -0.05)
+    return [
+        (eye, eye, 0.042, 0.042, (0.08, 0.07, 0.10)),
+        (_offset(eye, 0.012, -0.012), _offset(eye, 0.012, -0.012), 0.014, 0.014, (1.0, 1.0, 1.0)),
+        (nose, nose, 0.038, 0.038, (0.20, 0.12, 0.14)),
+    ]
 
 # %% ../nbs/01_world.ipynb #37a293f0
 def worn_parts(scenes: Scenes) -> list:
     "Hat (brim, crown) or scarf as (a, b, ra, rb, colour); far away where it is not worn."
-    p, away = joints(scenes), lambda k: 9. * (scenes.accessory != k).float()
-    top = _offset(p["head"], -.01, -.17 - away(1))
-    throat = _offset(p["head"] * .62 + p["chest"] * .38, .0, .0 - away(2))
-    return [(_offset(top, -.17, 0.), _offset(top, .17, 0.), .035, .035, (.80, .15, .18)), (_offset(top, 0., -.04), _offset(top, 0., -.16), .11, .09, (.80, .15, .18)),
-            (_offset(throat, -.12, -.03), _offset(throat, .10, .06), .06, .06, (.10, .62, .52)), (_offset(throat, .04, .06), _offset(throat, .0, .24), .05, .05, (.10, .62, .52))]
+    p, away = joints(scenes), lambda k: 9.0 * (scenes.accessory != k).float()
+    top = _offset(p["head"], -0.01, -0.17 - away(1))
+    throat = _offset(p["head"] * 0.62 + p["chest"] * 0.38, 0.0, 0.0 - away(2))
+    return [
+        (_offset(top, -0.17, 0.0), _offset(top, 0.17, 0.0), 0.035, 0.035, (0.80, 0.15, 0.18)),
+        (_offset(top, 0.0, -0.04), _offset(top, 0.0, -0.16), 0.11, 0.09, (0.80, 0.15, 0.18)),
+        (_offset(throat, -0.12, -0.03), _offset(throat, 0.10, 0.06), 0.06, 0.06, (0.10, 0.62, 0.52)),
+        (_offset(throat, 0.04, 0.06), _offset(throat, 0.0, 0.24), 0.05, 0.05, (0.10, 0.62, 0.52)),
+    ]
 
 # %% ../nbs/01_world.ipynb #f9dc54d2
 def _subject_grid(scenes: Scenes, size):
@@ -388,16 +580,32 @@ def _subject_grid(scenes: Scenes, size):
     h = size if isinstance(size, int) else min(size)
     return grid * torch.stack([scenes.facing, torch.ones_like(s)], 1)[:, None, None], _v(2 / h / s)
 
-PARTS = ["tail", "tail_tip", "hind_far", "front_far", "body", "neck", "hind", "front", "ear_far", "head", "snout", "ear"]
 
-def draw_subjects(canvas: torch.Tensor,  # (B, 3, H, W) what to paint on
-                  scenes: Scenes,
-                  hidden: Optional[dict] = None  # what to leave out: one of `PARTS`, "worn" or "face" -> (B,) bool
-                 ):
+PARTS = [
+    "tail",
+    "tail_tip",
+    "hind_far",
+    "front_far",
+    "body",
+    "neck",
+    "hind",
+    "front",
+    "ear_far",
+    "head",
+    "snout",
+    "ear",
+]
+
+
+def draw_subjects(
+    canvas: torch.Tensor,  # (B, 3, H, W) what to paint on
+    scenes: Scenes,
+    hidden: dict | None = None,  # what to leave out: one of `PARTS`, "worn" or "face" -> (B,) bool
+):
     "Paint the subjects; gives the pictures and the exact masks (B, 1, H, W)."
     grid, px = _subject_grid(scenes, tuple(canvas.shape[-2:]))
-    silhouette = torch.full_like(canvas[:, :1], 9.)
-    away = lambda part: 9. * _v(hidden[part].float()) if hidden and part in hidden else 0.
+    silhouette = torch.full_like(canvas[:, :1], 9.0)
+    away = lambda part: 9.0 * _v(hidden[part].float()) if hidden and part in hidden else 0.0
     for part, (name, a, b, ra, rb) in zip(PARTS, body_parts(scenes) + head_parts(scenes)):
         d, along, across = limb(grid, a, b, ra, rb)
         d = d + away(part)
@@ -408,8 +616,8 @@ def draw_subjects(canvas: torch.Tensor,  # (B, 3, H, W) what to paint on
         d = limb(grid, a, b, ra, rb)[0] + away(part)
         canvas = _paint(canvas, d, colour, px)
         silhouette = torch.minimum(silhouette, d)
-    line = coverage((silhouette + .012).abs() - .012, px) * .75
-    return blend(canvas, _rgb(.10, .08, .10)(canvas), line), coverage(silhouette, px)
+    line = coverage((silhouette + 0.012).abs() - 0.012, px) * 0.75
+    return blend(canvas, _rgb(0.10, 0.08, 0.10)(canvas), line), coverage(silhouette, px)
 
 # %% ../nbs/01_world.ipynb #893d67bf
 def draw_shadows(canvas, scenes: Scenes):
@@ -420,7 +628,7 @@ def draw_shadows(canvas, scenes: Scenes):
     return canvas * (1 - (1.15 - d).clamp(0, 1) * (.55 - .25 * high))
 
 def render(scenes: Scenes,
-           size: Union[int, tuple] = 64  # pixels, or (height, width)
+           size: int | tuple = 64  # pixels, or (height, width)
           ) -> tuple:
     "Draw `scenes`: pictures (B, 3, H, W) in 0-1, masks (B, 1, H, W) in 0-1, backgrounds alone (B, 3, H, W)."
     background = draw_places(scenes, size)
@@ -454,25 +662,32 @@ def _list_words(words):
     "One; one and another; one, another and a third."
     return " and ".join([", ".join(words[:-1])] * (len(words) > 1) + words[-1:])
 
+
 def _say_marks(scenes, i, attributes):
     "The marks that are clearly there, such as `a pale green saddle and socks`."
-    there = [word for name, word in MARKS.items() if name in attributes and clear_mark(scenes[i:i + 1], name)[0] == 1]
-    if not there: return []
-    hue, light = (int(v) for v in second_colour(scenes[i:i + 1]))
+    there = [word for name, word in MARKS.items() if name in attributes and clear_mark(scenes[i : i + 1], name)[0] == 1]
+    if not there:
+        return []
+    hue, light = (int(v) for v in second_colour(scenes[i : i + 1]))
     shade = ("dark ", "", "pale ")[light] + SHADES[hue] + " " if "second" in attributes else ""
     return [("" if there[0] == "socks" else "a ") + shade + _list_words(there)]
+
 
 def _say_build(scenes, i, attributes, names):
     "What is clearly long or short, slim or plump."
     traits = [(name, trait(scenes, name)[i].item()) for name in names if name in attributes]
-    return [BUILD[name][x > .5] for name, x in traits if x < .25 or x > .75]
+    return [BUILD[name][x > 0.5] for name, x in traits if x < 0.25 or x > 0.75]
 
 # %% ../nbs/01_world.ipynb #f22d9387
-def _article(words): return ("an " if words[0] in "aeiou" else "a ") + words
+def _article(words):
+    return ("an " if words[0] in "aeiou" else "a ") + words
 
-def say_subject(scenes: Scenes, i: int,
-                attributes: Sequence[str] = SAID  # what is said: some of `SAID`, `SAYABLE` and "facing"
-               ) -> str:
+
+def say_subject(
+    scenes: Scenes,
+    i: int,
+    attributes: Sequence[str] = SAID,  # what is said: some of `SAID`, `SAYABLE` and "facing"
+) -> str:
     "`T_a`: the subject of scene `i` and its pose; an attribute that is the usual one (plain, medium, nothing) is not mentioned."
     value = lambda k: VALUES[k][getattr(scenes, k)[i]] if k in attributes else ""
     before = [value("size"), *_say_build(scenes, i, attributes, ("plump",)), value("pattern"), value("colour")]
@@ -480,23 +695,36 @@ def say_subject(scenes: Scenes, i: int,
     worn = [f"a {value('accessory')}"] if value("accessory") not in ("", "nothing") else []
     has = _say_build(scenes, i, attributes, ("ear", "tail", "leg")) + _say_marks(scenes, i, attributes) + worn
     facing = (" facing right" if scenes.facing[i] > 0 else " facing left") if "facing" in attributes else ""
-    subject = _article(" ".join(before + [VALUES["species"][scenes.species[i]]])) + (f" with {_list_words(has)}" if has else "")
+    subject = _article(" ".join(before + [VALUES["species"][scenes.species[i]]])) + (
+        f" with {_list_words(has)}" if has else ""
+    )
     return f"{subject} {POSES[scenes.pose[i]]}{facing}"
 
 # %% ../nbs/01_world.ipynb #d4cd353d
 def _place_parts(scenes, i):
     "What stands clearly left or right in the place."
     u, name = scenes.layout[i].tolist(), list(PLACES)[scenes.place[i]]
-    side = lambda x, what: [f"{what} on the {'left' if x < 0 else 'right'}"] if abs(x) > .25 else []
-    round_thing = side(1.4 * u[0] - .7, "the moon" if name == "city" else "the sun") if name in ("beach", "desert", "city") else []
-    if name == "beach": return round_thing + side(1 if u[6] > .5 else -1, "a palm")
-    if name == "desert": return round_thing + side(1 if u[4] > .5 else -1, "a cactus")
-    if name == "snow": return side(u[8] - u[9], "a tall pine")
+    side = lambda x, what: [f"{what} on the {'left' if x < 0 else 'right'}"] if abs(x) > 0.25 else []
+    round_thing = (
+        side(1.4 * u[0] - 0.7, "the moon" if name == "city" else "the sun")
+        if name in ("beach", "desert", "city")
+        else []
+    )
+    if name == "beach":
+        return round_thing + side(1 if u[6] > 0.5 else -1, "a palm")
+    if name == "desert":
+        return round_thing + side(1 if u[4] > 0.5 else -1, "a cactus")
+    if name == "snow":
+        return side(u[8] - u[9], "a tall pine")
     return round_thing
 
-def say_place(scenes: Scenes, i: int, wording: int = 0,
-              parts: bool = False  # say what stands where, too
-             ) -> str:
+
+def say_place(
+    scenes: Scenes,
+    i: int,
+    wording: int = 0,
+    parts: bool = False,  # say what stands where, too
+) -> str:
     "`T_b`: the place of scene `i`, in one of its wordings."
     words = PLACES[list(PLACES)[scenes.place[i]]]
     more = _place_parts(scenes, i) if parts else []
@@ -536,37 +764,54 @@ def world_words() -> list:
 @dataclass
 class Edit:
     "An edit with everything that can be known about it."
-    image: torch.Tensor      # (3, H, W) the input picture
-    mask: torch.Tensor       # (1, H, W) the subject in it
-    source: str              # what the input shows, in words
-    text: str                # the target text T
-    object: str              # T_a
-    background: str          # T_b
-    reference: torch.Tensor  # (3, H, W) O_r, the target place without a subject
-    answer: torch.Tensor     # (3, H, W) the true answer
-    answer_mask: torch.Tensor  # (1, H, W) the subject in it
-    before: Scenes           # the scene of the input
-    after: Scenes            # the scene of the answer
 
-def make_edit(before: Scenes,  # one scene
-              size: int = 64,  # pixels
-              layout: Optional[torch.Tensor] = None,  # (1, 16) layout of the target place, default: unchanged
-              **changes  # what to change: `pose="jumping"`, `place="forest"`, `accessory="hat"` …
-             ) -> Edit:
+    image: torch.Tensor  # (3, H, W) the input picture
+    mask: torch.Tensor  # (1, H, W) the subject in it
+    source: str  # what the input shows, in words
+    text: str  # the target text T
+    object: str  # T_a
+    background: str  # T_b
+    reference: torch.Tensor  # (3, H, W) O_r, the target place without a subject
+    answer: torch.Tensor  # (3, H, W) the true answer
+    answer_mask: torch.Tensor  # (1, H, W) the subject in it
+    before: Scenes  # the scene of the input
+    after: Scenes  # the scene of the answer
+
+
+def make_edit(
+    before: Scenes,  # one scene
+    size: int = 64,  # pixels
+    layout: torch.Tensor | None = None,  # (1, 16) layout of the target place, default: unchanged
+    **changes,  # what to change: `pose="jumping"`, `place="forest"`, `accessory="hat"` …
+) -> Edit:
     "The edit that `changes` make of one scene, with its true answer."
     after = edit_scenes(before, **changes)
-    if layout is not None: after = replace(after, layout=layout)
+    if layout is not None:
+        after = replace(after, layout=layout)
     (image, mask, _), (answer, answer_mask, reference) = render(before, size), render(after, size)
     said = ("colour", "pattern", "size", *[k for k in changes if k == "accessory"])
     a, b = say_subject(after, 0, said), say_place(after, 0)
-    return Edit(image[0], mask[0], f"{say_subject(before, 0)} {say_place(before, 0)}", f"{a} {b}", a, b, reference[0], answer[0], answer_mask[0], before, after)
+    return Edit(
+        image[0],
+        mask[0],
+        f"{say_subject(before, 0)} {say_place(before, 0)}",
+        f"{a} {b}",
+        a,
+        b,
+        reference[0],
+        answer[0],
+        answer_mask[0],
+        before,
+        after,
+    )
 
 # %% ../nbs/01_world.ipynb #80cdd3d6
-def pictures_per_second(size: int = 64, batch: int = 64, level: float = 0., device: str = "cpu") -> float:
+def pictures_per_second(size: int = 64, batch: int = 64, level: float = 0.0, device: str = "cpu") -> float:
     "Drawing speed, measured over five batches after one to warm up."
     scenes = sample_scenes(batch, stream("speed"), level=level).to(device)
     for k in range(6):
-        if k == 1: start = time.perf_counter()
+        if k == 1:
+            start = time.perf_counter()
         image = render(scenes, size)[0]
         image.sum().item()
     return 5 * batch / (time.perf_counter() - start)

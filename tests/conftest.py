@@ -3,17 +3,22 @@
 Two files of tests run at a time (pyproject.toml). Each then has one thread: two threads in each of two processes get in
 each other's way on two cores.
 """
+
 import os
 import signal
 
 import pytest
 
-if "PYTEST_XDIST_WORKER" in os.environ: os.environ.setdefault("OMP_NUM_THREADS", "1")
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is fetched; the tests of downloads have a hub of their own
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # so a shell starts what it puts in the background; children inherit it
+if (
+    signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+):  # so a shell starts what it puts in the background; children inherit it
     signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ["PYTHONUTF8"] = "1"  # files are UTF-8, whatever language the machine speaks
-if "gpu" not in os.environ.get("NB_FLAGS", "").split(): os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # the CPU
+if "gpu" not in os.environ.get("NB_FLAGS", "").split():
+    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # the CPU
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -55,7 +55,9 @@ def way(name, module, old, new, test):
 
 MUTANTS = [
     # Eq. 1: the noise loss
-    loop("the velocity's sign", "method", "share * noise - sigma * latents", "share * noise + sigma * latents", "default"),
+    loop(
+        "the velocity's sign", "method", "share * noise - sigma * latents", "share * noise + sigma * latents", "default"
+    ),
     loop(
         "noise and picture swapped",
         "method",

@@ -1,11 +1,18 @@
 "The editor without a browser: its widgets are set as hands would set them, on tiny runs."
-import html, json, re, shlex, threading
+
+import html
+import json
+import re
+import shlex
+import threading
 from datetime import datetime
 from pathlib import Path
 
-import pytest, torch
+import pytest
+import torch
 
-pytest.importorskip("anywidget"); pytest.importorskip("ipywidgets")
+pytest.importorskip("anywidget")
+pytest.importorskip("ipywidgets")
 from layerdiffusion import BadInput, LayerDiffusion, app as module
 from layerdiffusion.app import LayerDiffusionApp, Order, asked_for, free_port, python_lines, shell_line, write_page
 from layerdiffusion.cli import main
@@ -13,29 +20,44 @@ from layerdiffusion.core import example_path, fit_image, load_image
 
 TINY = dict(embedding_steps=4, tuning_steps=10, sampling_steps=5, count=2)
 
+
 @pytest.fixture(scope="module")
-def method(): return LayerDiffusion.from_pretrained("mini", "cpu")
+def method():
+    return LayerDiffusion.from_pretrained("mini", "cpu")
+
 
 @pytest.fixture
 def editor(method, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(LayerDiffusion, "from_pretrained", classmethod(lambda cls, *a, **k: cls(method.models)))  # loaded once for all tests, nothing kept
+    monkeypatch.setattr(
+        LayerDiffusion, "from_pretrained", classmethod(lambda cls, *a, **k: cls(method.models))
+    )  # loaded once for all tests, nothing kept
     app = LayerDiffusionApp("example:dog", model=method)
     app.preset.value = "paper"
     turn(app, **TINY)
     yield app
-    if app.job: app.job.stop()
+    if app.job:
+        app.job.stop()
+
 
 def turn(app, **values):
-    for name, value in values.items(): app.dials[name].slider.value = value
+    for name, value in values.items():
+        app.dials[name].slider.value = value
 
-def said(app, name): return html.unescape(re.sub("<.*?>", "", app.says[name].value))
+
+def said(app, name):
+    return html.unescape(re.sub("<.*?>", "", app.says[name].value))
+
 
 def run(app):
-    app.run(); app.wait()
+    app.run()
+    app.wait()
     return app.shown
 
-def upload(name, data): return dict(name=name, type="image/png", size=len(data), content=memoryview(data), last_modified=datetime.now())
+
+def upload(name, data):
+    return dict(name=name, type="image/png", size=len(data), content=memoryview(data), last_modified=datetime.now())
+
 
 def test_a_run_is_a_call_of_edit(editor, method):
     "The same pictures as the library gives, with progress, scores, a pick and the lines."
@@ -43,34 +65,48 @@ def test_a_run_is_a_call_of_edit(editor, method):
     assert "Done in" in said(editor, "run") and editor.go.description == "Run" and editor.halt.disabled
     fresh = LayerDiffusion(method.models)
     names = {k: v for k, v in TINY.items() if k != "count"}
-    again = fresh.edit("example:dog", editor.text.value, seeds=range(2), config=module.preset("paper", method.models.card, **names))
+    again = fresh.edit(
+        "example:dog", editor.text.value, seeds=range(2), config=module.preset("paper", method.models.card, **names)
+    )
     assert torch.equal(shown.result.images, again.images)
-    assert len(editor.sheet.children) == 2 and all(0 <= s["clip"] <= 1 and s["seen"].keys() == module.asked_for(editor.text.value).keys() for s in shown.scores)
+    assert len(editor.sheet.children) == 2 and all(
+        0 <= s["clip"] <= 1 and s["seen"].keys() == module.asked_for(editor.text.value).keys() for s in shown.scores
+    )
     assert editor.result_card.layout.display == "" and editor.place.value
     editor.pick(1)
     assert [b.description for _, b in editor.cells] == ["Pick", "Picked"]
+
 
 def test_stop_and_resume(editor, method, monkeypatch):
     """A stop keeps what was learnt; what follows is what an uninterrupted run gives. The tuning waits for the stop, so no
     processor is too quick for it."""
     reached, pressed, call = threading.Event(), threading.Event(), module.Job.__call__
+
     def hold(job, event=None):
-        if event is not None and (event.stage, event.step) == ("tuning", 3): reached.set(); pressed.wait(600)
+        if event is not None and (event.stage, event.step) == ("tuning", 3):
+            reached.set()
+            pressed.wait(600)
         return call(job, event)
+
     monkeypatch.setattr(module.Job, "__call__", hold)
     editor.method = LayerDiffusion(method.models)
     turn(editor, tuning_steps=30)
     editor.run()
     assert reached.wait(600) and editor.go.disabled and not editor.halt.disabled
-    editor.stop(); pressed.set(); editor.wait()
-    assert editor.go.description == "Resume" and "Resume goes on there" in said(editor, "run") and editor.method.unfinished
-    turn(editor, lambda_obj=3.)
+    editor.stop()
+    pressed.set()
+    editor.wait()
+    assert (
+        editor.go.description == "Resume" and "Resume goes on there" in said(editor, "run") and editor.method.unfinished
+    )
+    turn(editor, lambda_obj=3.0)
     assert editor.go.description == "Run", "with other settings there is nothing to resume"
-    turn(editor, lambda_obj=2.)
+    turn(editor, lambda_obj=2.0)
     assert editor.go.description == "Resume"
     resumed = run(editor).result
     editor.method = LayerDiffusion(method.models)
     assert torch.equal(resumed.images, run(editor).result.images) and not editor.method.unfinished
+
 
 def test_sliders_that_answer_at_once(editor, method):
     first = run(editor)
@@ -78,46 +114,71 @@ def test_sliders_that_answer_at_once(editor, method):
     steps = []
     editor.method.tune, tune = lambda *a, **k: steps.append(1), editor.method.tune
     try:
-        for name, value in (("alpha", .2), ("guidance_scale", 2.), ("first", 7), ("count", 3)):
-            turn(editor, **{name: value}); editor.wait()
-            if name == "alpha": assert editor.picked == 1, "the same seed stays picked"
-    finally: del editor.method.tune
+        for name, value in (("alpha", 0.2), ("guidance_scale", 2.0), ("first", 7), ("count", 3)):
+            turn(editor, **{name: value})
+            editor.wait()
+            if name == "alpha":
+                assert editor.picked == 1, "the same seed stays picked"
+    finally:
+        del editor.method.tune
     shown = editor.shown
-    assert not steps and shown.result.seeds == [7, 8, 9] and shown.result.config.alpha == .2 and shown.result.difference is first.result.difference
-    assert shown.redraw == dict(seeds=(7, 3), alpha=.2, guidance_scale=2.) and len(editor.history) == 1
+    assert (
+        not steps
+        and shown.result.seeds == [7, 8, 9]
+        and shown.result.config.alpha == 0.2
+        and shown.result.difference is first.result.difference
+    )
+    assert shown.redraw == dict(seeds=(7, 3), alpha=0.2, guidance_scale=2.0) and len(editor.history) == 1
     assert "pipe.sample" in editor.lines.value and "load_edit" in editor.lines.value
-    turn(editor, alpha=.7, guidance_scale=3., first=0, count=2); editor.wait()
+    turn(editor, alpha=0.7, guidance_scale=3.0, first=0, count=2)
+    editor.wait()
     assert editor.shown.redraw is None and torch.equal(editor.shown.result.images, first.result.images)
+
 
 def test_a_new_wish_overtakes(editor):
     run(editor)
     turn(editor, sampling_steps=100)
-    turn(editor, sampling_steps=6); editor.wait()
+    turn(editor, sampling_steps=6)
+    editor.wait()
     assert editor.shown.result.config.sampling_steps == 6 and "Stopped" not in said(editor, "run")
 
-@pytest.mark.parametrize("mark", [lambda c: c.add_point(40, 36).set_box(12, 18, 62, 56.25).place(-.1, 0, .8), lambda c: c.paint([(12, 30), (20, 30)], 3)])
+
+@pytest.mark.parametrize(
+    "mark",
+    [
+        lambda c: c.add_point(40, 36).set_box(12, 18, 62, 56.25).place(-0.1, 0, 0.8),
+        lambda c: c.paint([(12, 30), (20, 30)], 3),
+    ],
+)
 def test_the_lines_repeat_the_edit(editor, mark, capsys):
     "Shell and Python make the very pictures of the editor, redrawn ones too."
     mark(editor.canvas)
     first = run(editor).result.images
     editor.save()
-    assert "Saved in" in said(editor, "save") and {"sheet.png", "edit.safetensors", "picked.png"} <= {p.name for p in Path("edits/dog-1").iterdir()}
+    assert "Saved in" in said(editor, "save") and {"sheet.png", "edit.safetensors", "picked.png"} <= {
+        p.name for p in Path("edits/dog-1").iterdir()
+    }
     names = dict(LayerDiffusion=None)
     exec(python_lines(editor.shown.order), names)
     assert torch.equal(names["result"].images, first)
     assert main(shlex.split(shell_line(editor.shown.order, folder="shell"))[1:] + ["--device", "cpu"]) == 0
     assert Path("shell/seed-1.png").read_bytes() == Path("edits/dog-1/seed-1.png").read_bytes()
 
+
 def test_the_lines_repeat_a_redrawing(editor):
-    run(editor); editor.save()
-    turn(editor, alpha=.3, first=4); editor.wait()
+    run(editor)
+    editor.save()
+    turn(editor, alpha=0.3, first=4)
+    editor.wait()
     shown, names = editor.shown, {}
     exec(python_lines(shown.order, shown.redraw), names)
     assert torch.equal(names["images"], shown.result.images)
     code = shlex.split(shell_line(shown.order, shown.redraw, "edits/dog-1"))[-1]
     exec(code, {})
-    editor.folder.value = "again"; editor.save()
+    editor.folder.value = "again"
+    editor.save()
     assert Path("edits/dog-1-redrawn/seed-4.png").read_bytes() == Path("again/seed-4.png").read_bytes()
+
 
 def test_the_split_is_shown_and_can_be_changed(editor):
     assert (editor.object.value, editor.background.value) == ("a brown dog jumping", "in a forest")
@@ -130,9 +191,14 @@ def test_the_split_is_shown_and_can_be_changed(editor):
     editor.object.value, editor.background.value = "a dog sitting", "in the snow"
     assert editor.order().parts == dict(object="a dog sitting", background="in the snow")
 
+
 def test_examples_and_files(editor):
     editor.example.value = "cat"
-    assert editor.image == "example:cat" and editor.text.value == "an orange cat lying on a beach" and editor.folder.value == "edits/cat-1"
+    assert (
+        editor.image == "example:cat"
+        and editor.text.value == "an orange cat lying on a beach"
+        and editor.folder.value == "edits/cat-1"
+    )
     editor.upload.value = (upload("mine.png", example_path("rabbit").read_bytes()),)
     assert editor.image == "mine.png" and editor.example.value is None and "64 x 64" in said(editor, "picture")
     editor.path.value = "nothing.png"
@@ -141,37 +207,50 @@ def test_examples_and_files(editor):
     assert not editor.shown
     assert "'bad.png' is not a picture" in said(editor, "picture")
 
+
 def test_the_new_place(editor):
-    editor.draw_place(); editor.wait()
+    editor.draw_place()
+    editor.wait()
     first, shown = editor.place.value, said(editor, "place")
     assert "seed 0" in shown and editor.reroll.description == "Another one"
-    editor.draw_place(); editor.wait()
-    assert editor.place.value != first and "seed 1" in said(editor, "place") and "--seed 1" in shell_line(editor.order())
+    editor.draw_place()
+    editor.wait()
+    assert (
+        editor.place.value != first and "seed 1" in said(editor, "place") and "--seed 1" in shell_line(editor.order())
+    )
     result = run(editor).result
-    assert result.config.seed == 1 and module.enlarged(result.reference, 192) == editor.place.value, "the run takes the place that was shown"
+    assert result.config.seed == 1 and module.enlarged(result.reference, 192) == editor.place.value, (
+        "the run takes the place that was shown"
+    )
     editor.own_place.value = (upload("beach.png", example_path("rabbit").read_bytes()),)
     assert editor.order().reference == "beach.png" and "--reference beach.png" in shell_line(editor.order())
-    assert (run(editor).result.reference - fit_image(load_image("example:rabbit"), 64)).abs().max() < .01
+    assert (run(editor).result.reference - fit_image(load_image("example:rabbit"), 64)).abs().max() < 0.01
     editor.use_place()
     assert editor.order().reference is None
+
 
 def test_back_to_an_earlier_edit(editor):
     first = run(editor)
     editor.canvas.add_point(40, 36)
     editor.text.value = "a brown dog sitting in the snow"
-    turn(editor, alpha=.5)
+    turn(editor, alpha=0.5)
     editor.wait()
     second = run(editor)
     assert editor.history_card.layout.display == "" and editor.history == [second, first]
     editor.back_to(first)
-    assert editor.text.value == first.order.text and editor.dials["alpha"].value == .7 and not editor.canvas.marks.points
+    assert (
+        editor.text.value == first.order.text and editor.dials["alpha"].value == 0.7 and not editor.canvas.marks.points
+    )
     assert editor.order() == first.order and editor.shown is first
+
 
 def test_everything_wrong_is_a_sentence(editor, monkeypatch):
     editor.text.value = "a brown dog swimming in a forest"
     assert "does not know the word 'swimming'" in said(editor, "text")
     run(editor)
-    assert "swimming" in said(editor, "run") and "Traceback" not in said(editor, "run") and editor.go.description == "Run"
+    assert (
+        "swimming" in said(editor, "run") and "Traceback" not in said(editor, "run") and editor.go.description == "Run"
+    )
     editor.text.value = "a brown dog jumping in a forest"
     editor.canvas.clear()
     editor.run()
@@ -181,17 +260,22 @@ def test_everything_wrong_is_a_sentence(editor, monkeypatch):
     run(editor)
     assert "This should not have happened (ZeroDivisionError" in said(editor, "run") and "Traceback" in editor.trace
 
+
 def test_a_picture_that_cannot_be_opened(method):
     "The editor opens all the same, with an example, and says why."
     app = LayerDiffusionApp("nothing.png", model=method)
     assert app.image == "example:dog" and "no file 'nothing.png'" in said(app, "picture") and app.text.value
 
+
 def test_another_edit_goes_to_another_folder(editor):
     "What is printed elsewhere is not the editor's business, and a saved edit is not written over."
-    run(editor); editor.save()
+    run(editor)
+    editor.save()
     assert editor.method.say is print and editor.saved == "edits/dog-1"
-    turn(editor, lambda_obj=3.); run(editor)
+    turn(editor, lambda_obj=3.0)
+    run(editor)
     assert editor.folder.value == "edits/dog-2" and "--out edits/dog-2" in html.unescape(editor.lines.value)
+
 
 def test_a_folder_that_cannot_be_written(editor):
     run(editor)
@@ -199,6 +283,7 @@ def test_a_folder_that_cannot_be_written(editor):
     editor.folder.value = "file/x"
     editor.save()
     assert "cannot be written" in said(editor, "save")
+
 
 def test_a_photo_that_mini_does_not_know(editor):
     "The pipeline's warning is a note in the editor."
@@ -209,33 +294,56 @@ def test_a_photo_that_mini_does_not_know(editor):
     run(editor)
     assert "mini knows only its drawn world" in said(editor, "run")
 
+
 def test_presets(editor, method):
     editor.preset.value = "best"
     assert editor.order().changes == {} and editor.dials["tuning_steps"].value == 100
     editor.preset.value = "quick"
     order = editor.order()
-    assert order.preset == "best" and order.changes["target_draws"] == 16 and order.config(method.models.card).tuning_steps == 40
+    assert (
+        order.preset == "best"
+        and order.changes["target_draws"] == 16
+        and order.config(method.models.card).tuning_steps == 40
+    )
+
 
 def test_texts_of_lines():
-    order = Order("it's.png", 'a "big" dog in a city', marks=dict(point=[(1., 2.), (3., 4.)], box=(0., 1., 2., 3.)), reference="a b.png", seeds=(3, 2), preset="paper", model=dict(model="CompVis/stable-diffusion-v1-4", device="cuda"))
+    order = Order(
+        "it's.png",
+        'a "big" dog in a city',
+        marks=dict(point=[(1.0, 2.0), (3.0, 4.0)], box=(0.0, 1.0, 2.0, 3.0)),
+        reference="a b.png",
+        seeds=(3, 2),
+        preset="paper",
+        model=dict(model="CompVis/stable-diffusion-v1-4", device="cuda"),
+    )
     words = shlex.split(shell_line(order))
-    assert words[2:4] == ["it's.png", 'a "big" dog in a city'] and words.count("--point") == 2 and words[words.index("--seeds") + 1] == "3-4" and "a b.png" in words
+    assert (
+        words[2:4] == ["it's.png", 'a "big" dog in a city']
+        and words.count("--point") == 2
+        and words[words.index("--seeds") + 1] == "3-4"
+        and "a b.png" in words
+    )
     compile(python_lines(order), "lines", "exec")
     assert "--embedding-steps 0" in shell_line(Order("x", "y", changes=dict(embedding_steps=0)))
     assert asked_for("a cat by the sea") == dict(species="cat", place="beach")
 
+
 def test_the_page_of_the_command(tmp_path):
     page = write_page(tmp_path, dict(image="example:cat", text="it's"))
     compile(json.loads(page.read_text())["cells"][0]["source"], "cell", "exec")
-    assert "default-src 'self'" in (tmp_path/"voila.json").read_text()
+    assert "default-src 'self'" in (tmp_path / "voila.json").read_text()
+
 
 def test_the_page_says_why_there_is_no_editor(tmp_path, monkeypatch):
     from IPython import display
+
     seen = []
     monkeypatch.setattr(display, "display", seen.append)
     monkeypatch.chdir(tmp_path)
     module.begin(str(tmp_path), image="example:dog", model="no model")
     assert "There is no model folder" in html.unescape(seen[0].data) and "Traceback" not in seen[0].data
+
 
 def test_the_command_says_what_is_missing(monkeypatch, capsys):
     real = module.importlib.util.find_spec
@@ -245,15 +353,24 @@ def test_the_command_says_what_is_missing(monkeypatch, capsys):
     assert "pip install 'layerdiffusion[app]'" in err and err.count("\n") == 1
     assert main(["app", "nothing.png"]) == 2 and "nothing.png" in capsys.readouterr().err
 
+
 def test_a_port_that_is_taken():
     import socket
+
     with socket.socket() as s:
-        s.bind(("127.0.0.1", 0)); s.listen()
-        with pytest.raises(BadInput, match="taken"): free_port(s.getsockname()[1])
+        s.bind(("127.0.0.1", 0))
+        s.listen()
+        with pytest.raises(BadInput, match="taken"):
+            free_port(s.getsockname()[1])
+
 
 def test_a_drawing_that_does_not_stop(editor):
     "The next one is not begun beside it, and what it gives is not shown."
-    class Slow: alive = True; stop = lambda self: None
+
+    class Slow:
+        alive = True
+        stop = lambda self: None
+
     editor.job, shown = Slow(), []
     assert not editor.start(lambda job: None, lambda value: None, "redraw") and "still stopping" in said(editor, "run")
     editor.job, job = None, type("Job", (), dict(error=None, value=1))()

@@ -1,5 +1,16 @@
 "A person at the editor: JupyterLab in a headless Chromium, and `layerdiffusion app`; nothing may leave the machine."
-import json, os, re, shutil, signal, socket, subprocess, sys, time, urllib.error, urllib.request
+
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -9,84 +20,151 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 MISSING = [name for name in ("playwright", "jupyterlab", "anywidget", "voila") if not find_spec(name)]
-pytestmark = [pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium on this machine (on Debian: apt install chromium)"),
-              pytest.mark.skipif(bool(MISSING), reason=f"not installed: {', '.join(MISSING)}")]
-QUIET = "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update --disable-sync".split()
+pytestmark = [
+    pytest.mark.skipif(
+        CHROMIUM is None, reason="there is no Chromium on this machine (on Debian: apt install chromium)"
+    ),
+    pytest.mark.skipif(bool(MISSING), reason=f"not installed: {', '.join(MISSING)}"),
+]
+QUIET = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
 SHOTS = Path(os.environ.get("LAYERDIFFUSION_SHOTS", ""))  # a folder where screenshots are kept
-ENV = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+ENV = {
+    **os.environ,
+    "PYTHONPATH": str(ROOT),
+    "OMP_NUM_THREADS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "PYTHONDONTWRITEBYTECODE": "1",
+}
+
 
 def free_port():
-    with socket.socket() as s: s.bind(("127.0.0.1", 0)); return s.getsockname()[1]
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
 
 @contextmanager
 def serving(command, url, folder, env, end=signal.SIGTERM):
     "A server that has answered, ended afterwards."
-    with open(folder/"server.log", "w") as log:
+    with open(folder / "server.log", "w") as log:
         server = subprocess.Popen(command, cwd=folder, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
     try:
         for _ in range(600):
-            assert server.poll() is None, (folder/"server.log").read_text()
-            try: urllib.request.urlopen(url, timeout=5).close(); break
-            except urllib.error.HTTPError: break  # it answers
-            except OSError: time.sleep(.25)
-        else: raise AssertionError((folder/"server.log").read_text())
+            assert server.poll() is None, (folder / "server.log").read_text()
+            try:
+                urllib.request.urlopen(url, timeout=5).close()
+                break
+            except urllib.error.HTTPError:
+                break  # it answers
+            except OSError:
+                time.sleep(0.25)
+        else:
+            raise AssertionError((folder / "server.log").read_text())
         yield
     finally:
         server.send_signal(end)
-        try: server.wait(20)
-        except subprocess.TimeoutExpired: server.kill()
+        try:
+            server.wait(20)
+        except subprocess.TimeoutExpired:
+            server.kill()
+
 
 @pytest.fixture(scope="module")
 def browser():
     from playwright.sync_api import sync_playwright
+
     with sync_playwright() as p:
         browser = p.chromium.launch(executable_path=CHROMIUM, args=QUIET)
         yield browser
         browser.close()
+
 
 @contextmanager
 def watched(browser, **options):
     "A page that notes whatever it asks of other machines, and gets nothing of it."
     page = browser.new_page(viewport=dict(width=1400, height=2500), **options)
     page.abroad, local = [], re.compile(r"^(data|blob|about):|^https?://(localhost|127\.0\.0\.1)[:/]")
+
     def gate(route):
-        if local.match(route.request.url): return route.continue_()
+        if local.match(route.request.url):
+            return route.continue_()
         page.abroad.append(route.request.url)
         route.abort()
+
     page.route("**/*", gate)
-    page.on("websocket", lambda ws: re.match(r"wss?://(localhost|127\.0\.0\.1)[:/]", ws.url) or page.abroad.append(ws.url))
+    page.on(
+        "websocket", lambda ws: re.match(r"wss?://(localhost|127\.0\.0\.1)[:/]", ws.url) or page.abroad.append(ws.url)
+    )
     page.set_default_timeout(180_000)
     yield page
     page.close()
 
+
 @pytest.fixture
 def page(browser):
-    with watched(browser) as page: yield page
+    with watched(browser) as page:
+        yield page
+
 
 def shot(page, tmp_path, name, of=".ld-app"):
     folder = SHOTS if str(SHOTS) != "." else tmp_path
-    page.locator(of).first.screenshot(path=folder/f"{name}.png")
+    page.locator(of).first.screenshot(path=folder / f"{name}.png")
+
 
 CELL = 'from layerdiffusion.app import LayerDiffusionApp\napp = LayerDiffusionApp("example:dog")\napp'
 
+
 def notebook(path, *cells):
     "A notebook of code cells."
-    code = [dict(cell_type="code", id=f"cell{i}", metadata={}, execution_count=None, outputs=[], source=c) for i, c in enumerate(cells)]
-    path.write_text(json.dumps(dict(cells=code, metadata=dict(kernelspec=dict(name="python3", display_name="Python 3", language="python")), nbformat=4, nbformat_minor=5)))
+    code = [
+        dict(cell_type="code", id=f"cell{i}", metadata={}, execution_count=None, outputs=[], source=c)
+        for i, c in enumerate(cells)
+    ]
+    path.write_text(
+        json.dumps(
+            dict(
+                cells=code,
+                metadata=dict(kernelspec=dict(name="python3", display_name="Python 3", language="python")),
+                nbformat=4,
+                nbformat_minor=5,
+            )
+        )
+    )
+
 
 @pytest.fixture
 def lab(tmp_path):
     "JupyterLab on a copy of the pages, without news; gives the address of a notebook with the editor."
-    shutil.copytree(ROOT/"nbs", tmp_path/"nbs", ignore=shutil.ignore_patterns("results", "_*", ".*"))
-    notebook(tmp_path/"nbs"/"editor.ipynb", CELL)
-    settings = tmp_path/"settings"/"@jupyterlab"/"apputils-extension"
+    shutil.copytree(ROOT / "nbs", tmp_path / "nbs", ignore=shutil.ignore_patterns("results", "_*", ".*"))
+    notebook(tmp_path / "nbs" / "editor.ipynb", CELL)
+    settings = tmp_path / "settings" / "@jupyterlab" / "apputils-extension"
     settings.mkdir(parents=True)
-    (settings/"notification.jupyterlab-settings").write_text('{"fetchNews": "false", "checkForUpdates": false}')
+    (settings / "notification.jupyterlab-settings").write_text('{"fetchNews": "false", "checkForUpdates": false}')
     url = f"http://127.0.0.1:{(port := free_port())}"
-    command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--expose-app-in-browser", "--ServerApp.ip=127.0.0.1", f"--ServerApp.port={port}", "--IdentityProvider.token=", f"--ServerApp.root_dir={tmp_path/'nbs'}"]
-    env = {**ENV, "JUPYTERLAB_SETTINGS_DIR": str(tmp_path/"settings"), "JUPYTERLAB_WORKSPACES_DIR": str(tmp_path/"workspaces"), "JUPYTER_RUNTIME_DIR": str(tmp_path/"runtime"),
-           "JUPYTER_CONFIG_DIR": str(tmp_path/"config"), "JUPYTER_DATA_DIR": str(tmp_path/"data"), "IPYTHONDIR": str(tmp_path/"ipython")}  # nothing of the user's own
-    with serving(command, f"{url}/api", tmp_path, env): yield f"{url}/lab/tree/editor.ipynb"
+    command = [
+        sys.executable,
+        "-m",
+        "jupyterlab",
+        "--no-browser",
+        "--allow-root",
+        "--expose-app-in-browser",
+        "--ServerApp.ip=127.0.0.1",
+        f"--ServerApp.port={port}",
+        "--IdentityProvider.token=",
+        f"--ServerApp.root_dir={tmp_path / 'nbs'}",
+    ]
+    env = {
+        **ENV,
+        "JUPYTERLAB_SETTINGS_DIR": str(tmp_path / "settings"),
+        "JUPYTERLAB_WORKSPACES_DIR": str(tmp_path / "workspaces"),
+        "JUPYTER_RUNTIME_DIR": str(tmp_path / "runtime"),
+        "JUPYTER_CONFIG_DIR": str(tmp_path / "config"),
+        "JUPYTER_DATA_DIR": str(tmp_path / "data"),
+        "IPYTHONDIR": str(tmp_path / "ipython"),
+    }  # nothing of the user's own
+    with serving(command, f"{url}/api", tmp_path, env):
+        yield f"{url}/lab/tree/editor.ipynb"
+
 
 def start_editor(page, url):
     "Open the notebook and run its cell; gives the canvas."
@@ -99,18 +177,25 @@ def start_editor(page, url):
     page.wait_for_function("document.querySelector('.ldc-board').height > 200")
     return board
 
+
 def spot(board, x, y, size=(64, 64)):
     "Where a pixel of the picture is in the window."
     r = board.bounding_box()
     return r["x"] + x / size[0] * r["width"], r["y"] + y / size[1] * r["height"]
 
+
 def drag(page, *path):
     "Press at the first place and release at the last."
-    page.mouse.move(*path[0]); page.mouse.down()
-    for place in path[1:]: page.mouse.move(*place, steps=4)
+    page.mouse.move(*path[0])
+    page.mouse.down()
+    for place in path[1:]:
+        page.mouse.move(*place, steps=4)
     return after(page, page.mouse.up)
 
-def serial(page): return int(page.locator(".ldc").get_attribute("data-serial"))
+
+def serial(page):
+    return int(page.locator(".ldc").get_attribute("data-serial"))
+
 
 def after(page, act):
     "Do something on the canvas, and wait for Python's answer; gives the milliseconds it took."
@@ -119,13 +204,17 @@ def after(page, act):
     page.wait_for_function(f"document.querySelector('.ldc').dataset.serial > {before}")
     return int(page.locator(".ldc").get_attribute("data-latency"))
 
+
 def number(page, label, value):
     "Type a number beside a slider."
     row = page.locator(".ld-row", has_text=label).first
     row.locator("input[type=number]").fill(str(value))
     row.locator("input[type=number]").press("Enter")
 
-def press(page, name): page.locator(".ld-app button", has_text=re.compile(rf"^\s*{name}\s*$")).first.click()
+
+def press(page, name):
+    page.locator(".ld-app button", has_text=re.compile(rf"^\s*{name}\s*$")).first.click()
+
 
 def test_editor_in_jupyterlab(page, lab, tmp_path):
     "Click the subject, drag it, slide, run, stop, go on, redraw; look at it light, dark and narrow."
@@ -140,7 +229,8 @@ def test_editor_in_jupyterlab(page, lab, tmp_path):
     after(page, lambda: page.keyboard.press("Delete"))
 
     page.keyboard.press("m")
-    page.mouse.move(*spot(board, 40, 36)); page.mouse.down()
+    page.mouse.move(*spot(board, 40, 36))
+    page.mouse.down()
     page.wait_for_timeout(200)
     quiet = len(sent)
     page.mouse.move(*spot(board, 46, 30), steps=20)
@@ -148,19 +238,23 @@ def test_editor_in_jupyterlab(page, lab, tmp_path):
     assert len(sent) == quiet, "something was sent while the pointer moved"
     after(page, page.mouse.up)
     assert "moved 9% to the right" in words.inner_text() and "up" in words.inner_text()
-    for _ in range(3): page.keyboard.down("ArrowLeft")
+    for _ in range(3):
+        page.keyboard.down("ArrowLeft")
     after(page, lambda: page.keyboard.up("ArrowLeft"))
     assert "moved 6% to the right" in words.inner_text()
     shot(page, tmp_path, "1-light")
-    for _ in range(2): after(page, lambda: page.keyboard.press("Control+z"))
+    for _ in range(2):
+        after(page, lambda: page.keyboard.press("Control+z"))
     assert "moved" not in words.inner_text() and page.locator(".jp-Notebook .jp-Cell").count() <= 2
 
     press(page, "The paper's")
     alpha = page.locator(".ld-row", has_text="α").first
     alpha.locator(".noUi-handle").focus()
-    for _ in range(2): page.keyboard.press("ArrowRight")
+    for _ in range(2):
+        page.keyboard.press("ArrowRight")
     page.wait_for_function("[...document.querySelectorAll('.ld-row input')].some(i => i.value === '0.8')")
-    for label, value in (("Pictures", 2), ("Steps", 10), ("Word steps", 10), ("Tuning steps", 120)): number(page, label, value)
+    for label, value in (("Pictures", 2), ("Steps", 10), ("Word steps", 10), ("Tuning steps", 120)):
+        number(page, label, value)
     press(page, "Run")
     page.locator(".ld-stage", has_text="Teaching").wait_for()
     page.locator(".ld-preview").wait_for()
@@ -175,7 +269,9 @@ def test_editor_in_jupyterlab(page, lab, tmp_path):
     assert "--alpha 0.8" in page.locator(".ld-line pre").nth(1).inner_text()
     page.context.grant_permissions(["clipboard-read", "clipboard-write"])
     page.locator(".ld-line button").nth(1).click()
-    assert page.evaluate("navigator.clipboard.readText()").startswith("layerdiffusion edit example:dog 'a brown dog jumping in a forest' --point 40,36 ")
+    assert page.evaluate("navigator.clipboard.readText()").startswith(
+        "layerdiffusion edit example:dog 'a brown dog jumping in a forest' --point 40,36 "
+    )
     shot(page, tmp_path, "3-result")
     page.evaluate("jupyterapp.commands.execute('apputils:change-theme', {theme: 'JupyterLab Dark'})")
     page.wait_for_function("document.body.dataset.jpThemeLight === 'false'")
@@ -188,16 +284,36 @@ def test_editor_in_jupyterlab(page, lab, tmp_path):
     shot(page, tmp_path, "5-narrow")
     assert not page.abroad, page.abroad
 
+
 def test_app_command(browser, tmp_path):
     "`layerdiffusion app`: the same editor as a page of its own, on a wide photo: a finger, the other tools, and the keyboard alone."
     from PIL import Image
     from layerdiffusion.core import load_image
-    (folder := tmp_path/"user").mkdir()
+
+    (folder := tmp_path / "user").mkdir()
     size = 320, 240
-    load_image("example:cat").resize((320, 320), Image.Resampling.BICUBIC).crop((0, 80, 320, 320)).save(folder/"photo.png")
+    load_image("example:cat").resize((320, 320), Image.Resampling.BICUBIC).crop((0, 80, 320, 320)).save(
+        folder / "photo.png"
+    )
     port = free_port()
-    command = [sys.executable, "-c", "import sys; from layerdiffusion.cli import main; sys.exit(main())", "app", "photo.png", "--text", "an orange cat lying on a beach", "--no-browser", "--port", str(port), "--theme", "dark"]
-    with serving(command, f"http://127.0.0.1:{port}/voila/static/", folder, ENV, signal.SIGINT), watched(browser, has_touch=True) as page:
+    command = [
+        sys.executable,
+        "-c",
+        "import sys; from layerdiffusion.cli import main; sys.exit(main())",
+        "app",
+        "photo.png",
+        "--text",
+        "an orange cat lying on a beach",
+        "--no-browser",
+        "--port",
+        str(port),
+        "--theme",
+        "dark",
+    ]
+    with (
+        serving(command, f"http://127.0.0.1:{port}/voila/static/", folder, ENV, signal.SIGINT),
+        watched(browser, has_touch=True) as page,
+    ):
         page.goto(f"http://127.0.0.1:{port}")
         board = page.locator(".ldc-board")
         board.wait_for()
@@ -206,26 +322,35 @@ def test_app_command(browser, tmp_path):
         after(page, lambda: page.touchscreen.tap(*at(180, 120)))
         assert "by your marks" in words.inner_text()
         board.focus()
-        for key in ("n", "ArrowDown", "Shift+ArrowLeft", "Shift+ArrowLeft"): page.keyboard.press(key)
+        for key in ("n", "ArrowDown", "Shift+ArrowLeft", "Shift+ArrowLeft"):
+            page.keyboard.press(key)
         after(page, lambda: page.keyboard.press("Enter"))
         after(page, lambda: page.keyboard.press("Delete"))
-        page.keyboard.press("b"); drag(page, at(40, 10), at(300, 190))
-        page.keyboard.press("d"); drag(page, at(20, 20), at(60, 20), at(60, 60))
+        page.keyboard.press("b")
+        drag(page, at(40, 10), at(300, 190))
+        page.keyboard.press("d")
+        drag(page, at(20, 20), at(60, 20), at(60, 60))
         assert "by you" in words.inner_text()
         painted = json.loads(page.locator(".ldc").get_attribute("data-bounds"))
         assert painted[0] < 20 and painted[1] < 25
-        page.keyboard.press("e"); drag(page, at(10, 20), at(60, 20), at(60, 70))
+        page.keyboard.press("e")
+        drag(page, at(10, 20), at(60, 20), at(60, 70))
         page.keyboard.press("m")
         _, top, right, bottom = json.loads(page.locator(".ldc").get_attribute("data-bounds"))
         drag(page, at(right, top), at(right - 20, (top + bottom) / 2))
         assert re.search(r"at [4-6]\d% of its size", words.inner_text()), words.inner_text()
         shot(page, tmp_path, "6-voila")
         before = serial(page)
-        page.mouse.move(*at(160, 120)); page.mouse.down(); page.mouse.move(*at(200, 120)); page.keyboard.press("Escape"); page.mouse.up()
+        page.mouse.move(*at(160, 120))
+        page.mouse.down()
+        page.mouse.move(*at(200, 120))
+        page.keyboard.press("Escape")
+        page.mouse.up()
         page.locator(".ld-field input").first.fill("a cat flying")
         page.keyboard.press("Enter")
         page.locator(".ld-error").wait_for()
         assert serial(page) == before, "Escape leaves a drag undone"
         assert not page.abroad, page.abroad
-    with pytest.raises(OSError): urllib.request.urlopen(f"http://127.0.0.1:{port}", timeout=5)
-    assert "The editor is closed." in (folder/"server.log").read_text()
+    with pytest.raises(OSError):
+        urllib.request.urlopen(f"http://127.0.0.1:{port}", timeout=5)
+    assert "The editor is closed." in (folder / "server.log").read_text()

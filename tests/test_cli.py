@@ -2,7 +2,12 @@
 
 All commands run through `main`, in an empty folder. Nothing here depends on how well the mini models are trained.
 """
-import json, os, shutil, subprocess, sys
+
+import json
+import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,8 +17,18 @@ from layerdiffusion.cli import main
 from layerdiffusion.core import example_path, package_folder
 
 TEXT = "a dog jumping in a forest"
-SHORT = "--embedding-steps 1 --tuning-steps 1 --steps 2 --seeds 0 --device cpu".split()
-WRITTEN = {"edit.json", "edit.safetensors", "input.png", "mask.png", "object.png", "object_mask.png", "reference.png", "seed-0.png", "sheet.png"}
+SHORT = ["--embedding-steps", "1", "--tuning-steps", "1", "--steps", "2", "--seeds", "0", "--device", "cpu"]
+WRITTEN = {
+    "edit.json",
+    "edit.safetensors",
+    "input.png",
+    "mask.png",
+    "object.png",
+    "object_mask.png",
+    "reference.png",
+    "seed-0.png",
+    "sheet.png",
+}
 
 
 def ellipse(size=(64, 64)):
@@ -33,10 +48,12 @@ def run(tmp_path, monkeypatch, capfd):
         code = main([str(a) for a in args])
         out, err = capfd.readouterr()
         return code, out, err
+
     return call
 
 
-def files(): return sorted(str(p) for p in Path(".").rglob("*"))
+def files():
+    return sorted(str(p) for p in Path(".").rglob("*"))
 
 
 # What is bad, in arguments, and words that its sentence must hold. {x} is a file of `prepare_bad_files`.
@@ -49,7 +66,10 @@ BAD = dict(
     empty_mask=(["edit", "example:dog", TEXT, "--mask", "empty.png"], ["mask", "empty"]),
     full_mask=(["edit", "example:dog", TEXT, "--mask", "full.png"], ["mask"]),
     mask_missing=(["edit", "example:dog", TEXT, "--mask", "nowhere.png"], ["nowhere.png"]),
-    reference_missing=(["edit", "example:dog", TEXT, "--mask", "mask.png", "--reference", "nowhere.png"], ["nowhere.png"]),
+    reference_missing=(
+        ["edit", "example:dog", TEXT, "--mask", "mask.png", "--reference", "nowhere.png"],
+        ["nowhere.png"],
+    ),
     mask_and_point=(["edit", "example:dog", TEXT, "--mask", "mask.png", "--point", "3,3"], ["--mask", "--point"]),
     point_outside=(["edit", "example:dog", TEXT, "--point", "640,10"], ["640", "64"]),
     point_negative=(["edit", "example:dog", TEXT, "--point", "-3,10"], ["-3"]),
@@ -59,19 +79,54 @@ BAD = dict(
     move_form=(["edit", "example:dog", TEXT, "--move", "0.2"], ["--move", "'0.2'", "DX,DY", "shares"]),
     move_nan=(["edit", "example:dog", TEXT, "--move", "nan,0"], ["--move", "nan,0"]),
     move_pixels=(["edit", "example:dog", TEXT, "--mask", "mask.png", "--move", "12,0"], ["(12, 0)", "-1 to 1"]),
-    move_away=(["edit", "example:dog", TEXT, "--mask", "mask.png", "--object-picture", "input", "--move", "-1,0"], ["-1", "nothing of the subject"]),
+    move_away=(
+        ["edit", "example:dog", TEXT, "--mask", "mask.png", "--object-picture", "input", "--move", "-1,0"],
+        ["-1", "nothing of the subject"],
+    ),
     scale_zero=(["edit", "example:dog", TEXT, "--scale", "0"], ["--scale", "0.05"]),
     object_reference_missing=(["edit", "example:dog", TEXT, "--object-reference", "nowhere.png"], ["nowhere.png"]),
-    object_mask_alone=(["edit", "example:dog", TEXT, "--object-mask", "mask.png"], ["--object-mask", "--object-reference"]),
-    object_mask_empty=(["edit", "example:dog", TEXT, "--mask", "mask.png", "--object-reference", "example:cat", "--object-mask", "empty.png"], ["mask", "empty"]),
+    object_mask_alone=(
+        ["edit", "example:dog", TEXT, "--object-mask", "mask.png"],
+        ["--object-mask", "--object-reference"],
+    ),
+    object_mask_empty=(
+        [
+            "edit",
+            "example:dog",
+            TEXT,
+            "--mask",
+            "mask.png",
+            "--object-reference",
+            "example:cat",
+            "--object-mask",
+            "empty.png",
+        ],
+        ["mask", "empty"],
+    ),
     preset_unknown=(["edit", "example:dog", TEXT, "--preset", "worst"], ["worst", "best"]),
-    preset_and_config=(["edit", "example:dog", TEXT, "--preset", "best", "--config", "list.json"], ["--preset", "--config"]),
+    preset_and_config=(
+        ["edit", "example:dog", TEXT, "--preset", "best", "--config", "list.json"],
+        ["--preset", "--config"],
+    ),
     preview_ending=(["edit", "example:dog", TEXT, "--preview", "now.txt"], ["--preview", "now.txt", ".png"]),
     preview_folder=(["edit", "example:dog", TEXT, "--preview", "folder.png"], ["--preview", "is a folder"]),
     preview_below_file=(["edit", "example:dog", TEXT, "--preview", "text.png/now.png"], ["--preview", "text.png"]),
     look_every=(["edit", "example:dog", TEXT, "--look-every", "-5"], ["--look-every", "at least 0"]),
     unknown_word=(["edit", "example:dog", "a wombat jumping in a forest", "--mask", "mask.png"], ["wombat"]),
-    too_long=(["edit", "example:dog", TEXT, "--mask", "mask.png", "--object", "a dog" + " jumping" * 30, "--background", "in a forest"], ["tokens"]),
+    too_long=(
+        [
+            "edit",
+            "example:dog",
+            TEXT,
+            "--mask",
+            "mask.png",
+            "--object",
+            "a dog" + " jumping" * 30,
+            "--background",
+            "in a forest",
+        ],
+        ["tokens"],
+    ),
     no_place=(["edit", "example:dog", "a dog jumping", "--mask", "mask.png"], ["place", "--background"]),
     empty_text=(["edit", "example:dog", "", "--mask", "mask.png"], ["empty"]),
     alpha_high=(["edit", "example:dog", TEXT, "--alpha", "1.5"], ["--alpha", "1.5", "between 0 and 1"]),
@@ -79,7 +134,10 @@ BAD = dict(
     alpha_nan=(["edit", "example:dog", TEXT, "--alpha", "nan"], ["--alpha", "nan"]),
     alpha_word=(["edit", "example:dog", TEXT, "--alpha", "much"], ["--alpha"]),
     steps=(["edit", "example:dog", TEXT, "--steps", "0"], ["--steps", "0"]),
-    embedding_steps=(["edit", "example:dog", TEXT, "--embedding-steps", "-1"], ["--embedding-steps", "at least 0", "-1"]),
+    embedding_steps=(
+        ["edit", "example:dog", TEXT, "--embedding-steps", "-1"],
+        ["--embedding-steps", "at least 0", "-1"],
+    ),
     tuning_steps=(["edit", "example:dog", TEXT, "--tuning-steps", "-4"], ["--tuning-steps", "-4"]),
     steps_many=(["edit", "example:dog", TEXT, "--steps", "1001"], ["--steps", "1001"]),
     lambda_negative=(["edit", "example:dog", TEXT, "--lambda-obj", "-1"], ["--lambda-obj", "-1"]),
@@ -125,13 +183,14 @@ BAD = dict(
     train_level=(["train-mini", "vae", "--level", "2"], ["--level", "2"]),
     train_order=(["train-mini", "diffusion", "--out", "run"], ["vae"]),
     check_folder=(["check-mini", "--model", "folder"], ["folder"]),
-    bench_device=(["bench", "--device", "cuda:99"], ["cuda:99"]))
+    bench_device=(["bench", "--device", "cuda:99"], ["cuda:99"]),
+)
 
 
 def prepare_bad_files():
     Path("text.png").write_text("I am not a picture.")
     whole = example_path("dog").read_bytes()
-    Path("half.png").write_bytes(whole[:len(whole) // 2])
+    Path("half.png").write_bytes(whole[: len(whole) // 2])
     Path("folder").mkdir()
     Path("folder.png").mkdir()
     Image.new("L", (64, 64)).save("empty.png")
@@ -141,12 +200,15 @@ def prepare_bad_files():
 
 
 def prepare_bad_models(name):
-    if name not in ("truncated", "weightless"): return
+    if name not in ("truncated", "weightless"):
+        return
     parts = shutil.ignore_patterns("clip", "judge", "sam")
     shutil.copytree(package_folder() / "weights" / "mini", name, ignore=parts)
     weights = Path(name) / "unet" / "diffusion_pytorch_model.safetensors"
-    if name == "weightless": weights.unlink()
-    else: weights.write_bytes(weights.read_bytes()[:-1000])
+    if name == "weightless":
+        weights.unlink()
+    else:
+        weights.write_bytes(weights.read_bytes()[:-1000])
 
 
 @pytest.mark.parametrize("name", BAD)
@@ -159,12 +221,26 @@ def test_bad_input(run, name):
     assert code == 2, err
     lines = [line for line in err.splitlines() if line.strip()]
     assert len(lines) == 1 and lines[0].startswith("layerdiffusion: ") and lines[0].endswith("."), err
-    for word in words: assert word.lower() in lines[0].lower()
+    for word in words:
+        assert word.lower() in lines[0].lower()
     assert files() == before
 
 
 def test_numbers_that_are_no_numbers(run):
-    code, out, err = run("edit", "example:dog", TEXT, "--mask", "mask.png", *SHORT, "--tuning-steps", 4, "--tuning-lr", "1e30", "--out", "out")
+    code, out, err = run(
+        "edit",
+        "example:dog",
+        TEXT,
+        "--mask",
+        "mask.png",
+        *SHORT,
+        "--tuning-steps",
+        4,
+        "--tuning-lr",
+        "1e30",
+        "--out",
+        "out",
+    )
     last = [line for line in err.splitlines() if line.strip()][-1]
     assert code == 2 and last.startswith("layerdiffusion: ") and "learning rate" in last
     assert files() == ["mask.png"]
@@ -175,41 +251,83 @@ def test_edit_writes_everything_and_repeats(run):
     assert first[0] == 0 and "a dog jumping | in a forest" in first[1] and "sheet.png" in first[1]
     assert run("edit", "example:dog", TEXT, "--mask", "mask.png", *SHORT, "--out", "b")[0] == 0
     assert {p.name for p in Path("a").iterdir()} == WRITTEN
-    for name in WRITTEN - {"edit.json", "edit.safetensors"}: assert Path("a", name).read_bytes() == Path("b", name).read_bytes(), name
+    for name in WRITTEN - {"edit.json", "edit.safetensors"}:
+        assert Path("a", name).read_bytes() == Path("b", name).read_bytes(), name
     from safetensors.torch import load_file
+
     a, b = (load_file(Path(x, "edit.safetensors")) for x in "ab")
     assert a.keys() == b.keys() and all((a[k] == b[k]).all() for k in a)
     settings = json.loads(Path("a", "edit.json").read_text())
-    for key in ("text", "object", "background", "seeds", "config", "model", "model_hash", "torch", "diffusers", "seconds"): assert key in settings
+    for key in (
+        "text",
+        "object",
+        "background",
+        "seeds",
+        "config",
+        "model",
+        "model_hash",
+        "torch",
+        "diffusers",
+        "seconds",
+    ):
+        assert key in settings
     assert settings["config"]["tuning_steps"] == 1 and settings["seeds"] == [0]
 
 
 def test_folders_are_numbered_and_settings_reused(run):
     assert run("edit", "example:dog", TEXT, "--mask", "mask.png", *SHORT, "--alpha", ".4")[0] == 0
     again = [a for a in SHORT if a not in ("--embedding-steps", "--tuning-steps", "1")]
-    assert run("edit", "example:dog", TEXT, "--mask", "mask.png", *again, "--config", "edits/dog-1/edit.json", "--lambda-obj", "3")[0] == 0
+    assert (
+        run(
+            "edit",
+            "example:dog",
+            TEXT,
+            "--mask",
+            "mask.png",
+            *again,
+            "--config",
+            "edits/dog-1/edit.json",
+            "--lambda-obj",
+            "3",
+        )[0]
+        == 0
+    )
     config = json.loads(Path("edits/dog-2/edit.json").read_text())["config"]
-    assert (config["alpha"], config["lambda_obj"], config["embedding_steps"]) == (.4, 3, 1)
+    assert (config["alpha"], config["lambda_obj"], config["embedding_steps"]) == (0.4, 3, 1)
 
 
 def same_results(a, b, but=()):
     """Two folders hold the same pictures and tensors, byte for byte."""
     from safetensors.torch import load_file
+
     names = [{p.name for p in Path(x).iterdir()} - set(but) for x in (a, b)]
     assert names[0] == names[1]
-    for name in names[0] - {"edit.json", "edit.safetensors"}: assert Path(a, name).read_bytes() == Path(b, name).read_bytes(), name
+    for name in names[0] - {"edit.json", "edit.safetensors"}:
+        assert Path(a, name).read_bytes() == Path(b, name).read_bytes(), name
     tensors = [load_file(Path(x, "edit.safetensors")) for x in (a, b)]
     assert tensors[0].keys() == tensors[1].keys() and all((tensors[0][k] == tensors[1][k]).all() for k in tensors[0])
 
 
 def test_watching_changes_nothing(run):
     """--preview and --look-every show pictures and leave the results as they are."""
-    steps = "--embedding-steps 2 --tuning-steps 5 --steps 3 --seeds 0-1 --device cpu --mask mask.png".split()
+    steps = ["--embedding-steps", "2", "--tuning-steps", "5", "--steps", "3", "--seeds", "0-1", "--device", "cpu", "--mask", "mask.png"]
     assert run("edit", "example:dog", TEXT, *steps, "--out", "a")[0] == 0
-    code, out, err = run("edit", "example:dog", TEXT, *steps, "--out", "b", "--preview", "seen/now.png", "--look-every", 2)
+    code, out, err = run(
+        "edit", "example:dog", TEXT, *steps, "--out", "b", "--preview", "seen/now.png", "--look-every", 2
+    )
     assert code == 0 and "looks.png" in out
     same_results("a", "b", but=["looks.png"])
-    assert files() == sorted(["a", "b", "mask.png", "seen", "seen/now.png", "b/looks.png", *(f"{x}/{name}" for x in "ab" for name in WRITTEN | {"seed-1.png"})])
+    assert files() == sorted(
+        [
+            "a",
+            "b",
+            "mask.png",
+            "seen",
+            "seen/now.png",
+            "b/looks.png",
+            *(f"{x}/{name}" for x in "ab" for name in WRITTEN | {"seed-1.png"}),
+        ]
+    )
     assert Image.open("seen/now.png").size[0] > Image.open("seen/now.png").size[1]  # two seeds, side by side
     assert Image.open("b/looks.png").size[0] // 160 == 3  # steps 2, 4 and the last
 
@@ -222,11 +340,11 @@ def test_moved_subject_is_shown_saved_and_repeated(run):
     assert {p.name for p in Path("a").iterdir()} == WRITTEN
     assert {p.name for p in Path("plain").iterdir()} == WRITTEN - {"object.png", "object_mask.png"}
     saved = json.loads(Path("a/edit.json").read_text())
-    assert (saved["move"], saved["scale"]) == ([-.2, .05], .5)
+    assert (saved["move"], saved["scale"]) == ([-0.2, 0.05], 0.5)
     before, after = (Image.open(f"a/{name}.png").convert("L").getbbox() for name in ("mask", "object_mask"))
     assert after[2] - after[0] < before[2] - before[0] and after[0] + after[2] < before[0] + before[2]
     assert Path("a/seed-0.png").read_bytes() != Path("plain/seed-0.png").read_bytes()
-    again = "--seeds 0 --device cpu --mask mask.png --config a/edit.json".split()
+    again = ["--seeds", "0", "--device", "cpu", "--mask", "mask.png", "--config", "a/edit.json"]
     assert run("edit", "example:dog", TEXT, *again, "--out", "b")[0] == 0
     same_results("a", "b")
     assert run("edit", "example:dog", TEXT, *again, "--move", "0,0", "--scale", 1, "--out", "c")[0] == 0
@@ -234,13 +352,30 @@ def test_moved_subject_is_shown_saved_and_repeated(run):
 
 
 def test_another_picture_of_the_object(run):
-    code, out, err = run("edit", "example:dog", TEXT, "--mask", "mask.png", *SHORT, "--object-reference", "example:cat", "--object-mask", "mask.png", "--out", "a")
+    code, out, err = run(
+        "edit",
+        "example:dog",
+        TEXT,
+        "--mask",
+        "mask.png",
+        *SHORT,
+        "--object-reference",
+        "example:cat",
+        "--object-mask",
+        "mask.png",
+        "--out",
+        "a",
+    )
     assert code == 0, err
-    assert Path("a/object.png").read_bytes() == example_path("cat").read_bytes() or Image.open("a/object.png").tobytes() == Image.open(example_path("cat")).convert("RGB").tobytes()
+    assert (
+        Path("a/object.png").read_bytes() == example_path("cat").read_bytes()
+        or Image.open("a/object.png").tobytes() == Image.open(example_path("cat")).convert("RGB").tobytes()
+    )
     assert Image.open("a/object_mask.png").convert("L").tobytes() == ellipse().tobytes()
 
 
-def noise(size=(64, 64)): return Image.effect_noise(size, 120).convert("RGB")
+def noise(size=(64, 64)):
+    return Image.effect_noise(size, 120).convert("RGB")
 
 
 def exif_rotated(path):
@@ -259,7 +394,8 @@ PICTURES = dict(
     exif=("a.jpg", (40, 64), exif_rotated),
     wide=("a.png", (200, 120), lambda p: noise((200, 120)).save(p)),
     tiny=("a.png", (5, 5), lambda p: noise((5, 5)).save(p)),
-    huge=("a.jpg", (5000, 4000), lambda p: noise((5000, 4000)).save(p)))
+    huge=("a.jpg", (5000, 4000), lambda p: noise((5000, 4000)).save(p)),
+)
 
 
 @pytest.mark.parametrize("kind", PICTURES)
@@ -270,7 +406,7 @@ def test_real_pictures(run, kind):
     code, out, err = run("edit", name, TEXT, "--mask", "mask.png", *SHORT, "--out", "out")
     assert code == 0, err
     w, h = Image.open("out/seed-0.png").size
-    assert max(w, h) == 64 and w % 8 == h % 8 == 0 and abs(w / h - size[0] / size[1]) < .15
+    assert max(w, h) == 64 and w % 8 == h % 8 == 0 and abs(w / h - size[0] / size[1]) < 0.15
 
 
 def test_photo_that_mini_cannot_represent(run):
@@ -296,18 +432,33 @@ def test_help_is_light():
 
 def test_unexpected_errors_ask_for_a_report(run, monkeypatch):
     import layerdiffusion.cli as cli
-    def breaks(*a): raise KeyError("deep inside")
+
+    def breaks(*a):
+        raise KeyError("deep inside")
+
     monkeypatch.setattr(cli, "read_request", breaks)
     code, out, err = run("edit", "example:dog", TEXT)
     assert code == 1 and "--debug" in err and "Traceback" not in err and len(err.splitlines()) == 1
-    with pytest.raises(KeyError): main(["edit", "example:dog", TEXT, "--debug"])
+    with pytest.raises(KeyError):
+        main(["edit", "example:dog", TEXT, "--debug"])
 
 
-@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 640000000000 bytes.")])
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        RuntimeError(
+            "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 640000000000 bytes."
+        ),
+    ],
+)
 def test_memory_that_is_not_there(run, monkeypatch, error):
     "On a CPU too: what to do about it, and no request for a report."
     import layerdiffusion.cli as cli
-    def breaks(*a): raise error
+
+    def breaks(*a):
+        raise error
+
     monkeypatch.setattr(cli, "read_request", breaks)
     code, out, err = run("edit", "example:dog", TEXT)
     assert code == 1 and "ran out of memory" in err and "--memory low" in err and len(err.splitlines()) == 1
@@ -325,10 +476,11 @@ sys.stderr.write = press
 sys.exit(main())
 """
 
+
 @pytest.mark.skipif(os.name == "nt", reason="signals")
 def test_ctrl_c_and_resume(run):
     """Ctrl-C ends with 130 and a sentence; --resume ends with the bytes of a run that was never stopped."""
-    steps = "--embedding-steps 30 --tuning-steps 1 --steps 1 --seeds 0 --device cpu --mask mask.png".split()
+    steps = ["--embedding-steps", "30", "--tuning-steps", "1", "--steps", "1", "--seeds", "0", "--device", "cpu", "--mask", "mask.png"]
     command = [sys.executable, "-c", PRESSED, "edit", "example:dog", TEXT, *steps, "--out", "out"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 130 and "Stopped by Ctrl-C" in done.stderr and "--resume" in done.stderr
@@ -337,70 +489,112 @@ def test_ctrl_c_and_resume(run):
     fitted = sorted(Path("out").glob("checkpoint-*"))
     Image.new("L", (64, 64)).save("empty.png")
     assert run("edit", "example:dog", TEXT, *steps, "--out", "out", "--resume", "--mask", "empty.png")[0] == 2
-    assert fitted and sorted(Path("out").glob("checkpoint-*")) == fitted, "a wrong mask beside --resume loses what was fitted"
+    assert fitted and sorted(Path("out").glob("checkpoint-*")) == fitted, (
+        "a wrong mask beside --resume loses what was fitted"
+    )
     assert run("edit", "example:dog", TEXT, *steps, "--out", "out", "--resume")[0] == 0
     assert {p.name for p in Path("out").iterdir()} == WRITTEN
     assert run("edit", "example:dog", TEXT, *steps, "--out", "whole")[0] == 0
-    for name in ("seed-0.png", "sheet.png"): assert Path("out", name).read_bytes() == Path("whole", name).read_bytes()
+    for name in ("seed-0.png", "sheet.png"):
+        assert Path("out", name).read_bytes() == Path("whole", name).read_bytes()
+
 
 def test_options_allow_what_settings_allow():
     "Default and bounds of every option are those of the setting of its name."
     from layerdiffusion.cli import METHOD
     from layerdiffusion.settings import EditConfig
+
     for opt in METHOD:
         field = EditConfig.model_fields[opt.name]
         bound = lambda *names: next((getattr(m, n) for m in field.metadata for n in names if hasattr(m, n)), None)
         low, high = bound("ge", "gt"), bound("le", "lt")
         assert opt.default == field.default, opt.name
-        if low is not None: assert low <= opt.low < low + 1e-6, opt.name
-        if high is not None: assert high - 1 <= opt.high <= high, opt.name
+        if low is not None:
+            assert low <= opt.low < low + 1e-6, opt.name
+        if high is not None:
+            assert high - 1 <= opt.high <= high, opt.name
+
 
 def test_resume_takes_the_edit_of_these_words(tmp_path, monkeypatch, capsys):
     "Of two that were stopped, and none of another; nothing is touched where none fits."
     import torch
     from safetensors.torch import save_file
     from layerdiffusion.cli import BadInput, claim, default_folder, stopped_text
+
     monkeypatch.chdir(tmp_path)
     for n, text in enumerate(("a dog lying", "a dog sitting"), 1):
-        (tmp_path/f"edits/dog-{n}").mkdir(parents=True)
-        save_file({"x": torch.zeros(1)}, tmp_path/f"edits/dog-{n}/checkpoint-tuning.safetensors", {"key": "", "text": text})
-    assert default_folder("dog.png", True, "a dog lying").name == "dog-1" and default_folder("dog.png", True, "a dog sitting").name == "dog-2"
-    with pytest.raises(BadInput, match="no edit with these words was stopped; there are edits/dog-1"): default_folder("dog.png", True, "a dog jumping")
-    assert main(["edit", "example:dog", "a dog jumping in a forest", "--resume", "--out", "edits/dog-1"]) == 2 and "has the words 'a dog lying'" in capsys.readouterr().err
-    assert default_folder("dog.png", False, "a dog lying").name == "dog-3" and stopped_text(tmp_path/"never") is None
+        (tmp_path / f"edits/dog-{n}").mkdir(parents=True)
+        save_file(
+            {"x": torch.zeros(1)}, tmp_path / f"edits/dog-{n}/checkpoint-tuning.safetensors", {"key": "", "text": text}
+        )
+    assert (
+        default_folder("dog.png", True, "a dog lying").name == "dog-1"
+        and default_folder("dog.png", True, "a dog sitting").name == "dog-2"
+    )
+    with pytest.raises(BadInput, match="no edit with these words was stopped; there are edits/dog-1"):
+        default_folder("dog.png", True, "a dog jumping")
+    assert (
+        main(["edit", "example:dog", "a dog jumping in a forest", "--resume", "--out", "edits/dog-1"]) == 2
+        and "has the words 'a dog lying'" in capsys.readouterr().err
+    )
+    assert default_folder("dog.png", False, "a dog lying").name == "dog-3" and stopped_text(tmp_path / "never") is None
     assert [claim(Path("edits/dog-2")).name for _ in range(2)] == ["dog-3", "dog-4"]
+
 
 def test_folders_of_somebody_else(tmp_path, capsys):
     "A folder with files that an edit would replace, and a folder where a file is meant."
-    (tmp_path/"mask.png").write_text("mine")
-    assert main(["edit", "example:dog", TEXT, "--out", str(tmp_path)]) == 2 and "which an edit would replace" in capsys.readouterr().err
-    for command in ("bench", "check-mini"): assert main([command, "--quick", "--out", str(tmp_path)]) == 2 and "is a folder" in capsys.readouterr().err
-    (tmp_path/"bom.json").write_bytes(b'\xef\xbb\xbf{"alpha": 2}')
-    assert main(["edit", "example:dog", TEXT, "--config", str(tmp_path/"bom.json")]) == 2 and "alpha is 2" in capsys.readouterr().err
+    (tmp_path / "mask.png").write_text("mine")
+    assert (
+        main(["edit", "example:dog", TEXT, "--out", str(tmp_path)]) == 2
+        and "which an edit would replace" in capsys.readouterr().err
+    )
+    for command in ("bench", "check-mini"):
+        assert main([command, "--quick", "--out", str(tmp_path)]) == 2 and "is a folder" in capsys.readouterr().err
+    (tmp_path / "bom.json").write_bytes(b'\xef\xbb\xbf{"alpha": 2}')
+    assert (
+        main(["edit", "example:dog", TEXT, "--config", str(tmp_path / "bom.json")]) == 2
+        and "alpha is 2" in capsys.readouterr().err
+    )
     assert main(["edit", "example:dog", TEXT, "--seed", str(2**63)]) == 2 and str(2**63) in capsys.readouterr().err
-    assert (tmp_path/"mask.png").read_text() == "mine"
+    assert (tmp_path / "mask.png").read_text() == "mine"
+
 
 def test_version_however_it_is_asked():
     "`layerdiffusion --version`, `python -m layerdiffusion` and `python -m layerdiffusion.cli` are one command."
     import layerdiffusion
+
     for module in ("layerdiffusion", "layerdiffusion.cli"):
-        done = subprocess.run([sys.executable, "-m", module, "--version"], capture_output=True, text=True, env=dict(os.environ, PYTHONPATH=str(package_folder().parent)))
+        done = subprocess.run(
+            [sys.executable, "-m", module, "--version"],
+            capture_output=True,
+            text=True,
+            env=dict(os.environ, PYTHONPATH=str(package_folder().parent)),
+        )
         assert (done.returncode, done.stdout) == (0, f"layerdiffusion {layerdiffusion.__version__}\n"), done.stderr
     assert main(["--version"]) == 0
+
 
 def test_export(run):
     "An edit's folder becomes a U-Net, and a LoRA that diffusers finds by the folder alone; files of somebody else stay."
     from diffusers import UNet2DConditionModel, StableDiffusionPipeline
-    assert run("edit", "example:dog", TEXT, "--mask", "mask.png", "--object-picture", "input", *SHORT, "--out", "dog")[0] == 0
+
+    assert (
+        run("edit", "example:dog", TEXT, "--mask", "mask.png", "--object-picture", "input", *SHORT, "--out", "dog")[0]
+        == 0
+    )
     code, out, err = run("export", "dog")
     assert code == 0 and "dog-unet" in out, err
     code, out, err = run("export", "dog/edit.safetensors", "--kind", "lora", "--rank", 2, "--out", "slim")
     assert code == 0 and "load_lora_weights('slim')" in out, err
-    plain = UNet2DConditionModel.from_pretrained(package_folder()/"weights"/"mini"/"unet").state_dict()
+    plain = UNet2DConditionModel.from_pretrained(package_folder() / "weights" / "mini" / "unet").state_dict()
     tuned = UNet2DConditionModel.from_pretrained("dog-unet/unet").state_dict()
     assert tuned.keys() == plain.keys() and any((tuned[k] != plain[k]).any() for k in plain)
     found, _ = StableDiffusionPipeline.lora_state_dict("slim")
-    assert found and all(k.startswith("unet.") and ".lora_" in k for k in found) and min(next(iter(found.values())).shape[:2]) == 2
+    assert (
+        found
+        and all(k.startswith("unet.") and ".lora_" in k for k in found)
+        and min(next(iter(found.values())).shape[:2]) == 2
+    )
     Path("model/unet").mkdir(parents=True)
     Path("model/unet/mine").touch()
     code, out, err = run("export", "dog", "--out", "model")

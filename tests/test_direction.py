@@ -8,7 +8,8 @@ Nothing depends on how well they draw.
 import math
 from types import SimpleNamespace
 
-import pytest, torch
+import pytest
+import torch
 import torch.nn.functional as F
 from test_equations import Plain, draws
 
@@ -396,7 +397,13 @@ def test_of_several_masks_the_surest():
     for k in range(3):
         masks[k, : k + 2, 1:5] = True
     answers = lambda *a, **k: (masks, np.array([0.3, 0.9, 0.5]), None)
-    predictor = SimpleNamespace(set_image=None, is_image_set=True, original_size=(8, 8), predict=answers, model=SimpleNamespace(knows_boxes=False))
+    predictor = SimpleNamespace(
+        set_image=None,
+        is_image_set=True,
+        original_size=(8, 8),
+        predict=answers,
+        model=SimpleNamespace(knows_boxes=False),
+    )
     found = find_mask(predictor, torch.zeros(3, 8, 8), (3, 1))
     assert torch.equal(found[0], torch.from_numpy(masks[1]).float())
 

@@ -1,111 +1,161 @@
 "The website: whole, offline, readable at a desk and on a phone."
-import functools, importlib.util, json, os, re, shutil, threading
+
+import functools
+import importlib.util
+import json
+import os
+import re
+import shutil
+import threading
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-import pytest, yaml
+import pytest
+import yaml
 
 from layerdiffusion.core import BadInput
 from layerdiffusion.docs import Page, build_site, faults
 
 ROOT = Path(__file__).resolve().parents[1]
-CHROMIUM = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None)
-ARGS = "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update --disable-sync".split()
+CHROMIUM = next(
+    (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
+)
+ARGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
 QUIET = "nbs/nbdev.yml", "_proc", "_docs"
-needs_tools = pytest.mark.skipif(importlib.util.find_spec("smalldocs") is None, reason="smalldocs is not installed: pip install -e '.[docs]'")
+needs_tools = pytest.mark.skipif(
+    importlib.util.find_spec("smalldocs") is None, reason="smalldocs is not installed: pip install -e '.[docs]'"
+)
+
 
 def menu():
     "The pages that the sidebar lists."
+
     def hrefs(node):
-        if isinstance(node, dict): return [h for k, v in node.items() for h in ([v] if k == "href" else hrefs(v))]
+        if isinstance(node, dict):
+            return [h for k, v in node.items() for h in ([v] if k == "href" else hrefs(v))]
         return [h for v in node for h in hrefs(v)] if isinstance(node, list) else []
-    return hrefs(yaml.safe_load((ROOT/"_quarto.yml").read_text(encoding="utf-8"))["website"]["sidebar"])
+
+    return hrefs(yaml.safe_load((ROOT / "_quarto.yml").read_text(encoding="utf-8"))["website"]["sidebar"])
+
 
 def test_every_page_is_in_the_sidebar():
-    assert sorted(menu()) == sorted(p.name for p in (ROOT/"nbs").glob("*.ipynb")), "each page once, and no page that is not there"
+    assert sorted(menu()) == sorted(p.name for p in (ROOT / "nbs").glob("*.ipynb")), (
+        "each page once, and no page that is not there"
+    )
+
 
 def test_workflows_are_yaml():
     "GitHub's three files parse, run on pushes or at night, and call what exists."
-    read = lambda name: yaml.safe_load((ROOT/f".github/workflows/{name}.yml").read_text(encoding="utf-8"))
+    read = lambda name: yaml.safe_load((ROOT / f".github/workflows/{name}.yml").read_text(encoding="utf-8"))
     docs, tests, nightly = map(read, ("docs", "tests", "nightly"))
     assert docs[True] and tests[True] and nightly[True]["schedule"]  # YAML reads the key `on` as true
     assert any(step.get("run") == "python tests/mutants.py" for step in nightly["jobs"]["mutants"]["steps"])
-    assert (ROOT/"tests/mutants.py").exists()
+    assert (ROOT / "tests/mutants.py").exists()
     steps = [step.get("run", "") for job in docs["jobs"].values() for step in job["steps"]]
     assert any("layerdiffusion docs" in s for s in steps)
     assert tests["jobs"]["tests"]["strategy"]["matrix"]["python"] == ["3.10", "3.12"]
 
+
 @needs_tools
 def test_refuses_a_folder_that_is_no_site(tmp_path):
-    (tmp_path/"diary.txt").touch()
-    with pytest.raises(BadInput, match="not a site"): build_site(tmp_path, ROOT)
+    (tmp_path / "diary.txt").touch()
+    with pytest.raises(BadInput, match="not a site"):
+        build_site(tmp_path, ROOT)
     assert [p.name for p in tmp_path.iterdir()] == ["diary.txt"]
+
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
     "The site in a temporary folder; the checkout stays as it was."
-    before = {name: (ROOT/name).exists() for name in QUIET}
-    folder = build_site(tmp_path_factory.mktemp("site")/"docs", ROOT)
-    assert {name: (ROOT/name).exists() for name in QUIET} == before
+    before = {name: (ROOT / name).exists() for name in QUIET}
+    folder = build_site(tmp_path_factory.mktemp("site") / "docs", ROOT)
+    assert {name: (ROOT / name).exists() for name in QUIET} == before
     return folder
+
 
 @needs_tools
 def test_links_pictures_and_markup(site):
     "`build_site` has refused faults; here it is known that there was something to ask, and that a fault is seen."
-    assert {p.stem for p in site.glob("*.html")} == {re.sub(r"^\d\d_", "", name.removesuffix(".ipynb")) for name in menu()}
-    page = Page((site/"fine_tuning.html").read_text(encoding="utf-8"))
-    assert len(page.links) > 50 and len(page.loads) > 10 and {"fine_tune", "stack_layers"} <= page.ids and any(link.startswith("pipeline.html") for link in page.links)
+    assert {p.stem for p in site.glob("*.html")} == {
+        re.sub(r"^\d\d_", "", name.removesuffix(".ipynb")) for name in menu()
+    }
+    page = Page((site / "fine_tuning.html").read_text(encoding="utf-8"))
+    assert (
+        len(page.links) > 50
+        and len(page.loads) > 10
+        and {"fine_tune", "stack_layers"} <= page.ids
+        and any(link.startswith("pipeline.html") for link in page.links)
+    )
+
 
 @needs_tools
 def test_a_fault_is_seen(site, tmp_path):
-    text = (site/"guidance.html").read_text(encoding="utf-8")
-    (tmp_path/"guidance.html").write_text(text.replace("</main>", '<a href="nowhere.html">x</a> {{< x >}}</main>'), encoding="utf-8")
+    text = (site / "guidance.html").read_text(encoding="utf-8")
+    (tmp_path / "guidance.html").write_text(
+        text.replace("</main>", '<a href="nowhere.html">x</a> {{< x >}}</main>'), encoding="utf-8"
+    )
     found = "\n".join(faults(tmp_path))
     assert "nowhere.html is not there" in found and "'{{' is left over" in found and "site_libs" in found
 
+
 @needs_tools
 def test_functions_have_tables(site):
-    text = (site/"fine_tuning.html").read_text(encoding="utf-8")
-    table = text[text.index('id="fine_tune"'):].split("<table", 1)[1].split("</table>")[0]
-    assert all(f"<code>{name}</code>" in table for name in ("models", "lambda_obj", "lambda_bg", "steps")) and "250" in table
+    text = (site / "fine_tuning.html").read_text(encoding="utf-8")
+    table = text[text.index('id="fine_tune"') :].split("<table", 1)[1].split("</table>")[0]
+    assert (
+        all(f"<code>{name}</code>" in table for name in ("models", "lambda_obj", "lambda_bg", "steps"))
+        and "250" in table
+    )
+
 
 @needs_tools
 def test_search_covers_every_page(site):
-    entries = json.loads((site/"search.json").read_text(encoding="utf-8"))
+    entries = json.loads((site / "search.json").read_text(encoding="utf-8"))
     assert {e["href"].split("#")[0] for e in entries} == {p.name for p in site.glob("*.html")}
+
 
 @pytest.fixture(scope="module")
 def address(site):
     class Quiet(SimpleHTTPRequestHandler):
-        def log_message(self, *args): pass
+        def log_message(self, *args):
+            pass
+
     with ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=str(site))) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{server.server_port}/"
         server.shutdown()
 
+
 @pytest.fixture(scope="module")
 def browser():
-    if not CHROMIUM: pytest.skip("no Chromium here")
+    if not CHROMIUM:
+        pytest.skip("no Chromium here")
     sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install -e '.[dev]'")
     with sync_api.sync_playwright() as p:
         chromium = p.chromium.launch(executable_path=CHROMIUM, args=ARGS)
         yield chromium
         chromium.close()
 
+
 LOOK = """() => ({wide: document.documentElement.scrollWidth - document.documentElement.clientWidth, words: document.querySelector('main').innerText.length,
     maths: document.querySelectorAll('span.math').length, katex: document.querySelectorAll('.katex').length, failed: document.querySelectorAll('.katex-error').length,
     broken: [...document.images].filter(i => !i.complete || !i.naturalWidth).map(i => i.src.slice(0, 80)),
     over: [...document.querySelectorAll('main img')].filter(i => i.getBoundingClientRect().right > innerWidth + 1).length})"""
+
 
 def look(page, url):
     "What is wrong with a page as a reader sees it."
     page.goto(url, wait_until="load")
     seen = page.evaluate(LOOK)
     wrong = [k for k in ("broken", "failed", "over") if seen[k]]
-    if seen["wide"] > 0: wrong.append(f"{seen['wide']} px too wide")
-    if seen["words"] < 200: wrong.append("empty")
-    if seen["maths"] and seen["katex"] < seen["maths"]: wrong.append(f"{seen['katex']} of {seen['maths']} formulas drawn")
+    if seen["wide"] > 0:
+        wrong.append(f"{seen['wide']} px too wide")
+    if seen["words"] < 200:
+        wrong.append("empty")
+    if seen["maths"] and seen["katex"] < seen["maths"]:
+        wrong.append(f"{seen['katex']} of {seen['maths']} formulas drawn")
     return wrong
+
 
 @needs_tools
 @pytest.mark.parametrize("width, scheme", [(1280, "light"), (390, "dark")], ids=["desk", "phone"])
@@ -119,6 +169,7 @@ def test_every_page_in_a_browser(site, address, browser, width, scheme):
     found = {p.name: wrong for p in sorted(site.glob("*.html")) if (wrong := look(page, address + p.name))}
     context.close()
     assert (found, errors, away) == ({}, [], [])
+
 
 @needs_tools
 def test_search_answers_offline(address, browser):

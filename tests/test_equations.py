@@ -4,9 +4,12 @@ Only the loading is shared. With the same settings the fitted words, both traini
 the rates are high and the steps few, so that a wrong picture, mask, weight, sign or turn is far more than 1e-5 away.
 """
 
-import copy, hashlib, math
+import copy
+import hashlib
+import math
 
-import pytest, torch
+import pytest
+import torch
 import torch.nn.functional as F
 from diffusers import PNDMScheduler
 

@@ -1,7 +1,11 @@
 "Whatever torch is set to where the library is called, edits come out the same, and the caller's settings are as they were."
-import contextlib, subprocess, sys
 
-import pytest, torch
+import contextlib
+import subprocess
+import sys
+
+import pytest
+import torch
 
 from layerdiffusion import LayerDiffusion, load_edit
 from layerdiffusion.core import plain_torch, shielded
@@ -17,38 +21,84 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 @contextlib.contextmanager
 def set_to(change, back):
     change()
-    try: yield
-    finally: back()
+    try:
+        yield
+    finally:
+        back()
 
 
-def dtype(kind): return set_to(lambda: torch.set_default_dtype(kind), lambda: torch.set_default_dtype(torch.float32))
-def device(name): return set_to(lambda: torch.set_default_device(name), lambda: torch.set_default_device(None))
-def strict(): return set_to(lambda: torch.use_deterministic_algorithms(True), lambda: torch.use_deterministic_algorithms(False))
-def seeded(): return set_to(lambda: torch.manual_seed(7), lambda: torch.seed())
-def coarse(): return set_to(lambda: torch.set_float32_matmul_precision("medium"), lambda: torch.set_float32_matmul_precision("highest"))
-def grad_off(): return set_to(lambda: torch.set_grad_enabled(False), lambda: torch.set_grad_enabled(True))
+def dtype(kind):
+    return set_to(lambda: torch.set_default_dtype(kind), lambda: torch.set_default_dtype(torch.float32))
+
+
+def device(name):
+    return set_to(lambda: torch.set_default_device(name), lambda: torch.set_default_device(None))
+
+
+def strict():
+    return set_to(lambda: torch.use_deterministic_algorithms(True), lambda: torch.use_deterministic_algorithms(False))
+
+
+def seeded():
+    return set_to(lambda: torch.manual_seed(7), lambda: torch.seed())
+
+
+def coarse():
+    return set_to(
+        lambda: torch.set_float32_matmul_precision("medium"), lambda: torch.set_float32_matmul_precision("highest")
+    )
+
+
+def grad_off():
+    return set_to(lambda: torch.set_grad_enabled(False), lambda: torch.set_grad_enabled(True))
 
 
 @contextlib.contextmanager
 def all_at_once():
-    with dtype(torch.float64), device("meta"), torch.inference_mode(), torch.autocast("cpu", torch.bfloat16): yield
+    with dtype(torch.float64), device("meta"), torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        yield
 
 
-STATES = dict(nothing=contextlib.nullcontext, float64=lambda: dtype(torch.float64), bfloat16=lambda: dtype(torch.bfloat16), meta=lambda: device("meta"), cpu=lambda: device("cpu"),
-              with_meta=lambda: torch.device("meta"), inference=torch.inference_mode, no_grad=torch.no_grad, grad_off=grad_off, autocast=lambda: torch.autocast("cpu", torch.bfloat16),
-              deterministic=strict, seeded=seeded, matmul=coarse, anomaly=lambda: torch.autograd.set_detect_anomaly(True, check_nan=False), all_at_once=all_at_once)
+STATES = dict(
+    nothing=contextlib.nullcontext,
+    float64=lambda: dtype(torch.float64),
+    bfloat16=lambda: dtype(torch.bfloat16),
+    meta=lambda: device("meta"),
+    cpu=lambda: device("cpu"),
+    with_meta=lambda: torch.device("meta"),
+    inference=torch.inference_mode,
+    no_grad=torch.no_grad,
+    grad_off=grad_off,
+    autocast=lambda: torch.autocast("cpu", torch.bfloat16),
+    deterministic=strict,
+    seeded=seeded,
+    matmul=coarse,
+    anomaly=lambda: torch.autograd.set_detect_anomaly(True, check_nan=False),
+    all_at_once=all_at_once,
+)
 
 
 def state() -> dict:
     "All that a caller may have set."
-    return dict(dtype=torch.get_default_dtype(), device=str(torch.get_default_device()), inference=torch.is_inference_mode_enabled(), grad=torch.is_grad_enabled(), autocast=torch.is_autocast_enabled("cpu"),
-                kind=torch.get_autocast_dtype("cpu"), threads=torch.get_num_threads(), strict=torch.are_deterministic_algorithms_enabled(), precision=torch.get_float32_matmul_precision(), random=bytes(torch.get_rng_state().tolist()))
+    return dict(
+        dtype=torch.get_default_dtype(),
+        device=str(torch.get_default_device()),
+        inference=torch.is_inference_mode_enabled(),
+        grad=torch.is_grad_enabled(),
+        autocast=torch.is_autocast_enabled("cpu"),
+        kind=torch.get_autocast_dtype("cpu"),
+        threads=torch.get_num_threads(),
+        strict=torch.are_deterministic_algorithms_enabled(),
+        precision=torch.get_float32_matmul_precision(),
+        random=bytes(torch.get_rng_state().tolist()),
+    )
 
 
 @pytest.fixture(scope="module")
 def photo():
     from layerdiffusion.core import load_image
     from layerdiffusion.saving import pixels
+
     mask = torch.zeros(1, 64, 64)
     mask[:, 20:50, 20:45] = 1
     return pixels(load_image("example:dog")), mask
@@ -61,11 +111,21 @@ def whole(photo, folder, mark=lambda method: method):
     first = method.edit(photo[0], TEXT, point=(32, 36), seeds=[0], **SHORT)  # O_t is drawn, SAM finds both subjects
     again = load_edit(first.save(folder), method)
     other = method.reuse(again, "a dog lying in the snow", seeds=[0])
-    return [first.images, first.mask, first.reference, first.object_image, *first.embeddings, again.images, other.images, *first.difference.values()]
+    return [
+        first.images,
+        first.mask,
+        first.reference,
+        first.object_image,
+        *first.embeddings,
+        again.images,
+        other.images,
+        *first.difference.values(),
+    ]
 
 
 @pytest.fixture(scope="module")
-def expected(photo, tmp_path_factory): return whole(photo, tmp_path_factory.mktemp("state"))
+def expected(photo, tmp_path_factory):
+    return whole(photo, tmp_path_factory.mktemp("state"))
 
 
 @pytest.mark.parametrize("name", STATES)
@@ -75,24 +135,32 @@ def test_edits_come_out_the_same(name, photo, expected, tmp_path):
         before = state()
         found = whole(photo, tmp_path)
         assert state() == before
-    assert [x.dtype for x in found] == [x.dtype for x in expected] and not any(x.is_inference() or x.requires_grad for x in found)
+    assert [x.dtype for x in found] == [x.dtype for x in expected] and not any(
+        x.is_inference() or x.requires_grad for x in found
+    )
     assert len(found) == len(expected) and all(torch.equal(a, b) for a, b in zip(found, expected))
 
 
 @pytest.mark.parametrize("name", ["inference", "all_at_once"])
 def test_tensors_of_inference_mode(name, photo, expected, tmp_path):
     "Pictures and masks that were made in inference_mode are taken like others."
-    with torch.inference_mode(): made = tuple(x.clone() for x in photo)
-    with STATES[name](): method = LayerDiffusion.from_pretrained("mini", "cpu")
-    with STATES[name](): a = method.edit(made[0], TEXT, mask=made[1], object_picture="input", reference=made[0], seeds=[0], **SHORT)
-    b = LayerDiffusion(method.models).edit(photo[0], TEXT, mask=photo[1], object_picture="input", reference=photo[0], seeds=[0], **SHORT)
+    with torch.inference_mode():
+        made = tuple(x.clone() for x in photo)
+    with STATES[name]():
+        method = LayerDiffusion.from_pretrained("mini", "cpu")
+    with STATES[name]():
+        a = method.edit(made[0], TEXT, mask=made[1], object_picture="input", reference=made[0], seeds=[0], **SHORT)
+    b = LayerDiffusion(method.models).edit(
+        photo[0], TEXT, mask=photo[1], object_picture="input", reference=photo[0], seeds=[0], **SHORT
+    )
     assert torch.equal(a.images, b.images)
 
 
 def test_preset_best_in_inference_mode(photo):
     "The search for O_t, subject attention, CLIP and the change of coat too."
     how = dict(preset="best", mask=photo[1], seeds=[0], target_draws=4, tuning_steps=1, sampling_steps=2)
-    with all_at_once(): a = LayerDiffusion.from_pretrained("mini", "cpu").edit(photo[0], TEXT, **how)
+    with all_at_once():
+        a = LayerDiffusion.from_pretrained("mini", "cpu").edit(photo[0], TEXT, **how)
     assert torch.equal(a.images, LayerDiffusion.from_pretrained("mini", "cpu").edit(photo[0], TEXT, **how).images)
 
 
@@ -113,17 +181,21 @@ def test_training_alone(name, photo):
     e_a, e_b = encode_text(models, ["a dog jumping", "in a forest"]).split(1)
     latents, mask = encode_image(models, photo[0]), torch.ones(1, 1, 8, 8)
     mask[..., :4] = 0
+
     @shielded
     def own_loop(e_a, e_b):
         words = [e.clone().requires_grad_() for e in (e_a, e_b)]
         losses = optimise(embedding_objective(models, *words, latents, mask), words, 2, 1e-3, "embeddings")
         return [e.detach() for e in words], losses
+
     def learn():
         words, losses = own_loop(e_a, e_b)
         tuned, more = fine_tune(models, words[0], latents, mask, None, mask, steps=2, learning_rate=1e-4)
         return [*words, *tuned.state_dict().values()], [*losses, *more]
+
     there = learn()
-    with STATES[name](): found = learn()
+    with STATES[name]():
+        found = learn()
     assert found[1] == there[1] and all(torch.equal(a, b) for a, b in zip(found[0], there[0]))
     assert not torch.equal(found[0][0], e_a), "Eq. 2 learnt nothing"
 
@@ -136,8 +208,19 @@ import torch
 from layerdiffusion import identity, world
 torch.set_default_device(None), torch.set_default_dtype(torch.float32)
 print([(str(x.dtype), str(x.device), x.is_inference(), round(x.double().sum().item(), 6)) for x in (identity.DIRECTIONS, world._POSE_TABLE, world._SWING)])"""
-    set_first = "torch.set_default_dtype(torch.float64); torch.set_default_device('meta'); torch.inference_mode().__enter__()"
-    said = [subprocess.run([sys.executable, "-c", code.format(first)], capture_output=True, text=True, check=True, stdin=subprocess.DEVNULL).stdout for first in ("", set_first)]
+    set_first = (
+        "torch.set_default_dtype(torch.float64); torch.set_default_device('meta'); torch.inference_mode().__enter__()"
+    )
+    said = [
+        subprocess.run(
+            [sys.executable, "-c", code.format(first)],
+            capture_output=True,
+            text=True,
+            check=True,
+            stdin=subprocess.DEVNULL,
+        ).stdout
+        for first in ("", set_first)
+    ]
     assert said[0] == said[1] and "float32" in said[0]
 
 
@@ -149,16 +232,22 @@ def test_the_door_lets_back_out():
             torch.set_default_dtype(torch.float16)
             raise ValueError
         assert state() == before
-    with plain_torch(), torch.autocast("cpu", torch.bfloat16): assert shielded(lambda: torch.is_autocast_enabled("cpu"))()
-    with torch.autocast("cpu", torch.bfloat16): assert not shielded(lambda: torch.is_autocast_enabled("cpu"))()
+    with plain_torch(), torch.autocast("cpu", torch.bfloat16):
+        assert shielded(lambda: torch.is_autocast_enabled("cpu"))()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not shielded(lambda: torch.is_autocast_enabled("cpu"))()
 
 
 @pytest.mark.parametrize("kind", [torch.float32, torch.float64])
 def test_several_threads_at_once(kind, photo):
     "Each thread loads and edits on its own; nobody's default dtype is lost, and torch.nn is as it was."
     from concurrent.futures import ThreadPoolExecutor
+
     how = dict(mask=photo[1], object_picture="input", reference=photo[0], seeds=[0], **SHORT)
-    def work(_): return LayerDiffusion.from_pretrained("mini", "cpu", sam="mini").edit(photo[0], TEXT, **how).images
+
+    def work(_):
+        return LayerDiffusion.from_pretrained("mini", "cpu", sam="mini").edit(photo[0], TEXT, **how).images
+
     there = work(0)
     with dtype(kind), ThreadPoolExecutor(3) as pool:
         found = list(pool.map(work, range(3)))
@@ -170,12 +259,15 @@ def test_several_threads_at_once(kind, photo):
 def test_the_last_one_out_puts_it_back():
     "Two threads inside at once: when the first leaves, the second still has plain numbers, and then the caller has theirs."
     import threading
+
     inside, leave, seen = threading.Event(), threading.Event(), []
+
     def other():
         with plain_torch():
             inside.set()
             leave.wait(10)
             seen.append(torch.get_default_dtype())
+
     with dtype(torch.float64):
         thread = threading.Thread(target=other)
         with plain_torch():

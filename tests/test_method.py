@@ -94,7 +94,13 @@ def test_what_is_in_it_runs(name):
     assert name == "edit" or f"{name}(" in SOURCE.replace(f"def {name}(", "") or any(f"{name}(" in x for x in users)
 
 
-LINES = ("(mask * error).square()", "- sigma * latents", "(said - free)", "autograd.grad(loss, params", "(1 - alpha) * e_b")
+LINES = (
+    "(mask * error).square()",
+    "- sigma * latents",
+    "(said - free)",
+    "autograd.grad(loss, params",
+    "(1 - alpha) * e_b",
+)
 
 
 @pytest.mark.parametrize("line", LINES)

@@ -1,5 +1,8 @@
 "The program that trains the mini models: what it writes can be read, what it borrows it gives back."
-import os, signal, threading
+
+import os
+import signal
+import threading
 
 import pytest
 
@@ -12,52 +15,84 @@ def written(tmp_path_factory):
     import torch
     from torch.optim.swa_utils import AveragedModel
     from layerdiffusion.mini import STAGES, build_vae, save_checkpoint, write_mini
+
     run, out = tmp_path_factory.mktemp("run"), tmp_path_factory.mktemp("models") / "mine"
     build_vae().half().save_pretrained(run / "vae_folder")
-    stages = {stage: STAGES[stage](**(dict(vae=run / "vae_folder") if stage == "diffusion" else {})) for stage in ("diffusion", "sam", "clip", "judge")}
+    stages = {
+        stage: STAGES[stage](**(dict(vae=run / "vae_folder") if stage == "diffusion" else {}))
+        for stage in ("diffusion", "sam", "clip", "judge")
+    }
     for stage, objective in stages.items():
         (run / stage).mkdir()
-        save_checkpoint(run / stage / "checkpoint.safetensors", objective, AveragedModel(objective), torch.optim.AdamW(objective.parameters()), {})
+        save_checkpoint(
+            run / stage / "checkpoint.safetensors",
+            objective,
+            AveragedModel(objective),
+            torch.optim.AdamW(objective.parameters()),
+            {},
+        )
     (run / "diffusion" / "record.json").write_text('{"level": 0.5}')
-    write_mini(run, out, tuning_lr=.5)
+    write_mini(run, out, tuning_lr=0.5)
     return out, stages
 
 
 def test_written_folder_is_read(written):
     "Every part by its own library's loader, with the numbers of the run in half precision; diffusers draws with it."
-    import open_clip, torch
+    import open_clip
+    import torch
     from diffusers import StableDiffusionPipeline
     from layerdiffusion.judge import load_judge
     from layerdiffusion.masks import load_sam
+
     out, stages = written
     pipe = StableDiffusionPipeline.from_pretrained(out)
     pipe.set_progress_bar_config(disable=True)
-    image = pipe("a dog jumping in a forest", num_inference_steps=2, guidance_scale=3., output_type="pt", generator=torch.Generator().manual_seed(0)).images
+    image = pipe(
+        "a dog jumping in a forest",
+        num_inference_steps=2,
+        guidance_scale=3.0,
+        output_type="pt",
+        generator=torch.Generator().manual_seed(0),
+    ).images
     assert image.shape == (1, 3, 64, 64) and image.isfinite().all() and image.std() > 0
     d = stages["diffusion"]
     clip, _ = open_clip.create_model_from_pretrained(f"local-dir:{out}/clip")
-    pairs = [(pipe.unet, d.unet), (pipe.text_encoder, d.text_encoder), (load_sam(out / "sam"), stages["sam"].sam), (load_judge(out), stages["judge"].judge), (clip, stages["clip"].clip)]
+    pairs = [
+        (pipe.unet, d.unet),
+        (pipe.text_encoder, d.text_encoder),
+        (load_sam(out / "sam"), stages["sam"].sam),
+        (load_judge(out), stages["judge"].judge),
+        (clip, stages["clip"].clip),
+    ]
     for read, made in pairs:
-        for a, b in zip(read.parameters(), made.parameters(), strict=True): assert torch.equal(a.float(), b.half().float())
+        for a, b in zip(read.parameters(), made.parameters(), strict=True):
+            assert torch.equal(a.float(), b.half().float())
 
 
 def test_written_card(written):
     "The shipped card's numbers, the run's level, and what was given."
     from layerdiffusion.sd import load_models
     from layerdiffusion.settings import preset
+
     shipped, models = load_models("mini").card, load_models(written[0])
-    assert {k: models.card[k] for k in CARD} == {k: shipped[k] for k in CARD} | dict(level=.5, tuning_lr=.5)
-    assert preset("best", models.card).guidance_scale == preset("best", shipped).guidance_scale == 1.
+    assert {k: models.card[k] for k in CARD} == {k: shipped[k] for k in CARD} | dict(level=0.5, tuning_lr=0.5)
+    assert preset("best", models.card).guidance_scale == preset("best", shipped).guidance_scale == 1.0
     assert "gates" not in models.card and not (written[0] / "subject").exists()
 
 
 def tiny(folder, during=lambda: None, steps=2):
     "A few steps of a small run; `during` is called in each."
     from layerdiffusion.mini import VaeObjective, train_loop
+
     class Tiny(VaeObjective):
         batch = 1
-        def forward(self, scenes, g): during(); return super().forward(scenes, g)
+
+        def forward(self, scenes, g):
+            during()
+            return super().forward(scenes, g)
+
         sheet = property()  # `hasattr` says no: no pictures
+
     return train_loop(Tiny(), folder, steps)
 
 
@@ -65,48 +100,71 @@ def test_signals_are_given_back(tmp_path):
     "Ctrl-C stops at a whole step; afterwards, and after a failure, the handlers are those of before. Another thread touches none."
     handlers = lambda: [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
     before, seen = handlers(), []
-    def stop(): seen.append(handlers()); os.kill(os.getpid(), signal.SIGINT)
-    (tmp_path / "a").mkdir(); (tmp_path / "b").mkdir(); (tmp_path / "c").mkdir()
+
+    def stop():
+        seen.append(handlers())
+        os.kill(os.getpid(), signal.SIGINT)
+
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    (tmp_path / "c").mkdir()
     assert tiny(tmp_path / "a", stop, 5)["step"] == 1 and seen[0] != before and handlers() == before
-    def fail(): raise FloatingPointError("pretended")
-    with pytest.raises(FloatingPointError): tiny(tmp_path / "b", fail)
+
+    def fail():
+        raise FloatingPointError("pretended")
+
+    with pytest.raises(FloatingPointError):
+        tiny(tmp_path / "b", fail)
     assert handlers() == before
     done, inside = [], []
     thread = threading.Thread(target=lambda: done.append(tiny(tmp_path / "c", lambda: inside.append(handlers()))))
-    thread.start(); thread.join()
+    thread.start()
+    thread.join()
     assert done[0]["step"] == 2 and inside == [before, before]
 
 
 def test_verdicts():
     "The full check goes by the number, the quick one by the interval."
     from layerdiffusion.mini import verdict
-    rows = [dict(value=v, low=v - .1, high=v + .1, bar=.9) for v in (1., .95, .85, .7)]
+
+    rows = [dict(value=v, low=v - 0.1, high=v + 0.1, bar=0.9) for v in (1.0, 0.95, 0.85, 0.7)]
     assert [verdict(r) for r in rows] == ["met", "met", "NOT MET", "NOT MET"]
     assert [verdict(r | dict(quick=True)) for r in rows] == ["met", "not to be told", "not to be told", "NOT MET"]
+
 
 def test_a_run_goes_on_as_it_began(tmp_path):
     "Another seed or level is another run."
     from layerdiffusion.core import BadInput
     from layerdiffusion.mini import train_stage
+
     go = lambda **kw: train_stage("vae", tmp_path, workers=1, **kw)
     go(samples=32, seed=3)
     go(samples=48, seed=3)
-    for kw, said in ((dict(seed=4), "has seed 3, not 4"), (dict(seed=3, level=.5), "has level 0.0, not 0.5"), (dict(seed=-1), "at least 0")):
-        with pytest.raises(BadInput, match=said): go(samples=64, **kw)
+    for kw, said in (
+        (dict(seed=4), "has seed 3, not 4"),
+        (dict(seed=3, level=0.5), "has level 0.0, not 0.5"),
+        (dict(seed=-1), "at least 0"),
+    ):
+        with pytest.raises(BadInput, match=said):
+            go(samples=64, **kw)
 
 
 # --------------------------------------------------------------------------- what the parts are taught and asked
 
+
 def scenes_of(n=12, name="tests", **fixed):
     from layerdiffusion.world import sample_scenes, stream
+
     return sample_scenes(n, stream(name), **fixed)
 
 
 def with_traits(scenes, **traits):
     from dataclasses import replace
     from layerdiffusion.world import TRAITS
+
     look = scenes.look.clone()
-    for name, value in traits.items(): look[:, TRAITS.index(name)] = value
+    for name, value in traits.items():
+        look[:, TRAITS.index(name)] = value
     return replace(scenes, look=look)
 
 
@@ -114,6 +172,7 @@ def test_a_ghost_is_no_rabbit():
     "Right in everything, but broken: not valid. A judge without that question is asked as before."
     import torch
     from layerdiffusion.judge import valid
+
     answers = dict(present=torch.ones(3).long(), species=torch.tensor([2, 2, 0]))
     assert valid(answers, species="rabbit").tolist() == [True, True, False]
     assert valid(answers | dict(whole=torch.tensor([1, 0, 1])), species="rabbit").tolist() == [True, False, False]
@@ -125,6 +184,7 @@ def test_the_app_ticks_no_ghost(monkeypatch):
     from types import SimpleNamespace as Some
     from layerdiffusion import app
     from layerdiffusion.judge import QUESTIONS, load_judge
+
     judge = torch.nn.Module()
     judge.forward = lambda x: {q: torch.eye(n)[[0 if q == "whole" else 1] * len(x)] for q, n in QUESTIONS.items()}
     monkeypatch.setattr(app, "load_judge", lambda: judge)
@@ -148,6 +208,7 @@ def test_judges_of_other_times(tmp_path):
     from safetensors.torch import save_file
     from layerdiffusion.core import BadInput
     from layerdiffusion.judge import Judge, ask, load_judge, valid
+
     first = ("present", "species", "pose", "place", "colour", "pattern", "accessory")
     old, folder = Judge((24, 48, 96, 128), hidden=192, questions=first), tmp_path / "judge"
     folder.mkdir()
@@ -156,7 +217,8 @@ def test_judges_of_other_times(tmp_path):
     found = ask(load_judge(tmp_path), torch.rand(2, 3, 64, 64))
     assert tuple(found) == first and valid(found).shape == (2,)
     (folder / "config.json").write_text(json.dumps(old.config | dict(questions=["mood"])))
-    with pytest.raises(BadInput, match="answers 'mood'"): load_judge(tmp_path)
+    with pytest.raises(BadInput, match="answers 'mood'"):
+        load_judge(tmp_path)
 
 
 def test_only_what_can_be_seen_is_asked():
@@ -164,19 +226,26 @@ def test_only_what_can_be_seen_is_asked():
     import torch
     from layerdiffusion.judge import truths
     from layerdiffusion.world import MARKS
-    clear = with_traits(scenes_of(24, pose="standing", species="cat", colour="black", pattern=0, accessory=0), **dict.fromkeys(MARKS, .9), hue=0., light=.9)
+
+    clear = with_traits(
+        scenes_of(24, pose="standing", species="cat", colour="black", pattern=0, accessory=0),
+        **dict.fromkeys(MARKS, 0.9),
+        hue=0.0,
+        light=0.9,
+    )
     for mark in MARKS:
         answer, asked = truths(clear)[mark]
         assert answer.all() and asked.all(), mark
-        answer, asked = truths(with_traits(clear, **{mark: .05}))[mark]
+        answer, asked = truths(with_traits(clear, **{mark: 0.05}))[mark]
         assert not answer.any() and asked.all(), mark
-        assert not truths(with_traits(clear, **{mark: .35}))[mark][1].any()
+        assert not truths(with_traits(clear, **{mark: 0.35}))[mark][1].any()
     from layerdiffusion.world import edit_scenes
+
     assert not truths(edit_scenes(clear, species="rabbit"))["tail_tip"][1].any()
-    assert not truths(with_traits(edit_scenes(clear, colour="grey"), light=.57, hue=.08))["saddle"][1].all()
+    assert not truths(with_traits(edit_scenes(clear, colour="grey"), light=0.57, hue=0.08))["saddle"][1].all()
     assert (truths(clear)["second_hue"][0] == 0).all() and truths(clear)["second_hue"][1].all()
-    assert not truths(with_traits(clear, hue=.25))["second_hue"][1].any(), "between two names"
-    assert not truths(with_traits(clear, **dict.fromkeys(MARKS, .05)))["second_light"][1].any(), "nothing carries it"
+    assert not truths(with_traits(clear, hue=0.25))["second_hue"][1].any(), "between two names"
+    assert not truths(with_traits(clear, **dict.fromkeys(MARKS, 0.05)))["second_light"][1].any(), "nothing carries it"
     nobody = truths(edit_scenes(clear, present=torch.zeros(24, dtype=torch.bool)))
     assert {q for q, (_, asked) in nobody.items() if asked.any()} == {"present", "place"}
 
@@ -185,6 +254,7 @@ def test_parts_are_left_out():
     "Nothing hidden is the picture as ever; everything hidden is the place; a hidden head leaves the hind legs alone."
     import torch
     from layerdiffusion.world import PARTS, draw_places, draw_subjects
+
     s = scenes_of(4)
     ground = draw_places(s, 64)
     (plain, mask), all_of = draw_subjects(ground, s), torch.ones(4, dtype=torch.bool)
@@ -193,7 +263,7 @@ def test_parts_are_left_out():
     assert torch.equal(image, ground) and not nothing.any()
     first = torch.tensor([True, False, False, False])
     image, less = draw_subjects(ground, s, dict.fromkeys(["head", "snout", "ear", "ear_far", "face"], first))
-    assert less[0].sum() < .95 * mask[0].sum() and torch.equal(image[1:], plain[1:])
+    assert less[0].sum() < 0.95 * mask[0].sum() and torch.equal(image[1:], plain[1:])
 
 
 def test_animals_are_broken():
@@ -203,6 +273,7 @@ def test_animals_are_broken():
     from layerdiffusion.judge import BROKEN, UNSEEN, break_subjects
     from layerdiffusion.masks import dilate
     from layerdiffusion.world import render, stream
+
     s = scenes_of(8, present=torch.arange(8) > 0)
     image, mask, background = render(s)
     assert not set(BROKEN) & set(UNSEEN) and UNSEEN
@@ -210,11 +281,13 @@ def test_animals_are_broken():
         broken, shows = break_subjects(s, kind, stream("break"))
         assert torch.equal(broken, break_subjects(s, kind, stream("break"))[0])
         assert torch.equal(broken[0], background[0]) and not shows[0] and shows.sum() > 3, kind
-        assert 0 <= broken.min() and broken.max() <= 1
-        changed = (broken - image).abs().amax(1, keepdim=True) > .1
+        assert broken.min() >= 0 and broken.max() <= 1
+        changed = (broken - image).abs().amax(1, keepdim=True) > 0.1
         assert (changed.sum((1, 2, 3))[shows] > mask.sum((1, 2, 3))[shows] / 10).all(), kind
-        if kind in ("faded", "headless", "cut"): assert not (changed & (dilate(mask, 2) == 0)).any(), kind
-    with pytest.raises(BadInput, match="no kind of broken animal 'sad'"): break_subjects(s, "sad", stream("break"))
+        if kind in ("faded", "headless", "cut"):
+            assert not (changed & (dilate(mask, 2) == 0)).any(), kind
+    with pytest.raises(BadInput, match="no kind of broken animal 'sad'"):
+        break_subjects(s, "sad", stream("break"))
 
 
 def test_the_judge_learns_what_is_broken():
@@ -222,19 +295,24 @@ def test_the_judge_learns_what_is_broken():
     import torch
     from layerdiffusion.judge import QUESTIONS
     from layerdiffusion.mini import JudgeObjective, draw_scenes
+
     o = JudgeObjective()
     o.batch = 24
     scenes, g = draw_scenes(o, 0)
     state = g.get_state()
+
     def loss(whole, species=None):
         def judge(x):
             say = {q: torch.zeros(24, n) for q, n in QUESTIONS.items()}
-            say["whole"] = 9. * torch.eye(2)[whole.long()]
-            if species is not None: say["species"] = 9. * torch.eye(3)[species]
+            say["whole"] = 9.0 * torch.eye(2)[whole.long()]
+            if species is not None:
+                say["species"] = 9.0 * torch.eye(3)[species]
             return say
+
         o.judge = judge
         g.set_state(state)
         return o(scenes, g)[0].item()
+
     del o.judge
     right = torch.arange(24) >= 8
     assert loss(right) < loss(torch.ones(24)) < loss(~right)
@@ -251,8 +329,9 @@ def test_clicks_and_boxes():
     from layerdiffusion.masks import bounding_box
     from layerdiffusion.mini import random_boxes, random_clicks, several_clicks, some_dark
     from layerdiffusion.world import COLOURS, PLACES, render, stream
+
     s = scenes_of(16)
-    mask = (render(s)[1] > .5).float()
+    mask = (render(s)[1] > 0.5).float()
     at = lambda m, p: m[p[1].int(), p[0].int()].item()
     points, meant = random_clicks(mask, stream("clicks"), 3)
     for m, ps, truths in zip(mask[:, 0], points, meant):
@@ -261,19 +340,24 @@ def test_clicks_and_boxes():
     for ps, ls, t in zip(points, labels, meant[:, 0]):
         assert ls[0] == 1 and all(at(t, p) == label for p, label in zip(ps, ls))
     assert 0 < labels[:, 1:].mean() < 1 and (meant == mask).all((1, 2, 3)).sum() > 8
-    exact = random_boxes(mask, stream("boxes"), off=0.)
+    exact = random_boxes(mask, stream("boxes"), off=0.0)
     assert [tuple(b.int().tolist()) for b in exact] == [bounding_box(m) for m in mask]
-    shaky = random_boxes(mask, stream("boxes"), off=.3)
-    assert shaky.min() >= 0 and shaky.max() <= 64 and (shaky[:, 2:] > shaky[:, :2]).all() and not torch.equal(shaky, exact)
-    dark = some_dark(s, stream("dark"), 1.)
-    assert {list(COLOURS)[k] for k in dark.colour} <= {"black", "blue", "purple"} and {list(PLACES)[k] for k in dark.place} <= {"forest", "city"}
-    same = some_dark(s, stream("dark"), 0.)
+    shaky = random_boxes(mask, stream("boxes"), off=0.3)
+    assert (
+        shaky.min() >= 0 and shaky.max() <= 64 and (shaky[:, 2:] > shaky[:, :2]).all() and not torch.equal(shaky, exact)
+    )
+    dark = some_dark(s, stream("dark"), 1.0)
+    assert {list(COLOURS)[k] for k in dark.colour} <= {"black", "blue", "purple"} and {
+        list(PLACES)[k] for k in dark.place
+    } <= {"forest", "city"}
+    same = some_dark(s, stream("dark"), 0.0)
     assert torch.equal(same.colour, s.colour) and torch.equal(same.place, s.place)
 
 
 def test_sam_learns_boxes_and_negative_clicks():
     "Their embeddings get gradients, and the folder says that boxes are known."
     from layerdiffusion.mini import SAM_CONFIG, SamObjective, draw_scenes
+
     o = SamObjective()
     o.batch = 4
     loss, logs = o(*draw_scenes(o, 0))
@@ -288,14 +372,21 @@ def test_captions_one_attribute_apart():
     from dataclasses import fields
     from layerdiffusion.mini import TOLD, change_one, clear_traits, full_caption, near_groups, neighbours
     from layerdiffusion.world import MARKS, TRAITS, clear_mark, second_colour, stream
-    s = clear_traits(scenes_of(8, level=1.))
-    assert all((clear_mark(s, m) >= 0).all() for m in MARKS) and all(map(torch.equal, second_colour(s), second_colour(scenes_of(8, level=1.))))
+
+    s = clear_traits(scenes_of(8, level=1.0))
+    assert all((clear_mark(s, m) >= 0).all() for m in MARKS) and all(
+        map(torch.equal, second_colour(s), second_colour(scenes_of(8, level=1.0)))
+    )
     for name in TOLD:
         new = change_one(s, name, torch.rand(8))
         other = {f.name for f in fields(s) if not torch.equal(getattr(s, f.name), getattr(new, f.name))}
         assert other == ({"look"} if name not in other else {name}), name
-        if "look" in other: assert (s.look != new.look).any(0).nonzero().flatten().tolist() == [TRAITS.index(name)] and (s.look != new.look)[:, TRAITS.index(name)].all()
-        else: assert (getattr(s, name) != getattr(new, name)).all()
+        if "look" in other:
+            assert (s.look != new.look).any(0).nonzero().flatten().tolist() == [TRAITS.index(name)] and (
+                s.look != new.look
+            )[:, TRAITS.index(name)].all()
+        else:
+            assert (getattr(s, name) != getattr(new, name)).all()
     scenes, texts = neighbours(s[:3], stream("near"), 3)
     assert len(scenes) == len(set(texts)) == 12 and texts[0] == full_caption(s, 0)
     groups = near_groups(s, stream("near"), 4)
@@ -307,9 +398,13 @@ def test_training_begins_from_what_fits(tmp_path):
     import torch
     from safetensors.torch import save_file
     from layerdiffusion.mini import start_from
+
     module = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 3))
     before = module[1].weight.clone()
-    save_file({"0.weight": torch.ones(2, 2).half(), "1.weight": torch.ones(5, 2), "elsewhere": torch.ones(1)}, tmp_path / "x.safetensors")
+    save_file(
+        {"0.weight": torch.ones(2, 2).half(), "1.weight": torch.ones(5, 2), "elsewhere": torch.ones(1)},
+        tmp_path / "x.safetensors",
+    )
     assert start_from(module, tmp_path / "x.safetensors") == 1
     assert torch.equal(module[0].weight, torch.ones(2, 2)) and torch.equal(module[1].weight, before)
 
@@ -321,23 +416,39 @@ def test_labelled_pictures(tmp_path):
     from layerdiffusion.core import BadInput
     from layerdiffusion.judge import QUESTIONS
     from layerdiffusion.mini import agrees, check_labels, load_labels, save_labels
+
     images = (torch.rand(5, 3, 64, 64) * 255).round() / 255
     dog = dict(present=True, whole=True, species="dog", pose="sitting", place="snow")
-    labels = [dog, dog | dict(species="cat"), dog | dict(species=None), dog | dict(whole=False, species="cat", made="broken"), dict(present=False, whole=None, species=None, pose=None, place="snow")]
+    labels = [
+        dog,
+        dog | dict(species="cat"),
+        dog | dict(species=None),
+        dog | dict(whole=False, species="cat", made="broken"),
+        dict(present=False, whole=None, species=None, pose=None, place="snow"),
+    ]
     save_labels(tmp_path / "labels.json", images, labels, ncols=3, by="a test")
     again, read = load_labels(tmp_path / "labels.json")
     assert torch.allclose(again, images, atol=1e-3) and read == labels
-    answers = {q: torch.zeros(5).long() for q in QUESTIONS} | dict(present=torch.tensor([1, 1, 1, 1, 0]), whole=torch.tensor([1, 1, 1, 0, 1]), pose=torch.ones(5).long(), place=torch.full((5,), 3))
+    answers = {q: torch.zeros(5).long() for q in QUESTIONS} | dict(
+        present=torch.tensor([1, 1, 1, 1, 0]),
+        whole=torch.tensor([1, 1, 1, 0, 1]),
+        pose=torch.ones(5).long(),
+        place=torch.full((5,), 3),
+    )
     assert agrees(answers, labels).tolist() == [True, False, True, True, True]
     assert agrees(answers | dict(whole=torch.ones(5).long()), labels).tolist() == [True, False, True, False, True]
     judge = torch.nn.Module()
     judge.forward = lambda x: {q: torch.eye(QUESTIONS[q])[a] for q, a in answers.items()}
-    rows = check_labels(None, judge, tmp_path / "labels.json", 3.)
-    assert [(r["gate"], r["value"], r["n"]) for r in rows] == [("judge_labels: generated", .75, 4), ("judge_labels: broken", 1., 1)]
+    rows = check_labels(None, judge, tmp_path / "labels.json", 3.0)
+    assert [(r["gate"], r["value"], r["n"]) for r in rows] == [
+        ("judge_labels: generated", 0.75, 4),
+        ("judge_labels: broken", 1.0, 1),
+    ]
     record = json.loads((tmp_path / "labels.json").read_text())
     (tmp_path / "labels.json").write_text(json.dumps(record | dict(labels=labels * 3)))
-    with pytest.raises(BadInput, match="15 labels, but labels.png shows 6"): load_labels(tmp_path / "labels.json")
-    assert check_labels(None, judge, tmp_path / "none.json", 3.) == []
+    with pytest.raises(BadInput, match="15 labels, but labels.png shows 6"):
+        load_labels(tmp_path / "labels.json")
+    assert check_labels(None, judge, tmp_path / "none.json", 3.0) == []
 
 
 def test_checks_have_their_bars(written):
@@ -345,16 +456,30 @@ def test_checks_have_their_bars(written):
     from layerdiffusion.judge import BROKEN, UNSEEN, Judge
     from layerdiffusion.masks import load_sam
     from layerdiffusion.mini import GATES, check_broken, check_clip, check_judge, check_said, check_sam
+
     out, stages = written
     judge = stages["judge"].judge
-    rows = check_sam(load_sam(out / "sam"), 0., 4) + check_clip(out, 0., 1) + check_judge(judge, 0., 100) + check_broken(judge, 0., 8)
+    rows = (
+        check_sam(load_sam(out / "sam"), 0.0, 4)
+        + check_clip(out, 0.0, 1)
+        + check_judge(judge, 0.0, 100)
+        + check_broken(judge, 0.0, 8)
+    )
     assert all(r["bar"] == GATES[r["gate"].split(":")[0]] and r["low"] <= r["value"] <= r["high"] for r in rows)
     names = [r["gate"] for r in rows]
-    assert {"sam_iou: click", "sam_iou: box", "clip_top1: near", "judge: whole", "broken: all", "broken: unseen", "sound: drawn"} <= set(names) and len(set(names)) == len(names)
+    assert {
+        "sam_iou: click",
+        "sam_iou: box",
+        "clip_top1: near",
+        "judge: whole",
+        "broken: all",
+        "broken: unseen",
+        "sound: drawn",
+    } <= set(names) and len(set(names)) == len(names)
     n = {r["gate"].split(": ")[1]: r["n"] for r in rows if r["gate"].startswith("broken")}
     assert n["all"] == sum(n[k] for k in BROKEN) and n["unseen"] == sum(n[k] for k in UNSEEN)
     first = Judge(questions=("present", "species"))
-    assert check_broken(first, 0., 8) == check_said(None, first, 0., 3.) == []
+    assert check_broken(first, 0.0, 8) == check_said(None, first, 0.0, 3.0) == []
 
 
 def test_what_is_said_is_counted(monkeypatch):
@@ -362,18 +487,23 @@ def test_what_is_said_is_counted(monkeypatch):
     import torch
     from layerdiffusion import mini
     from layerdiffusion.judge import QUESTIONS, truths
+
     monkeypatch.setattr(mini, "draw", lambda models, texts, *_: torch.zeros(len(texts), 3, 64, 64))
-    true = truths(mini.combinations(0., 1, size=0))
+    true = truths(mini.combinations(0.0, 1, size=0))
+
     class Seer(torch.nn.Module):
         heads = QUESTIONS
-        def forward(self, x): return {q: torch.eye(n)[true[q][0] if self.sees else (true[q][0] - 1) % n] for q, n in QUESTIONS.items()}
+
+        def forward(self, x):
+            return {q: torch.eye(n)[true[q][0] if self.sees else (true[q][0] - 1) % n] for q, n in QUESTIONS.items()}
+
     for sees in (True, False):
         judge = Seer()
         judge.sees = sees
-        rows = {r["gate"]: r for r in mini.check_said(None, judge, 0., 3.)}
+        rows = {r["gate"]: r for r in mini.check_said(None, judge, 0.0, 3.0)}
         assert all(r["value"] == float(sees) for r in rows.values())
     right, asked = true["saddle"]
-    assert rows["said: saddle"]["n"] == (asked & (right == 1)).sum() and rows["said: all"]["bar"] == .85
+    assert rows["said: saddle"]["n"] == (asked & (right == 1)).sum() and rows["said: all"]["bar"] == 0.85
 
 
 def test_a_loss_that_is_no_number_is_never_saved(tmp_path):
@@ -387,7 +517,7 @@ def test_a_loss_that_is_no_number_is_never_saved(tmp_path):
 
         def forward(self, scenes, g):
             loss, logs = super().forward(scenes, g)
-            return loss * (float("nan") if Broken.bad else 1.), logs
+            return loss * (float("nan") if Broken.bad else 1.0), logs
 
     train_loop(Broken(), tmp_path, 4, stop_after=2)
     before = (tmp_path / "checkpoint.safetensors").read_bytes()

@@ -1,28 +1,54 @@
 "Each module stands alone, looks only downwards, and is made of short functions."
-import ast, json, re, subprocess, sys
+
+import ast
+import json
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-PACKAGE = ROOT/"layerdiffusion"
+PACKAGE = ROOT / "layerdiffusion"
 MODULES = sorted(p.stem for p in PACKAGE.glob("*.py") if not p.stem.startswith("_"))
-PAGES = {re.sub(r"^\d+_", "", p.stem): p.stem for p in (ROOT/"nbs").glob("*.ipynb") if re.match(r"\d+_", p.name)}
-TOOLS = ["nbdev", "fastcore", "execnb", "jupyterlab", "IPython", "ipywidgets", "anywidget", "traitlets", "voila", "matplotlib", "smalldocs", "nbconvert"]
+PAGES = {re.sub(r"^\d+_", "", p.stem): p.stem for p in (ROOT / "nbs").glob("*.ipynb") if re.match(r"\d+_", p.name)}
+TOOLS = [
+    "nbdev",
+    "fastcore",
+    "execnb",
+    "jupyterlab",
+    "IPython",
+    "ipywidgets",
+    "anywidget",
+    "traitlets",
+    "voila",
+    "matplotlib",
+    "smalldocs",
+    "nbconvert",
+]
 
-def python(code): return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, stdin=subprocess.DEVNULL)
 
-def tree(module): return ast.parse((PACKAGE/f"{module}.py").read_text(encoding="utf-8"))
+def python(code):
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, stdin=subprocess.DEVNULL)
+
+
+def tree(module):
+    return ast.parse((PACKAGE / f"{module}.py").read_text(encoding="utf-8"))
+
 
 def own_imports(module):
     "The modules of this package that a module imports, wherever in its text."
     for node in ast.walk(tree(module)):
-        if isinstance(node, ast.Import): names = [a.name for a in node.names]
+        if isinstance(node, ast.Import):
+            names = [a.name for a in node.names]
         elif isinstance(node, ast.ImportFrom):
             base = ".".join(filter(None, ["layerdiffusion" if node.level else None, node.module]))
             names = [f"{base}.{a.name}" for a in node.names]
-        else: continue
+        else:
+            continue
         yield from (n.split(".")[1] for n in names if re.match(r"layerdiffusion\.\w", n) and n.split(".")[1] in PAGES)
+
 
 ALONE = f"""
 import importlib, sys, traceback
@@ -33,10 +59,12 @@ for module in {MODULES}:
     except Exception: print(module, traceback.format_exc())
 """
 
+
 def test_each_imports_alone_and_without_tools():
     "In an interpreter without the notebook and docs tools; before each module nothing of this package is there."
     done = python(ALONE)
     assert done.returncode == 0 and not done.stdout, done.stdout + done.stderr
+
 
 @pytest.mark.parametrize("module", MODULES)
 def test_imports_only_earlier_pages(module):
@@ -44,18 +72,39 @@ def test_imports_only_earlier_pages(module):
     assert module in PAGES, f"{module} has no page in nbs/"
     assert not [m for m in own_imports(module) if PAGES[m] >= PAGES[module]]
 
+
 @pytest.mark.parametrize("module", MODULES)
 def test_functions_are_short(module):
     "At most 40 lines after signature and docstring."
+
     def lines(f):
         body = f.body[1:] if ast.get_docstring(f) is not None else f.body
         return body[-1].end_lineno - body[0].lineno + 1 if body else 0
+
     functions = [n for n in ast.walk(tree(module)) if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef))]
     assert not [(f.name, lines(f)) for f in functions if lines(f) > 40]
 
+
 def test_ruff():
-    done = subprocess.run([sys.executable, "-m", "ruff", "check", "--isolated", "--no-cache", "--select", "E9,F", "--output-format", "concise", PACKAGE], capture_output=True, text=True)
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "ruff",
+            "check",
+            "--isolated",
+            "--no-cache",
+            "--select",
+            "E9,F",
+            "--output-format",
+            "concise",
+            PACKAGE,
+        ],
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
+
 
 @pytest.mark.parametrize("module", ["layerdiffusion", "layerdiffusion.cli"])
 def test_import_is_light(module):
@@ -63,12 +112,16 @@ def test_import_is_light(module):
     done = python(f"import sys, {module}; print([m for m in {heavy} if m in sys.modules])")
     assert done.stdout.strip() == "[]", done.stdout + done.stderr
 
+
 def page_imports(module):
     "The import statements of a module's page, those of hidden cells too, as source."
-    page = next((ROOT/"nbs").glob(f"*_{module}.ipynb"))
-    cells = ["".join(c["source"]) for c in json.loads(page.read_text(encoding="utf-8"))["cells"] if c["cell_type"] == "code"]
+    page = next((ROOT / "nbs").glob(f"*_{module}.ipynb"))
+    cells = [
+        "".join(c["source"]) for c in json.loads(page.read_text(encoding="utf-8"))["cells"] if c["cell_type"] == "code"
+    ]
     trees = [ast.parse(re.sub(r"^[%!].*", "", cell, flags=re.M)) for cell in cells]
     return "\n".join(ast.unparse(n) for tree in trees for n in tree.body if isinstance(n, (ast.Import, ast.ImportFrom)))
+
 
 SIGNATURES = """
 import importlib, inspect, json, sys
@@ -83,13 +136,17 @@ for name, imports in json.load(sys.stdin).items():
                 except NameError as e: print(name, f.__qualname__, e)
 """
 
+
 def test_signatures_can_be_read():
     "The site shows each public signature: its annotations name only what the module, or else its page, imports."
     pages = json.dumps({m: page_imports(m) for m in MODULES})
     done = subprocess.run([sys.executable, "-c", SIGNATURES], input=pages, capture_output=True, text=True)
     assert done.returncode == 0 and not done.stdout, done.stdout + done.stderr
 
+
 def test_public_names():
     "What `from layerdiffusion import ...` offers is there; another name is an ordinary AttributeError."
-    done = python("import layerdiffusion as l; [getattr(l, n) for n in l.__all__]; print(hasattr(l, 'nonsense'), set(l.__all__) <= set(dir(l)))")
+    done = python(
+        "import layerdiffusion as l; [getattr(l, n) for n in l.__all__]; print(hasattr(l, 'nonsense'), set(l.__all__) <= set(dir(l)))"
+    )
     assert done.stdout.split() == ["False", "True"], done.stderr

@@ -1,27 +1,38 @@
 "What is installed is complete, and asks for no more than it needs."
-import ast, json, re, runpy, struct, sys
+
+import ast
+import json
+import re
+import runpy
+import struct
+import sys
 from fnmatch import fnmatch
 from importlib.metadata import packages_distributions
 from importlib.resources import files
 from pathlib import Path
 
-import pytest, setuptools
+import pytest
+import setuptools
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = Path(str(files("layerdiffusion")))
-WEIGHTS = sorted(p for p in (DATA/"weights").rglob("*") if p.is_file())
+WEIGHTS = sorted(p for p in (DATA / "weights").rglob("*") if p.is_file())
+
 
 @pytest.fixture
 def told(monkeypatch):
     "What setup.py tells setuptools."
     kept = {}
     monkeypatch.setattr(setuptools, "setup", lambda **kw: kept.update(kw))
-    runpy.run_path(str(ROOT/"setup.py"))
+    runpy.run_path(str(ROOT / "setup.py"))
     return kept
 
+
 def test_weights_are_there():
-    assert (DATA/"weights/mini/model_index.json").is_file()
-    for part in ("unet", "vae", "text_encoder", "sam", "clip", "judge"): assert list((DATA/"weights/mini"/part).glob("*.safetensors")), part
+    assert (DATA / "weights/mini/model_index.json").is_file()
+    for part in ("unet", "vae", "text_encoder", "sam", "clip", "judge"):
+        assert list((DATA / "weights/mini" / part).glob("*.safetensors")), part
+
 
 def test_weights_are_small_and_safe():
     "At most 60 MB in all; tensors only as safetensors, each file whole; the rest is text."
@@ -34,45 +45,93 @@ def test_weights_are_small_and_safe():
         end = max(v["data_offsets"][1] for k, v in header.items() if k != "__metadata__")
         assert path.stat().st_size == 8 + n + end, path
 
+
 def test_text_encoder_has_the_published_names():
     "`text_model.…`, as in every published Stable Diffusion; transformers before its renaming would leave other names at random weights."
-    with (DATA/"weights/mini/text_encoder/model.safetensors").open("rb") as f:
+    with (DATA / "weights/mini/text_encoder/model.safetensors").open("rb") as f:
         names = set(json.loads(f.read(struct.unpack("<Q", f.read(8))[0]))) - {"__metadata__"}
     assert names and all(n.startswith("text_model.") for n in names)
 
+
 def test_pictures_are_there():
-    assert {"dog.png", "cat.png", "rabbit.png"} <= {p.name for p in (DATA/"pictures").iterdir()}
+    assert {"dog.png", "cat.png", "rabbit.png"} <= {p.name for p in (DATA / "pictures").iterdir()}
+
 
 def test_editor_is_there():
     "The canvas and its style come with the package, and fetch nothing."
-    texts = {p.name: p.read_text(encoding="utf-8") for p in (DATA/"static").iterdir()}
+    texts = {p.name: p.read_text(encoding="utf-8") for p in (DATA / "static").iterdir()}
     assert {"canvas.js", "canvas.css", "app.css"} <= set(texts)
     assert not [name for name, text in texts.items() if re.search(r"https?://|@import|^import ", text, re.M)]
+
 
 def test_data_is_packaged(told):
     "Every file beside the modules matches a pattern of package_data."
     patterns = told["package_data"]["layerdiffusion"]
-    shipped = [p.relative_to(DATA).as_posix() for p in DATA.rglob("*") if p.is_file() and p.suffix not in (".py", ".pyc", ".tmp")]
+    shipped = [
+        p.relative_to(DATA).as_posix()
+        for p in DATA.rglob("*")
+        if p.is_file() and p.suffix not in (".py", ".pyc", ".tmp")
+    ]
     assert not [p for p in shipped if not any(fnmatch(p, pattern) for pattern in patterns)]
+
 
 def test_requirements(told):
     "The library needs no notebook or docs tool, every requirement has a floor, those that move fast a ceiling too."
     needs = told["install_requires"]
-    assert not [r for r in needs if r.startswith(("nbdev", "fastcore", "execnb", "jupyter", "ipy", "anywidget", "voila", "playwright", "matplotlib", "smalldocs", "pytest"))]
+    assert not [
+        r
+        for r in needs
+        if r.startswith(
+            (
+                "nbdev",
+                "fastcore",
+                "execnb",
+                "jupyter",
+                "ipy",
+                "anywidget",
+                "voila",
+                "playwright",
+                "matplotlib",
+                "smalldocs",
+                "pytest",
+            )
+        )
+    ]
     assert all(">=" in r for r in needs)
     assert all("<" in next(r for r in needs if r.startswith(name)) for name in ("torch>", "diffusers", "transformers"))
     assert {"app", "notebooks", "dev", "docs"} <= set(told["extras_require"])
     assert not any(" " in r for rs in [needs, *told["extras_require"].values()] for r in rs)
 
+
 def test_what_is_imported_is_required(told):
     "Each third-party module named in the library is a requirement; only pictures and forms in a notebook, and the website, ask for more."
     trees = [ast.parse(p.read_text(encoding="utf-8")) for p in DATA.glob("*.py")]
     nodes = [n for tree in trees for n in ast.walk(tree)]
-    names = {a.name for n in nodes if isinstance(n, ast.Import) for a in n.names} | {n.module for n in nodes if isinstance(n, ast.ImportFrom) and not n.level}
-    tops = {n.split(".")[0] for n in names} - set(sys.stdlib_module_names) - {"layerdiffusion", "matplotlib", "IPython", "ipywidgets", "anywidget", "traitlets", "nbdev", "fastcore", "smalldocs"}
+    names = {a.name for n in nodes if isinstance(n, ast.Import) for a in n.names} | {
+        n.module for n in nodes if isinstance(n, ast.ImportFrom) and not n.level
+    }
+    tops = (
+        {n.split(".")[0] for n in names}
+        - set(sys.stdlib_module_names)
+        - {
+            "layerdiffusion",
+            "matplotlib",
+            "IPython",
+            "ipywidgets",
+            "anywidget",
+            "traitlets",
+            "nbdev",
+            "fastcore",
+            "smalldocs",
+        }
+    )
     plain = lambda name: re.split(r"[<>=!\[]", name)[0].lower().replace("_", "-")
     required, where = {plain(r) for r in told["install_requires"]}, packages_distributions()
     assert not {t for t in tops if not required & {plain(d) for d in where.get(t, [t])}}
 
+
 def test_entry_points(told):
-    assert told["entry_points"] == {"console_scripts": ["layerdiffusion=layerdiffusion.cli:main"], "nbdev": ["layerdiffusion=layerdiffusion._modidx:d"]}
+    assert told["entry_points"] == {
+        "console_scripts": ["layerdiffusion=layerdiffusion.cli:main"],
+        "nbdev": ["layerdiffusion=layerdiffusion._modidx:d"],
+    }

@@ -1,4 +1,5 @@
 """Photos as cameras make them, through v1.4's plan with random weights at a tenth of its width: sizes, notes, colour profile, files."""
+
 import pytest
 from PIL import Image, ImageCms, ImageDraw
 
@@ -9,16 +10,22 @@ TEXT = "a corgi jumping over a log in an autumn forest"
 def method(tmp_path_factory):
     from layerdiffusion import LayerDiffusion
     from layerdiffusion.full_size import build_model, build_sam
+
     place = tmp_path_factory.mktemp("model")
-    return LayerDiffusion.from_pretrained(build_model(place / "sd", width=.1, size=128), "cpu", build_sam(place / "sam.safetensors", width=.125, size=128))
+    return LayerDiffusion.from_pretrained(
+        build_model(place / "sd", width=0.1, size=128),
+        "cpu",
+        build_sam(place / "sam.safetensors", width=0.125, size=128),
+    )
 
 
 def photo(width, height, orientation=1, mode="RGB"):
     "Something with large and small detail, EXIF notes and a colour profile."
     import numpy as np
+
     noise = np.random.default_rng(0).normal(128, 80, (height // 8, width // 8)).clip(0, 255).astype("uint8")
     image = Image.fromarray(noise).resize((width, height), Image.Resampling.BICUBIC).convert("RGB")
-    ImageDraw.Draw(image).ellipse([width * .4, height * .4, width * .6, height * .7], fill=(180, 120, 60))
+    ImageDraw.Draw(image).ellipse([width * 0.4, height * 0.4, width * 0.6, height * 0.7], fill=(180, 120, 60))
     exif = Image.Exif()
     exif[0x010F], exif[0x0112], exif[0x0132] = "A camera", orientation, "2026:11:24 12:00:00"
     profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
@@ -27,6 +34,7 @@ def photo(width, height, orientation=1, mode="RGB"):
 
 def short():
     from layerdiffusion import EditConfig
+
     return EditConfig(object_picture="input", embedding_steps=2, tuning_steps=2, sampling_steps=3)
 
 
@@ -38,13 +46,15 @@ def notes(path):
 def test_a_rotated_photo(method, tmp_path):
     "Held upright by the camera's note, which is gone afterwards; the others and the profile are in every picture, and in one that is drawn again."
     from layerdiffusion import load_edit
+
     image, info = photo(160, 240, orientation=6)  # lies on its side: 240 wide and 160 high when turned
     image.save(tmp_path / "photo.jpg", **info)
     result = method.edit(tmp_path / "photo.jpg", TEXT, point=(120, 85), seeds=[0, 1], config=short())
     assert result.images.shape == (2, 3, 88, 128)
     folder = result.save(tmp_path / "edit")
     load_edit(folder, method).save(tmp_path / "again")
-    for name in ("edit/seed-0.png", "edit/seed-1.png", "edit/input.png", "again/seed-0.png", "again/input.png"): assert notes(tmp_path / name) == ("A camera", None, info["icc_profile"]), name
+    for name in ("edit/seed-0.png", "edit/seed-1.png", "edit/input.png", "again/seed-0.png", "again/input.png"):
+        assert notes(tmp_path / name) == ("A camera", None, info["icc_profile"]), name
     assert notes(tmp_path / "edit/mask.png") == notes(tmp_path / "edit/sheet.png") == (None, None, None)
     assert (tmp_path / "edit/seed-0.png").read_bytes() == (tmp_path / "again/seed-0.png").read_bytes()
 
@@ -52,53 +62,77 @@ def test_a_rotated_photo(method, tmp_path):
 def test_a_large_photo(method, tmp_path):
     "3000 x 2000 pixels, pasted back: its own pixels far from the subject, the edit at it, notes and profile kept."
     import numpy as np
+
     image, info = photo(3000, 2000)
     image.save(tmp_path / "photo.jpg", quality=95, **info)
     drawn = Image.new("L", image.size)
-    ImageDraw.Draw(drawn).ellipse([1200, 800, 1800, 1400], fill=255)  # SAM has random weights here, and may find everything
+    ImageDraw.Draw(drawn).ellipse(
+        [1200, 800, 1800, 1400], fill=255
+    )  # SAM has random weights here, and may find everything
     drawn.save(tmp_path / "mask.png")
     result = method.edit(tmp_path / "photo.jpg", TEXT, mask=tmp_path / "mask.png", seeds=[0], config=short())
     mask = np.asarray(Image.fromarray((result.mask[0] * 255).byte().numpy()).resize((3000, 2000))) > 127
-    whole, = result.full_resolution(tmp_path / "photo.jpg")
+    (whole,) = result.full_resolution(tmp_path / "photo.jpg")
     before, after = np.asarray(Image.open(tmp_path / "photo.jpg")), np.asarray(whole)
     changed = (before != after).any(2)
-    assert after.shape == (2000, 3000, 3) and changed[mask].mean() > .9
+    assert after.shape == (2000, 3000, 3) and changed[mask].mean() > 0.9
     from layerdiffusion.masks import dilate
     import torch
+
     near = dilate(result.mask[None], 20)[0, 0]
     near = np.asarray(Image.fromarray((near * 255).byte().numpy()).resize((3000, 2000))) > 0
-    assert (~near).mean() > .05 and not changed[~near].any()
+    assert (~near).mean() > 0.05 and not changed[~near].any()
     result.save(tmp_path / "edit", photo=tmp_path / "photo.jpg")
-    assert Image.open(tmp_path / "edit/full-0.jpg").size == (3000, 2000) and notes(tmp_path / "edit/full-0.jpg") == ("A camera", 1, info["icc_profile"])
+    assert Image.open(tmp_path / "edit/full-0.jpg").size == (3000, 2000) and notes(tmp_path / "edit/full-0.jpg") == (
+        "A camera",
+        1,
+        info["icc_profile"],
+    )
 
 
 @pytest.mark.parametrize("width, height", [(300, 100), (100, 260), (129, 127)])
 def test_any_shape(method, width, height):
     result = method.edit(photo(width, height)[0], TEXT, mask=ellipse(width, height), seeds=[0], config=short())
     h, w = result.images.shape[-2:]
-    assert max(h, w) == 128 and h % 8 == w % 8 == 0 and abs(w / h - width / height) < .25 * width / height
+    assert max(h, w) == 128 and h % 8 == w % 8 == 0 and abs(w / h - width / height) < 0.25 * width / height
     assert result.full_resolution(photo(width, height)[0])[0].size == (width, height)
 
 
 def ellipse(width, height):
     mask = Image.new("L", (width, height))
-    ImageDraw.Draw(mask).ellipse([width * .3, height * .3, width * .7, height * .7], fill=255)
+    ImageDraw.Draw(mask).ellipse([width * 0.3, height * 0.3, width * 0.7, height * 0.7], fill=255)
     return mask
 
 
 def test_a_profile_for_other_colours_is_left_out(tmp_path):
     from layerdiffusion.saving import photo_info
+
     image, info = photo(64, 48, mode="L")
-    profile = bytearray(info["icc_profile"]); profile[16:20] = b"GRAY"
+    profile = bytearray(info["icc_profile"])
+    profile[16:20] = b"GRAY"
     image.save(tmp_path / "grey.jpg", icc_profile=bytes(profile), exif=info["exif"])
     assert set(photo_info(tmp_path / "grey.jpg")) == {"exif"}
 
 
 def test_command_pastes_back(tmp_path, monkeypatch):
     from layerdiffusion.cli import main
+
     monkeypatch.chdir(tmp_path)
     image, info = photo(300, 200)
     image.save("photo.jpg", **info)
     ellipse(300, 200).save("mask.png")
-    assert main(["edit", "photo.jpg", "a dog jumping in a forest", *"--mask mask.png --object-picture input --embedding-steps 1 --tuning-steps 1 --steps 1 --seeds 0 --device cpu --paste-back --out out".split()]) == 0
-    assert Image.open("out/full-0.jpg").size == (300, 200) and notes("out/full-0.jpg")[2] == notes("out/seed-0.png")[2] == info["icc_profile"]
+    assert (
+        main(
+            [
+                "edit",
+                "photo.jpg",
+                "a dog jumping in a forest",
+                *["--mask", "mask.png", "--object-picture", "input", "--embedding-steps", "1", "--tuning-steps", "1", "--steps", "1", "--seeds", "0", "--device", "cpu", "--paste-back", "--out", "out"],
+            ]
+        )
+        == 0
+    )
+    assert (
+        Image.open("out/full-0.jpg").size == (300, 200)
+        and notes("out/full-0.jpg")[2] == notes("out/seed-0.png")[2] == info["icc_profile"]
+    )

@@ -2,7 +2,12 @@
 
 Every input is made here, from one small picture whose pixels are the truth. A table row is one case.
 """
-import io, os, struct, warnings, zlib
+
+import io
+import os
+import struct
+import warnings
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -16,17 +21,21 @@ from layerdiffusion.saving import fitting_notes, photo_info
 
 H, W = 48, 64
 Y, X = np.mgrid[0:H, 0:W]
-RGB = np.stack([X * 4, Y * 5, 255 - X * 2 - Y], -1).clip(0, 255).astype("uint8")  # no two corners alike, so that a turn is seen
+RGB = (
+    np.stack([X * 4, Y * 5, 255 - X * 2 - Y], -1).clip(0, 255).astype("uint8")
+)  # no two corners alike, so that a turn is seen
 PICTURE = Image.fromarray(RGB)
 GREY = np.asarray(PICTURE.convert("L"))
 SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
 
 
 @pytest.fixture(autouse=True)
-def here(tmp_path, monkeypatch): monkeypatch.chdir(tmp_path)
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
 
 
-def pixels(image): return np.asarray(image).astype(int)
+def pixels(image):
+    return np.asarray(image).astype(int)
 
 
 def off(image, truth=RGB):
@@ -41,10 +50,12 @@ def saved(image, name, **how):
 
 
 def refused(call, *words):
-    with pytest.raises(BadInput) as error: call()
+    with pytest.raises(BadInput) as error:
+        call()
     text = str(error.value)
     assert text.endswith(".") and "\n" not in text and len(text) < 300, text
-    for word in words: assert word in text, text
+    for word in words:
+        assert word in text, text
 
 
 def said(call):
@@ -57,29 +68,51 @@ def said(call):
 
 # Numbers and modes: (what to save, name, save options, truth, largest difference)
 
-def deep(white): return Image.fromarray((GREY.astype("uint32") * white // 255).astype("uint16"))
+
+def deep(white):
+    return Image.fromarray((GREY.astype("uint32") * white // 255).astype("uint16"))
 
 
-def lab(): return ImageCms.profileToProfile(PICTURE, ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB"), outputMode="LAB")
+def lab():
+    return ImageCms.profileToProfile(
+        PICTURE, ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB"), outputMode="LAB"
+    )
 
 
-def rgba(alpha): return Image.merge("RGBA", (*PICTURE.split(), Image.fromarray(alpha)))
+def rgba(alpha):
+    return Image.merge("RGBA", (*PICTURE.split(), Image.fromarray(alpha)))
 
 
 HALF = np.where(X < W // 2, 255, 0).astype("uint8")
 OVER_WHITE = np.where(HALF[..., None] > 0, RGB, 255)
 TWO = PICTURE.quantize(16)
 READ = dict(
-    png=(PICTURE, "a.png", {}, RGB, 0), bmp=(PICTURE, "a.bmp", {}, RGB, 0), webp=(PICTURE, "a.webp", dict(lossless=True), RGB, 0),
-    jpeg=(PICTURE, "a.jpg", dict(quality=98, subsampling=0), RGB, 8), tiff=(PICTURE, "a.tif", {}, RGB, 0),
-    tiff_lzw=(PICTURE, "a.tif", dict(compression="tiff_lzw"), RGB, 0), grey=(Image.fromarray(GREY), "a.png", {}, GREY, 0),
+    png=(PICTURE, "a.png", {}, RGB, 0),
+    bmp=(PICTURE, "a.bmp", {}, RGB, 0),
+    webp=(PICTURE, "a.webp", dict(lossless=True), RGB, 0),
+    jpeg=(PICTURE, "a.jpg", dict(quality=98, subsampling=0), RGB, 8),
+    tiff=(PICTURE, "a.tif", {}, RGB, 0),
+    tiff_lzw=(PICTURE, "a.tif", dict(compression="tiff_lzw"), RGB, 0),
+    grey=(Image.fromarray(GREY), "a.png", {}, GREY, 0),
     one_bit=(PICTURE.convert("1"), "a.png", {}, np.asarray(PICTURE.convert("1").convert("L")), 0),
-    sixteen=(deep(65535), "a.png", {}, GREY, 0), sixteen_tiff=(deep(65535), "a.tif", {}, GREY, 0),
+    sixteen=(deep(65535), "a.png", {}, GREY, 0),
+    sixteen_tiff=(deep(65535), "a.tif", {}, GREY, 0),
     floats=(Image.fromarray(GREY.astype("float32") / 255), "a.tif", {}, GREY, 0),
-    palette=(TWO, "a.png", {}, np.asarray(TWO.convert("RGB")), 0), gif=(TWO, "a.gif", {}, np.asarray(TWO.convert("RGB")), 0),
-    cmyk=(PICTURE.convert("CMYK"), "a.tif", {}, RGB, 0), ycbcr=(PICTURE.convert("YCbCr"), "a.jpg", dict(quality=98, subsampling=0), RGB, 24),
-    lab=(lab(), "a.tif", {}, RGB, 40), grey_alpha=(Image.merge("LA", (Image.fromarray(GREY), Image.fromarray(HALF))), "a.png", {}, np.where(HALF > 0, GREY, 255), 0),
-    rgba=(rgba(HALF), "a.png", {}, OVER_WHITE, 0), rgba_webp=(rgba(HALF), "a.webp", dict(lossless=True, exact=True), OVER_WHITE, 0))
+    palette=(TWO, "a.png", {}, np.asarray(TWO.convert("RGB")), 0),
+    gif=(TWO, "a.gif", {}, np.asarray(TWO.convert("RGB")), 0),
+    cmyk=(PICTURE.convert("CMYK"), "a.tif", {}, RGB, 0),
+    ycbcr=(PICTURE.convert("YCbCr"), "a.jpg", dict(quality=98, subsampling=0), RGB, 24),
+    lab=(lab(), "a.tif", {}, RGB, 40),
+    grey_alpha=(
+        Image.merge("LA", (Image.fromarray(GREY), Image.fromarray(HALF))),
+        "a.png",
+        {},
+        np.where(HALF > 0, GREY, 255),
+        0,
+    ),
+    rgba=(rgba(HALF), "a.png", {}, OVER_WHITE, 0),
+    rgba_webp=(rgba(HALF), "a.webp", dict(lossless=True, exact=True), OVER_WHITE, 0),
+)
 
 
 @pytest.mark.parametrize("name", READ)
@@ -92,7 +125,8 @@ def test_read(name):
 
 
 @pytest.mark.skipif(not features.check("avif"), reason="this Pillow has no AVIF")
-def test_read_avif(): assert abs(pixels(load_image(saved(PICTURE, "a.avif", quality=95))) - RGB).mean() < 4
+def test_read_avif():
+    assert abs(pixels(load_image(saved(PICTURE, "a.avif", quality=95))) - RGB).mean() < 4
 
 
 def test_palette_with_transparency():
@@ -115,7 +149,9 @@ def png(depth, colour, rows):
     chunk = lambda kind, data: struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
     raw = b"".join(b"\0" + row.astype(">u2" if depth == 16 else "u1").tobytes() for row in rows)
     head = struct.pack(">IIBBBBB", W, H, depth, colour, 0, 0, 0)
-    Path("a.png").write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(raw)) + chunk(b"IEND", b""))
+    Path("a.png").write_bytes(
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(raw)) + chunk(b"IEND", b"")
+    )
     return "a.png"
 
 
@@ -129,9 +165,10 @@ def test_sixteen_bits_in_colour():
 
 # Files that are refused: how to make one, and words of the sentence
 
+
 def half_of(name):
     data = Path(saved(PICTURE, name)).read_bytes()
-    Path(name).write_bytes(data[:len(data) // 2])
+    Path(name).write_bytes(data[: len(data) // 2])
     return name
 
 
@@ -151,24 +188,51 @@ REFUSED = dict(
     twelve_in_sixteen=(lambda: saved(deep(4095), "a.png"), ["a.png", "3581 of 65535", "12-bit"]),
     fourteen_tiff=(lambda: saved(deep(16383), "a.tif"), ["a.tif", "of 65535"]),
     eight_in_sixteen=(lambda: saved(deep(255), "a.tif"), ["a.tif", "223 of 65535"]),
-    floats_of_bytes=(lambda: saved(Image.fromarray(GREY.astype("float32")), "a.tif"), ["a.tif", "0 to 1", "divide by 255"]),
-    floats_below=(lambda: saved(Image.fromarray(GREY.astype("float32") / 127.5 - 1), "a.tif"), ["a.tif", "(x + 1) / 2"]),
-    floats_nan=(lambda: saved(Image.fromarray(np.where(X > 9, np.nan, .5).astype("float32")), "a.tif"), ["a.tif", "NaN"]),
+    floats_of_bytes=(
+        lambda: saved(Image.fromarray(GREY.astype("float32")), "a.tif"),
+        ["a.tif", "0 to 1", "divide by 255"],
+    ),
+    floats_below=(
+        lambda: saved(Image.fromarray(GREY.astype("float32") / 127.5 - 1), "a.tif"),
+        ["a.tif", "(x + 1) / 2"],
+    ),
+    floats_nan=(
+        lambda: saved(Image.fromarray(np.where(X > 9, np.nan, 0.5).astype("float32")), "a.tif"),
+        ["a.tif", "NaN"],
+    ),
     ints=(lambda: saved(Image.fromarray(GREY.astype("int32")), "a.tif"), ["a.tif", "int32", "uint8"]),
     heic=(lambda: file_of("a.heic", b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(99)), ["a.heic", "HEIC", "JPEG"]),
-    jxl=(lambda: file_of("a.jxl", b"\xff\x0a" + bytes(99)), ["JPEG XL"]), pdf=(lambda: file_of("a.png", b"%PDF-1.4\n"), ["PDF"]),
-    psd=(lambda: file_of("a.psd", b"8BPS\0\1" + bytes(99)), ["Photoshop"]), svg=(lambda: file_of("a.svg", b" <svg xmlns=''/>"), ["SVG"]),
-    raw=(lambda: saved(PICTURE, "a.dng", format="TIFF"), ["a.dng", "raw"]), preview=(lambda: saved(PICTURE, "a.tif", tiffinfo={254: 1}), ["a.tif", "raw"]),
-    text=(lambda: file_of("a.png", b"milk, eggs"), ["a.png", "not a picture"]), empty=(lambda: file_of("a.png", b""), ["a.png", "empty"]),
-    half_png=(lambda: half_of("a.png"), ["a.png", "damaged"]), half_jpeg=(lambda: half_of("a.jpg"), ["a.jpg", "damaged"]),
-    half_webp=(lambda: half_of("a.webp"), ["a.webp", "damaged"]), half_gif=(lambda: half_of("a.gif"), ["a.gif", "damaged"]),
-    half_tiff=(lambda: half_of("a.tif"), ["a.tif", "damaged"]), half_bmp=(lambda: half_of("a.bmp"), ["a.bmp", "damaged"]),
-    bomb=(bomb, ["bomb.png", "150 million"]), large=(lambda: bomb(15_000, 12_000), ["bomb.png", "150 million"]),
-    folder=(lambda: str(Path.cwd()), ["is a folder"]), missing=(lambda: "nowhere.png", ["nowhere.png"]), device=(lambda: "/dev/null", ["/dev/null"]),
-    long=(lambda: "x" * 300, ["name of a file"]), address=(lambda: "https://example.org/a.png", ["web address"]), number=(lambda: 3, ["a int"]),
-    content=(lambda: Path(saved(PICTURE, "a.png")).read_bytes(), ["bytes", "Image.open(io.BytesIO(source))"]), stream=(lambda: io.BytesIO(b"x"), ["BytesIO", "Image.open(source)"]), nameless=(lambda: " ", ["is empty"]),
-    lazy=(lambda: Image.open(half_of("a.png")), ["a.png", "damaged"]), no_pixels=(lambda: Image.new("RGB", (0, 0)), ["0 x 0"]),
-    flat=(lambda: Image.new("L", (9, 0)), ["no pixels"]), pillow_ints=(lambda: PICTURE.convert("I"), ["int32"]), pillow_floats=(lambda: PICTURE.convert("F"), ["divide by 255"]))
+    jxl=(lambda: file_of("a.jxl", b"\xff\x0a" + bytes(99)), ["JPEG XL"]),
+    pdf=(lambda: file_of("a.png", b"%PDF-1.4\n"), ["PDF"]),
+    psd=(lambda: file_of("a.psd", b"8BPS\0\1" + bytes(99)), ["Photoshop"]),
+    svg=(lambda: file_of("a.svg", b" <svg xmlns=''/>"), ["SVG"]),
+    raw=(lambda: saved(PICTURE, "a.dng", format="TIFF"), ["a.dng", "raw"]),
+    preview=(lambda: saved(PICTURE, "a.tif", tiffinfo={254: 1}), ["a.tif", "raw"]),
+    text=(lambda: file_of("a.png", b"milk, eggs"), ["a.png", "not a picture"]),
+    empty=(lambda: file_of("a.png", b""), ["a.png", "empty"]),
+    half_png=(lambda: half_of("a.png"), ["a.png", "damaged"]),
+    half_jpeg=(lambda: half_of("a.jpg"), ["a.jpg", "damaged"]),
+    half_webp=(lambda: half_of("a.webp"), ["a.webp", "damaged"]),
+    half_gif=(lambda: half_of("a.gif"), ["a.gif", "damaged"]),
+    half_tiff=(lambda: half_of("a.tif"), ["a.tif", "damaged"]),
+    half_bmp=(lambda: half_of("a.bmp"), ["a.bmp", "damaged"]),
+    bomb=(bomb, ["bomb.png", "150 million"]),
+    large=(lambda: bomb(15_000, 12_000), ["bomb.png", "150 million"]),
+    folder=(lambda: str(Path.cwd()), ["is a folder"]),
+    missing=(lambda: "nowhere.png", ["nowhere.png"]),
+    device=(lambda: "/dev/null", ["/dev/null"]),
+    long=(lambda: "x" * 300, ["name of a file"]),
+    address=(lambda: "https://example.org/a.png", ["web address"]),
+    number=(lambda: 3, ["a int"]),
+    content=(lambda: Path(saved(PICTURE, "a.png")).read_bytes(), ["bytes", "Image.open(io.BytesIO(source))"]),
+    stream=(lambda: io.BytesIO(b"x"), ["BytesIO", "Image.open(source)"]),
+    nameless=(lambda: " ", ["is empty"]),
+    lazy=(lambda: Image.open(half_of("a.png")), ["a.png", "damaged"]),
+    no_pixels=(lambda: Image.new("RGB", (0, 0)), ["0 x 0"]),
+    flat=(lambda: Image.new("L", (9, 0)), ["no pixels"]),
+    pillow_ints=(lambda: PICTURE.convert("I"), ["int32"]),
+    pillow_floats=(lambda: PICTURE.convert("F"), ["divide by 255"]),
+)
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -179,7 +243,8 @@ def test_refused(name):
 
 
 def test_closed():
-    with Image.open(saved(PICTURE, "a.png")): pass
+    with Image.open(saved(PICTURE, "a.png")):
+        pass
     image = Image.open("a.png")
     image.close()
     refused(lambda: load_image(image), "a.png", "closed")
@@ -196,7 +261,10 @@ def test_what_others_set_in_pillow_changes_nothing(monkeypatch):
     assert (ImageFile.LOAD_TRUNCATED_IMAGES, Image.MAX_IMAGE_PIXELS, PngImagePlugin.MAX_TEXT_CHUNK) == (True, 100, 1000)
 
 
-@pytest.mark.parametrize("file, how", [("a.gif", dict(duration=9)), ("a.webp", dict(lossless=True)), ("a.tif", {}), ("a.png", dict(default_image=False))])
+@pytest.mark.parametrize(
+    "file, how",
+    [("a.gif", dict(duration=9)), ("a.webp", dict(lossless=True)), ("a.tif", {}), ("a.png", dict(default_image=False))],
+)
 def test_several_frames(file, how):
     other = Image.fromarray(RGB[::-1].copy())
     first, rest = (PICTURE.quantize(64), other.quantize(64)) if file == "a.gif" else (PICTURE, other)
@@ -209,27 +277,57 @@ def test_several_frames(file, how):
 
 # Notes
 
+
 def lying(turn):
     "The picture as a camera stores it that was held so."
-    back = {2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE", 6: "ROTATE_90", 7: "TRANSVERSE", 8: "ROTATE_270"}
+    back = {
+        2: "FLIP_LEFT_RIGHT",
+        3: "ROTATE_180",
+        4: "FLIP_TOP_BOTTOM",
+        5: "TRANSPOSE",
+        6: "ROTATE_90",
+        7: "TRANSVERSE",
+        8: "ROTATE_270",
+    }
     return PICTURE.transpose(getattr(Image.Transpose, back[turn]))
 
 
-def entry(order, tag, kind, count, value): return struct.pack(order + "HHI", tag, kind, count) + value.ljust(4, b"\0")
+def entry(order, tag, kind, count, value):
+    return struct.pack(order + "HHI", tag, kind, count) + value.ljust(4, b"\0")
 
 
 def exif(turn, *others, order="<", kind=3):
     "EXIF bytes with the note about the turn, and others before and after it; their values lie where they say, not in the table."
-    note = {3: struct.pack(order + "H", turn), 4: struct.pack(order + "I", turn), 1: bytes([turn]), 2: str(turn).encode() + b"\0", 9: struct.pack(order + "i", turn)}[kind]
-    entries = sorted([entry(order, 0x0112, kind, 1 if kind != 2 else 2, note), *others], key=lambda e: struct.unpack(order + "H", e[:2]))
+    note = {
+        3: struct.pack(order + "H", turn),
+        4: struct.pack(order + "I", turn),
+        1: bytes([turn]),
+        2: str(turn).encode() + b"\0",
+        9: struct.pack(order + "i", turn),
+    }[kind]
+    entries = sorted(
+        [entry(order, 0x0112, kind, 1 if kind != 2 else 2, note), *others],
+        key=lambda e: struct.unpack(order + "H", e[:2]),
+    )
     head = (b"II*\0" if order == "<" else b"MM\0*") + struct.pack(order + "I", 8)
     return b"Exif\0\0" + head + struct.pack(order + "H", len(entries)) + b"".join(entries) + bytes(4)
 
 
 MAKE = lambda order: entry(order, 0x010F, 2, 4, b"Cam\0")
-ODD = dict(none=[], resolution_byte=[(0x0128, 1, 1, b"\2")], resolution_float=[(0x011A, 11, 1, struct.pack("<f", 72))], date_short=[(0x0132, 3, 1, b"\7\0")],
-           undefined_size=[(0x0100, 7, 4, b"abcd")], unknown_kind=[(0xA5A5, 13, 1, b"\1")], no_kind=[(0xA5A5, 99, 1, b"\1")], far=[(0x010E, 2, 4000, struct.pack("<I", 60_000))],
-           stops_pillow=[(0x0100, 5, 2, struct.pack("<I", 20))], exif_nowhere=[(0x8769, 4, 1, struct.pack("<I", 50_000))], gps_text=[(0x8825, 2, 4, b"abc\0")], copyright_signed=[(0x8298, 9, 1, struct.pack("<i", -3))])
+ODD = dict(
+    none=[],
+    resolution_byte=[(0x0128, 1, 1, b"\2")],
+    resolution_float=[(0x011A, 11, 1, struct.pack("<f", 72))],
+    date_short=[(0x0132, 3, 1, b"\7\0")],
+    undefined_size=[(0x0100, 7, 4, b"abcd")],
+    unknown_kind=[(0xA5A5, 13, 1, b"\1")],
+    no_kind=[(0xA5A5, 99, 1, b"\1")],
+    far=[(0x010E, 2, 4000, struct.pack("<I", 60_000))],
+    stops_pillow=[(0x0100, 5, 2, struct.pack("<I", 20))],
+    exif_nowhere=[(0x8769, 4, 1, struct.pack("<I", 50_000))],
+    gps_text=[(0x8825, 2, 4, b"abc\0")],
+    copyright_signed=[(0x8298, 9, 1, struct.pack("<i", -3))],
+)
 
 
 @pytest.mark.parametrize("turn", range(2, 9))
@@ -252,13 +350,19 @@ def test_turned_whatever_the_other_notes_are(turn, odd):
 @pytest.mark.parametrize("order", "<>")
 def test_turned_however_the_turn_is_written(kind, order):
     for file in ("a.png", "a.webp"):
-        lying(6).save(file, exif=exif(6, MAKE(order), order=order, kind=kind), **(dict(lossless=True) if file == "a.webp" else {}))
+        lying(6).save(
+            file, exif=exif(6, MAKE(order), order=order, kind=kind), **(dict(lossless=True) if file == "a.webp" else {})
+        )
         image = load_image(file)
         assert off(image) == 0 and MAKE(order) in image.info["exif"]
 
 
 def test_turned_by_xmp_and_by_text():
-    xmp = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description tiff:Orientation="6"/>' + b" " * 2_000_000 + b"</x:xmpmeta>"
+    xmp = (
+        b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description tiff:Orientation="6"/>'
+        + b" " * 2_000_000
+        + b"</x:xmpmeta>"
+    )
     note = PngImagePlugin.PngInfo()
     note.add_itxt("XML:com.adobe.xmp", xmp.decode(), zip=True)
     assert off(load_image(saved(lying(6), "a.png", pnginfo=note))) == 0
@@ -276,7 +380,16 @@ def test_turned_tiff():
     assert off(image) == 0 and dict(left) == {271: "A camera"}
 
 
-MODES = dict(grey=Image.fromarray(GREY), palette=PICTURE.quantize(16), rgb=PICTURE, clear=PICTURE.convert("RGBA"), print=PICTURE.convert("CMYK"), sixteen=deep(65535), bits=PICTURE.convert("1"))
+MODES = dict(
+    grey=Image.fromarray(GREY),
+    palette=PICTURE.quantize(16),
+    rgb=PICTURE,
+    clear=PICTURE.convert("RGBA"),
+    print=PICTURE.convert("CMYK"),
+    sixteen=deep(65535),
+    bits=PICTURE.convert("1"),
+)
+
 
 @pytest.mark.parametrize("turn", range(2, 9))
 @pytest.mark.parametrize("mode", MODES)
@@ -286,13 +399,16 @@ def test_turned_tiff_of_every_mode(mode, turn):
     note[0x0112] = turn
     undo = {6: 8, 8: 6}.get(turn, turn)
     upright.transpose(getattr(Image.Transpose, _TURNS[undo])).save("a.tif", exif=note)
-    for source in ("a.tif", Image.open("a.tif")): assert off(load_image(source), pixels(load_image(upright))) <= 1
+    for source in ("a.tif", Image.open("a.tif")):
+        assert off(load_image(source), pixels(load_image(upright))) <= 1
     if mode in ("grey", "sixteen"):
         WHITE.transpose(getattr(Image.Transpose, _TURNS[undo])).save("m.tif", exif=note)
         assert (mask_from_file("m.tif", (H, W))[0].numpy() == TRUTH).all()
 
 
-@pytest.mark.parametrize("note", [b"Exif\0\0garbage", b"Exif\0\0II*\0\xff\xff\xff\xff", b"Exif\0\0II*\0\x08\0\0\0\xff\xff"])
+@pytest.mark.parametrize(
+    "note", [b"Exif\0\0garbage", b"Exif\0\0II*\0\xff\xff\xff\xff", b"Exif\0\0II*\0\x08\0\0\0\xff\xff"]
+)
 def test_notes_that_cannot_be_read(note):
     PICTURE.save("a.png", exif=note)
     image, sentences = said(lambda: load_image("a.png"))
@@ -302,7 +418,9 @@ def test_notes_that_cannot_be_read(note):
 def test_an_upright_photo_keeps_its_notes_to_the_byte():
     note = exif(1, MAKE("<"))
     assert photo_info(saved(PICTURE, "a.jpg", exif=note, icc_profile=SRGB)) == dict(exif=note, icc_profile=SRGB)
-    assert photo_info(saved(rgba(HALF), "a.png", exif=note, icc_profile=SRGB)) == dict(exif=note, icc_profile=SRGB)  # with transparency as well
+    assert photo_info(saved(rgba(HALF), "a.png", exif=note, icc_profile=SRGB)) == dict(
+        exif=note, icc_profile=SRGB
+    )  # with transparency as well
 
 
 @pytest.mark.parametrize("profile", [b"nonsense", SRGB[:200], SRGB[:36] + b"xxxx" + SRGB[40:]])
@@ -319,7 +437,9 @@ def test_notes_that_a_file_cannot_hold():
     note[0x010F], note[0x927C] = "A camera", b"x" * 100_000
     assert fitting_notes(dict(exif=note.tobytes()), "PNG") == dict(exif=note.tobytes())
     kept, sentences = said(lambda: fitting_notes(dict(exif=note.tobytes(), icc_profile=SRGB), "JPEG"))
-    assert kept["icc_profile"] == SRGB and len(kept["exif"]) < 200 and len(sentences) == 1 and "MakerNote" in sentences[0]
+    assert (
+        kept["icc_profile"] == SRGB and len(kept["exif"]) < 200 and len(sentences) == 1 and "MakerNote" in sentences[0]
+    )
     PICTURE.save("a.jpg", **kept)
     assert Image.open("a.jpg").getexif()[0x010F] == "A camera"
     long = (len(SRGB) + 17_000_000).to_bytes(4, "big") + SRGB[4:] + bytes(17_000_000)
@@ -333,9 +453,22 @@ def test_notes_that_a_file_cannot_hold():
 
 FLOAT = RGB.astype("float32") / 255
 ARRAYS = dict(
-    bytes=RGB, floats=FLOAT, doubles=FLOAT.astype("float64"), sixteen=RGB.astype("uint16") * 257, first=RGB.transpose(2, 0, 1), one=RGB[None], rgba=np.dstack([RGB, HALF]),
-    tensor=torch.from_numpy(FLOAT).permute(2, 0, 1), tensor_bytes=torch.from_numpy(RGB).permute(2, 0, 1), tensor_last=torch.from_numpy(FLOAT), batch=torch.from_numpy(FLOAT).permute(2, 0, 1)[None],
-    grad=torch.from_numpy(FLOAT).permute(2, 0, 1).requires_grad_(), half=torch.from_numpy(FLOAT).half(), reversed=RGB[::-1][::-1], big_end=(RGB.astype("uint16") * 257).astype(">u2"))
+    bytes=RGB,
+    floats=FLOAT,
+    doubles=FLOAT.astype("float64"),
+    sixteen=RGB.astype("uint16") * 257,
+    first=RGB.transpose(2, 0, 1),
+    one=RGB[None],
+    rgba=np.dstack([RGB, HALF]),
+    tensor=torch.from_numpy(FLOAT).permute(2, 0, 1),
+    tensor_bytes=torch.from_numpy(RGB).permute(2, 0, 1),
+    tensor_last=torch.from_numpy(FLOAT),
+    batch=torch.from_numpy(FLOAT).permute(2, 0, 1)[None],
+    grad=torch.from_numpy(FLOAT).permute(2, 0, 1).requires_grad_(),
+    half=torch.from_numpy(FLOAT).half(),
+    reversed=RGB[::-1][::-1],
+    big_end=(RGB.astype("uint16") * 257).astype(">u2"),
+)
 
 
 @pytest.mark.parametrize("name", ARRAYS)
@@ -351,11 +484,23 @@ def test_grey_arrays(grey):
 
 
 NO_ARRAYS = dict(
-    floats_of_bytes=(FLOAT * 255, ["divide by 255"]), below=(FLOAT * 2 - 1, ["(x + 1) / 2"]), nan=(np.where(X[..., None] > 3, np.nan, FLOAT), ["NaN"]), infinite=(np.full((9, 9), np.inf), ["NaN"]),
-    ints=(RGB.astype(int), ["int64", "uint8"]), signed=(RGB.astype("int8"), ["int8"]), dark=(RGB.astype("uint16"), ["nearly black"]), ones=((RGB > 99).astype("uint8"), ["0 and 1"]),
-    two=(np.stack([RGB, RGB]), ["not one picture"]), five=(torch.ones(5, 9, 8), ["not one picture"]), unclear=(np.zeros((3, 64, 3), "uint8"), ["(height, width, colours)"]),
-    nothing=(np.zeros((0, 9, 3), "uint8"), ["no pixels"]), number=(np.float32(3), ["not one picture"]), words=(np.full((9, 9), "x"), ["not numbers"]),
-    complex=(np.zeros((9, 9), complex), ["complex"]), large=(torch.full((3, 9, 8), 2.), ["from 0 to 1"]))
+    floats_of_bytes=(FLOAT * 255, ["divide by 255"]),
+    below=(FLOAT * 2 - 1, ["(x + 1) / 2"]),
+    nan=(np.where(X[..., None] > 3, np.nan, FLOAT), ["NaN"]),
+    infinite=(np.full((9, 9), np.inf), ["NaN"]),
+    ints=(RGB.astype(int), ["int64", "uint8"]),
+    signed=(RGB.astype("int8"), ["int8"]),
+    dark=(RGB.astype("uint16"), ["nearly black"]),
+    ones=((RGB > 99).astype("uint8"), ["0 and 1"]),
+    two=(np.stack([RGB, RGB]), ["not one picture"]),
+    five=(torch.ones(5, 9, 8), ["not one picture"]),
+    unclear=(np.zeros((3, 64, 3), "uint8"), ["(height, width, colours)"]),
+    nothing=(np.zeros((0, 9, 3), "uint8"), ["no pixels"]),
+    number=(np.float32(3), ["not one picture"]),
+    words=(np.full((9, 9), "x"), ["not numbers"]),
+    complex=(np.zeros((9, 9), complex), ["complex"]),
+    large=(torch.full((3, 9, 8), 2.0), ["from 0 to 1"]),
+)
 
 
 @pytest.mark.parametrize("name", NO_ARRAYS)
@@ -397,32 +542,72 @@ def palette(*colours, **how):
 
 RLE = dict(size=[H, W], counts=run_lengths(TRUTH))
 MASKS = dict(
-    bool=TRUTH, ones=ONE, bytes=ONE * 255, floats=ONE * 1., floats_of_bytes=ONE * 255., ints=ONE.astype(int), sixteen=ONE.astype("uint16") * 65535, sixteen_ones=ONE.astype("uint16"),
-    tensor=torch.from_numpy(TRUTH), tensor_one=torch.from_numpy(TRUTH)[None], tensor_batch=torch.from_numpy(ONE * 1.)[None, None], half=torch.from_numpy(ONE).half(), last=ONE[..., None],
-    colours=np.stack([ONE * 255] * 3, -1), colours_ones=np.stack([ONE] * 3, -1), large=TRUTH.repeat(3, 0).repeat(3, 1), sam=dict(segmentation=TRUTH, area=900, bbox=[20, 10, 30, 30]),
-    sam_list=[dict(segmentation=TRUTH)], pipeline=[dict(mask=WHITE, label="dog", score=.9)], big_end=(ONE.astype("uint16") * 65000).astype(">u2"), rle=RLE, sam_rle=dict(segmentation=RLE), sam_packed=dict(segmentation=dict(RLE, counts=packed(RLE["counts"]))),
-    packed_bytes=dict(RLE, counts=packed(RLE["counts"]).encode()), pillow=WHITE, pillow_ones=Image.fromarray(ONE), pillow_ints=Image.fromarray(ONE.astype("int32")))
+    bool=TRUTH,
+    ones=ONE,
+    bytes=ONE * 255,
+    floats=ONE * 1.0,
+    floats_of_bytes=ONE * 255.0,
+    ints=ONE.astype(int),
+    sixteen=ONE.astype("uint16") * 65535,
+    sixteen_ones=ONE.astype("uint16"),
+    tensor=torch.from_numpy(TRUTH),
+    tensor_one=torch.from_numpy(TRUTH)[None],
+    tensor_batch=torch.from_numpy(ONE * 1.0)[None, None],
+    half=torch.from_numpy(ONE).half(),
+    last=ONE[..., None],
+    colours=np.stack([ONE * 255] * 3, -1),
+    colours_ones=np.stack([ONE] * 3, -1),
+    large=TRUTH.repeat(3, 0).repeat(3, 1),
+    sam=dict(segmentation=TRUTH, area=900, bbox=[20, 10, 30, 30]),
+    sam_list=[dict(segmentation=TRUTH)],
+    pipeline=[dict(mask=WHITE, label="dog", score=0.9)],
+    big_end=(ONE.astype("uint16") * 65000).astype(">u2"),
+    rle=RLE,
+    sam_rle=dict(segmentation=RLE),
+    sam_packed=dict(segmentation=dict(RLE, counts=packed(RLE["counts"]))),
+    packed_bytes=dict(RLE, counts=packed(RLE["counts"]).encode()),
+    pillow=WHITE,
+    pillow_ones=Image.fromarray(ONE),
+    pillow_ints=Image.fromarray(ONE.astype("int32")),
+)
 FILES = dict(
-    white=lambda: saved(WHITE, "m.png"), ones=lambda: saved(Image.fromarray(ONE), "m.png"), one_bit=lambda: saved(WHITE.convert("1"), "m.png"), rgb=lambda: saved(WHITE.convert("RGB"), "m.png"),
-    jpeg=lambda: saved(WHITE, "m.jpg", quality=80), jpeg_rgb=lambda: saved(WHITE.convert("RGB"), "m.jpg", quality=80), any_number=lambda: saved(Image.fromarray(ONE * 38), "m.png"),
-    palette=lambda: palette((0, 0, 0), (255, 255, 255)), voc=lambda: palette((0, 0, 0), (128, 0, 0)), clear=lambda: palette((9, 9, 9), (200, 40, 90), transparency=0), gif=lambda: saved(WHITE, "m.gif"),
-    sixteen=lambda: saved(Image.fromarray(ONE.astype("uint16") * 65535), "m.png"), sixteen_ones=lambda: saved(Image.fromarray(ONE.astype("uint16")), "m.png"),
-    floats=lambda: saved(Image.fromarray(ONE.astype("float32")), "m.tif"), floats_of_bytes=lambda: saved(Image.fromarray(ONE.astype("float32") * 255), "m.tif"),
-    cut_out=lambda: saved(Image.merge("RGBA", (*PICTURE.split(), WHITE)), "m.png"), black_brush=lambda: saved(Image.merge("RGBA", (*Image.new("RGB", (W, H)).split(), WHITE)), "m.png"),
-    grey_alpha=lambda: saved(Image.merge("LA", (Image.new("L", (W, H), 255), WHITE)), "m.png"), opaque=lambda: saved(WHITE.convert("RGBA"), "m.png"), red=lambda: saved(Image.fromarray(np.dstack([ONE * 255, ONE * 0, ONE * 0])), "m.png"),
-    sideways=lambda: saved(WHITE.transpose(Image.Transpose.ROTATE_90), "m.png", exif=exif(6)), long_note=lambda: saved(WHITE, "m.png", exif=exif(1)))
+    white=lambda: saved(WHITE, "m.png"),
+    ones=lambda: saved(Image.fromarray(ONE), "m.png"),
+    one_bit=lambda: saved(WHITE.convert("1"), "m.png"),
+    rgb=lambda: saved(WHITE.convert("RGB"), "m.png"),
+    jpeg=lambda: saved(WHITE, "m.jpg", quality=80),
+    jpeg_rgb=lambda: saved(WHITE.convert("RGB"), "m.jpg", quality=80),
+    any_number=lambda: saved(Image.fromarray(ONE * 38), "m.png"),
+    palette=lambda: palette((0, 0, 0), (255, 255, 255)),
+    voc=lambda: palette((0, 0, 0), (128, 0, 0)),
+    clear=lambda: palette((9, 9, 9), (200, 40, 90), transparency=0),
+    gif=lambda: saved(WHITE, "m.gif"),
+    sixteen=lambda: saved(Image.fromarray(ONE.astype("uint16") * 65535), "m.png"),
+    sixteen_ones=lambda: saved(Image.fromarray(ONE.astype("uint16")), "m.png"),
+    floats=lambda: saved(Image.fromarray(ONE.astype("float32")), "m.tif"),
+    floats_of_bytes=lambda: saved(Image.fromarray(ONE.astype("float32") * 255), "m.tif"),
+    cut_out=lambda: saved(Image.merge("RGBA", (*PICTURE.split(), WHITE)), "m.png"),
+    black_brush=lambda: saved(Image.merge("RGBA", (*Image.new("RGB", (W, H)).split(), WHITE)), "m.png"),
+    grey_alpha=lambda: saved(Image.merge("LA", (Image.new("L", (W, H), 255), WHITE)), "m.png"),
+    opaque=lambda: saved(WHITE.convert("RGBA"), "m.png"),
+    red=lambda: saved(Image.fromarray(np.dstack([ONE * 255, ONE * 0, ONE * 0])), "m.png"),
+    sideways=lambda: saved(WHITE.transpose(Image.Transpose.ROTATE_90), "m.png", exif=exif(6)),
+    long_note=lambda: saved(WHITE, "m.png", exif=exif(1)),
+)
 
 
 @pytest.mark.parametrize("name", MASKS)
-def test_masks_in_memory(name): assert (mask_from_file(MASKS[name], (H, W))[0].numpy() == TRUTH).all()
+def test_masks_in_memory(name):
+    assert (mask_from_file(MASKS[name], (H, W))[0].numpy() == TRUTH).all()
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_mask_files(name): assert (mask_from_file(FILES[name](), (H, W))[0].numpy() == TRUTH).all()
+def test_mask_files(name):
+    assert (mask_from_file(FILES[name](), (H, W))[0].numpy() == TRUTH).all()
 
 
 def test_a_soft_mask_of_floats_stays_soft():
-    soft = torch.from_numpy(ONE * .8 + .1).float()[None]
+    soft = torch.from_numpy(ONE * 0.8 + 0.1).float()[None]
     assert torch.equal(mask_from_file(soft, (H, W)), soft)
 
 
@@ -432,11 +617,33 @@ def contradiction():
 
 
 NO_MASKS = dict(
-    empty=(ONE * 0, ["empty"]), full=(ONE * 0 + 1, ["full"]), labels=(ONE * 2 + (X < 5), ["numbers 0, 1, 2", "one of 0 and 1"]), two_labels=(ONE + 1, ["numbers 1, 2"]), three=(np.stack([TRUTH] * 3), ["3 masks", "argmax"]),
-    many=([dict(segmentation=TRUTH)] * 2, ["2 masks"]), logits=(np.where(TRUTH, 3., -4.), ["logits > 0"]), nan=(np.where(TRUTH, np.nan, 0), ["NaN"]), turned=(TRUTH.T, ["48 x 64", "64 x 48"]), wide=(np.eye(48, 100) > 0, ["100 x 48"]),
-    dim=(ONE * 100 + (X // 9).astype("uint8"), ["nothing is white"]), bright=(ONE.astype(int) * 999 + X, ["what is white"]), nothing=(np.zeros((0, 0)), ["no pixels"]), sparse=(torch.from_numpy(ONE).to_sparse(), ["plain tensor"]), tiny_floats=(torch.zeros(H, W).to(torch.float8_e4m3fn), ["plain tensor"]), number=(3, ["a int"]), nested=([[0, 1], [1, 0]], ["a list"]),
-    keys=(dict(masks=1), ["'segmentation'", "'masks'"]), polygon=(dict(segmentation=[[1, 2, 3, 4]]), ["a list"]), lengths=(dict(size=[H, W], counts=[3, 4]), ["run lengths"]), lengths_text=(dict(size=[H, W], counts="?"), ["run lengths"]),
-    negative=(dict(size=[H, W], counts=[-1, H * W + 1]), ["run lengths"]), photo=(PICTURE, ["has colours"]), grey_photo=(Image.fromarray(GREY), ["grey"]), missing=("nowhere.png", ["nowhere.png"]), words=(np.full((H, W), "x"), ["<U1"]))
+    empty=(ONE * 0, ["empty"]),
+    full=(ONE * 0 + 1, ["full"]),
+    labels=(ONE * 2 + (X < 5), ["numbers 0, 1, 2", "one of 0 and 1"]),
+    two_labels=(ONE + 1, ["numbers 1, 2"]),
+    three=(np.stack([TRUTH] * 3), ["3 masks", "argmax"]),
+    many=([dict(segmentation=TRUTH)] * 2, ["2 masks"]),
+    logits=(np.where(TRUTH, 3.0, -4.0), ["logits > 0"]),
+    nan=(np.where(TRUTH, np.nan, 0), ["NaN"]),
+    turned=(TRUTH.T, ["48 x 64", "64 x 48"]),
+    wide=(np.eye(48, 100) > 0, ["100 x 48"]),
+    dim=(ONE * 100 + (X // 9).astype("uint8"), ["nothing is white"]),
+    bright=(ONE.astype(int) * 999 + X, ["what is white"]),
+    nothing=(np.zeros((0, 0)), ["no pixels"]),
+    sparse=(torch.from_numpy(ONE).to_sparse(), ["plain tensor"]),
+    tiny_floats=(torch.zeros(H, W).to(torch.float8_e4m3fn), ["plain tensor"]),
+    number=(3, ["a int"]),
+    nested=([[0, 1], [1, 0]], ["a list"]),
+    keys=(dict(masks=1), ["'segmentation'", "'masks'"]),
+    polygon=(dict(segmentation=[[1, 2, 3, 4]]), ["a list"]),
+    lengths=(dict(size=[H, W], counts=[3, 4]), ["run lengths"]),
+    lengths_text=(dict(size=[H, W], counts="?"), ["run lengths"]),
+    negative=(dict(size=[H, W], counts=[-1, H * W + 1]), ["run lengths"]),
+    photo=(PICTURE, ["has colours"]),
+    grey_photo=(Image.fromarray(GREY), ["grey"]),
+    missing=("nowhere.png", ["nowhere.png"]),
+    words=(np.full((H, W), "x"), ["<U1"]),
+)
 
 
 @pytest.mark.parametrize("name", NO_MASKS)
@@ -469,16 +676,23 @@ def test_a_mask_turned_inside_out_is_said():
 
 # Clicks, and SAM in the forms it has
 
+
 @pytest.fixture(scope="module")
-def sam(): return load_sam("mini")
+def sam():
+    return load_sam("mini")
 
 
 class Asked:
     "Stands for a SAM that knows clicks beside the subject: tells what it was asked."
+
     original_size, is_image_set = (H, W), True
 
-    def __init__(self, knows_boxes=True): self.model, self.asked = type("Model", (), dict(knows_boxes=knows_boxes))(), None
-    def set_image(self, image): raise AssertionError("it has seen the picture")
+    def __init__(self, knows_boxes=True):
+        self.model, self.asked = type("Model", (), dict(knows_boxes=knows_boxes))(), None
+
+    def set_image(self, image):
+        raise AssertionError("it has seen the picture")
+
     def predict(self, coords=None, labels=None, box=None, multimask_output=True):
         self.asked = coords.tolist(), labels.tolist(), box
         return TRUTH[None], np.ones(1), None
@@ -492,17 +706,40 @@ def test_labels_reach_sam():
     assert asked.asked[1] == [0]
 
 
-@pytest.mark.parametrize("points, labels, words", [([], None, ["empty"]), ([(1, 2)], [1, 0], ["1 points but 2 labels"]), ([(1, 2)], [2], ["1 (the subject) or 0"]), ([(1, 2)], [-1], ["not -1"]),
-                                                   ([(1, 2)], ["x"], ["labels"]), ([(1, 2)], [float("nan")], ["nan"]), ([(1, 2)], [0], ["No point is on the subject"])])
-def test_labels_refused(points, labels, words): refused(lambda: find_mask(Asked(), torch.zeros(3, H, W), points, labels=labels), *words)
+@pytest.mark.parametrize(
+    "points, labels, words",
+    [
+        ([], None, ["empty"]),
+        ([(1, 2)], [1, 0], ["1 points but 2 labels"]),
+        ([(1, 2)], [2], ["1 (the subject) or 0"]),
+        ([(1, 2)], [-1], ["not -1"]),
+        ([(1, 2)], ["x"], ["labels"]),
+        ([(1, 2)], [float("nan")], ["nan"]),
+        ([(1, 2)], [0], ["No point is on the subject"]),
+    ],
+)
+def test_labels_refused(points, labels, words):
+    refused(lambda: find_mask(Asked(), torch.zeros(3, H, W), points, labels=labels), *words)
 
 
-@pytest.mark.parametrize("points, words", [([], ["no point"]), (np.zeros((0, 2)), ["no point"]), ((.4, .6), ["shares"]), ([(.4, .6), (.5, .5)], ["shares"]), ((float("nan"), 3), ["outside"]), ((-1, 3), ["outside"])])
-def test_points_refused(points, words): refused(lambda: fit_points(points, PICTURE, torch.zeros(3, 64, 64)), *words)
+@pytest.mark.parametrize(
+    "points, words",
+    [
+        ([], ["no point"]),
+        (np.zeros((0, 2)), ["no point"]),
+        ((0.4, 0.6), ["shares"]),
+        ([(0.4, 0.6), (0.5, 0.5)], ["shares"]),
+        ((float("nan"), 3), ["outside"]),
+        ((-1, 3), ["outside"]),
+    ],
+)
+def test_points_refused(points, words):
+    refused(lambda: fit_points(points, PICTURE, torch.zeros(3, 64, 64)), *words)
 
 
 def test_sam_in_other_objects(sam, tmp_path):
     from segment_anything import SamPredictor
+
     assert load_sam(sam) is sam and load_sam(SamPredictor(sam)) is sam
     torch.save({"model": sam.state_dict()}, tmp_path / "sam.pth")  # as programs that train it save it
     image = torch.rand(3, 64, 64, generator=torch.Generator().manual_seed(0))
@@ -510,19 +747,39 @@ def test_sam_in_other_objects(sam, tmp_path):
     seen = look(sam, image)
     assert look(seen, image) is seen
     refused(lambda: look(seen, torch.zeros(3, 32, 64)), "another size")
-    for wrong in (3, torch.nn.Linear(2, 2), object()): refused(lambda: load_sam(wrong), type(wrong).__name__)
+    for wrong in (3, torch.nn.Linear(2, 2), object()):
+        refused(lambda: load_sam(wrong), type(wrong).__name__)
 
 
 @pytest.fixture(scope="module")
 def theirs():
     "A small `SamModel` of transformers with weights that make every part count."
     from transformers import SamConfig, SamMaskDecoderConfig, SamModel, SamPromptEncoderConfig, SamVisionConfig
-    parts = dict(vision_config=SamVisionConfig(hidden_size=32, output_channels=16, num_hidden_layers=2, num_attention_heads=4, image_size=64, patch_size=16, window_size=2, global_attn_indexes=[1], mlp_dim=64, num_pos_feats=8),
-                 prompt_encoder_config=SamPromptEncoderConfig(hidden_size=16, image_size=64, patch_size=16, mask_input_channels=8),
-                 mask_decoder_config=SamMaskDecoderConfig(hidden_size=16, mlp_dim=32, num_hidden_layers=2, num_attention_heads=8, iou_head_hidden_dim=16))
+
+    parts = dict(
+        vision_config=SamVisionConfig(
+            hidden_size=32,
+            output_channels=16,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            image_size=64,
+            patch_size=16,
+            window_size=2,
+            global_attn_indexes=[1],
+            mlp_dim=64,
+            num_pos_feats=8,
+        ),
+        prompt_encoder_config=SamPromptEncoderConfig(
+            hidden_size=16, image_size=64, patch_size=16, mask_input_channels=8
+        ),
+        mask_decoder_config=SamMaskDecoderConfig(
+            hidden_size=16, mlp_dim=32, num_hidden_layers=2, num_attention_heads=8, iou_head_hidden_dim=16
+        ),
+    )
     model, generator = SamModel(SamConfig(**parts)).eval(), torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for p in model.parameters(): p.normal_(0, .2, generator=generator)
+        for p in model.parameters():
+            p.normal_(0, 0.2, generator=generator)
     return model
 
 
@@ -533,11 +790,16 @@ def test_transformers_sam_is_the_same_network(theirs, tmp_path):
     ours = load_sam(theirs), load_sam(tmp_path / "sam")
     bytes_ = (image * 255).round()
     inputs = (bytes_ - ours[0].pixel_mean) / ours[0].pixel_std
-    with torch.no_grad(): expected = theirs(pixel_values=inputs[None], input_points=torch.tensor([[[[20., 30.]]]]), input_labels=torch.tensor([[[1]]]))
+    with torch.no_grad():
+        expected = theirs(
+            pixel_values=inputs[None], input_points=torch.tensor([[[[20.0, 30.0]]]]), input_labels=torch.tensor([[[1]]])
+        )
     for model in ours:
-        _, quality, logits = look(model, image).predict(np.array([[20., 30.]]), np.array([1]))
-        assert np.allclose(logits, expected.pred_masks[0, 0], atol=1e-5) and np.allclose(quality, expected.iou_scores[0, 0], atol=1e-5)
-        assert np.ptp(logits) > .01
+        _, quality, logits = look(model, image).predict(np.array([[20.0, 30.0]]), np.array([1]))
+        assert np.allclose(logits, expected.pred_masks[0, 0], atol=1e-5) and np.allclose(
+            quality, expected.iou_scores[0, 0], atol=1e-5
+        )
+        assert np.ptp(logits) > 0.01
     (tmp_path / "sam" / "config.json").write_text('{"model_type": "sam2"}')
     refused(lambda: load_sam(tmp_path / "sam"), "'sam2'", "SamModel")
     (tmp_path / "sam" / "config.json").write_text("{")
@@ -547,17 +809,19 @@ def test_transformers_sam_is_the_same_network(theirs, tmp_path):
 # Through the whole method, and on the command line
 
 TEXT = "a dog jumping in a forest"
-SHORT = "--embedding-steps 1 --tuning-steps 1 --steps 2 --seeds 0 --object-picture input --device cpu".split()
+SHORT = ["--embedding-steps", "1", "--tuning-steps", "1", "--steps", "2", "--seeds", "0", "--object-picture", "input", "--device", "cpu"]
 
 
 @pytest.fixture(scope="module")
 def method():
     from layerdiffusion import LayerDiffusion
+
     return LayerDiffusion.from_pretrained("mini", "cpu")
 
 
 def find(method, **given):
     from layerdiffusion.core import fit_image
+
     whole = load_image("example:dog").resize((256, 256))
     return method.find_subject(whole, fit_image(whole, 64), **given)
 
@@ -567,11 +831,16 @@ def test_subject_from_everything(method):
     there = np.zeros((256, 256), bool)
     there[80:200, 60:180] = True
     truth = torch.from_numpy(there[2::4, 2::4]).float()[None]
-    for mask in (there, dict(segmentation=there), Image.fromarray(there), truth): assert torch.equal(find(method, mask=mask), truth)
+    for mask in (there, dict(segmentation=there), Image.fromarray(there), truth):
+        assert torch.equal(find(method, mask=mask), truth)
     alone, silent = said(lambda: find(method, point=(128, 144)))
     both, told = said(lambda: find(method, point=[(128, 144), (8, 8)], point_labels=[1, 0]))
     assert silent == [] and len(told) == 1 and "never learnt" in told[0] and alone.shape == both.shape == (1, 64, 64)
-    for wrong, words in ((dict(point=[]), ["no point"]), (dict(point=(128, 144), point_labels=[1, 0]), ["1 points but 2 labels"]), (dict(point=(128, 144), point_labels=[0]), ["No point is on"])):
+    for wrong, words in (
+        (dict(point=[]), ["no point"]),
+        (dict(point=(128, 144), point_labels=[1, 0]), ["1 points but 2 labels"]),
+        (dict(point=(128, 144), point_labels=[0]), ["No point is on"]),
+    ):
         refused(lambda: find(method, **wrong), *words)
     refused(lambda: method.prepare("example:dog", TEXT, point_labels=[1]), "without a point")
 
@@ -579,6 +848,7 @@ def test_subject_from_everything(method):
 def test_sam_objects_in_the_method(method, theirs):
     from layerdiffusion import LayerDiffusion
     from segment_anything import SamPredictor
+
     assert LayerDiffusion(method.models, SamPredictor(method.sam)).sam is method.sam
     assert LayerDiffusion(method.models, theirs).sam.knows_boxes and not method.sam.knows_boxes
     refused(lambda: LayerDiffusion(method.models, 3), "a int")
@@ -587,9 +857,11 @@ def test_sam_objects_in_the_method(method, theirs):
 @pytest.fixture
 def run(capfd):
     from layerdiffusion.cli import main
+
     def call(*args):
         code = main([str(a) for a in args])
         return code, *capfd.readouterr()
+
     return call
 
 
@@ -603,14 +875,20 @@ def test_command_pastes_back_with_a_large_note(run):
     assert code == 0 and "full-0.jpg" in out
     lines = [line for line in err.splitlines() if line.startswith("Warning")]
     assert len([line for line in lines if "MakerNote" in line]) == 1
-    assert Image.open("out/full-0.jpg").getexif()[0x010F] == Image.open("out/seed-0.png").getexif()[0x010F] == "A camera"
+    assert (
+        Image.open("out/full-0.jpg").getexif()[0x010F] == Image.open("out/seed-0.png").getexif()[0x010F] == "A camera"
+    )
 
 
 def test_command_not_point(run):
     code, out, err = run("edit", "example:dog", TEXT, *SHORT, "--point", "32,36", "--not-point", "3,3", "--out", "out")
     assert code == 0 and err.count("never learnt") == 1
-    for args, words in ((["--not-point", "3,3"], ["--point"]), (["--point", "32,36", "--not-point", "3"], ["--not-point", "X,Y"]), (["--mask", "out/mask.png", "--not-point", "3,3"], ["--not-point"]),
-                        (["--point", "32,36", "--not-point", "3,99"], ["(3, 99)"])):
+    for args, words in (
+        (["--not-point", "3,3"], ["--point"]),
+        (["--point", "32,36", "--not-point", "3"], ["--not-point", "X,Y"]),
+        (["--mask", "out/mask.png", "--not-point", "3,3"], ["--not-point"]),
+        (["--point", "32,36", "--not-point", "3,99"], ["(3, 99)"]),
+    ):
         code, out, err = run("edit", "example:dog", TEXT, *SHORT, *args, "--out", "no")
         assert code == 2 and all(word in err for word in words) and not Path("no").exists()
 
@@ -619,9 +897,27 @@ def test_command_not_point(run):
 def test_command_masks(run, name):
     "A mask of 0 and 1 passes the check on the command line, too."
     from layerdiffusion.cli import read_request
+
     FILES[name]()
-    options = dict(seeds="0", box=None, point=[], not_point=[], config=None, preset="paper", mask="m.png", out="out", resume=False, object_mask=None, object_reference=None,
-                   reference=None, preview=None, object=None, background=None, source=None, look_every=0)
+    options = dict(
+        seeds="0",
+        box=None,
+        point=[],
+        not_point=[],
+        config=None,
+        preset="paper",
+        mask="m.png",
+        out="out",
+        resume=False,
+        object_mask=None,
+        object_reference=None,
+        reference=None,
+        preview=None,
+        object=None,
+        background=None,
+        source=None,
+        look_every=0,
+    )
     assert read_request("example:dog", options)["mask"] == "m.png"
 
 

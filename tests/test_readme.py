@@ -1,5 +1,11 @@
 "README keeps its form, and what it tells people to type exists."
-import json, os, re, shlex, subprocess, sys
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -7,17 +13,27 @@ import pytest
 from layerdiffusion.experiments import compare
 
 ROOT = Path(__file__).resolve().parents[1]
-README = (ROOT/"README.md").read_text(encoding="utf-8")
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 LINES = README.splitlines()
 BLOCKS = [(m[1], m[2]) for m in re.finditer(r"^```(\w*)\n(.*?)^```", README, re.M | re.S)]
-SHELL = [line.strip() for kind, text in BLOCKS if kind in ("sh", "bash", "shell") for line in text.replace("\\\n", " ").splitlines() if line.strip()]
+SHELL = [
+    line.strip()
+    for kind, text in BLOCKS
+    if kind in ("sh", "bash", "shell")
+    for line in text.replace("\\\n", " ").splitlines()
+    if line.strip()
+]
 COMMANDS = [part.strip() for line in SHELL if not line.startswith("#") for part in re.split(r"&&|;|\|", line)]
 OURS = [c for c in COMMANDS if c.startswith("layerdiffusion ")]
+
 
 def run(*words):
     env = {**os.environ, "COLUMNS": "200", "NO_COLOR": "1", "TERM": "dumb"}
     code = "import sys; from layerdiffusion.cli import main; sys.argv[0] = 'layerdiffusion'; sys.exit(main())"
-    return subprocess.run([sys.executable, "-c", code, *words], env=env, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    return subprocess.run(
+        [sys.executable, "-c", code, *words], env=env, capture_output=True, text=True, stdin=subprocess.DEVNULL
+    )
+
 
 def test_form():
     "A picture by line 5, code by line 25, at most 150 lines."
@@ -25,28 +41,39 @@ def test_form():
     assert any("![" in line or "<img" in line for line in LINES[:5])
     assert any(line.startswith("```") for line in LINES[:25])
 
+
 def test_links_exist():
     links = re.findall(r'(?:\]\(|src=")(?![a-z]+:|#)([^)"#]+)', README)
-    assert links and not [link for link in links if not (ROOT/link).exists()]
+    assert links and not [link for link in links if not (ROOT / link).exists()]
+
 
 def test_two_commands():
     "The first installs and edits a shipped picture, the second installs and tests; CI runs both as they stand here."
     edit, test = [line for line in SHELL if line.startswith("pip install")][:2]
     assert "&& layerdiffusion edit example:" in edit
     assert test.endswith("pytest -q")
-    assert test in (ROOT/".ci/run").read_text(encoding="utf-8").splitlines()
+    assert test in (ROOT / ".ci/run").read_text(encoding="utf-8").splitlines()
 
-def test_there_are_commands(): assert OURS
+
+def test_there_are_commands():
+    assert OURS
+
 
 @pytest.mark.parametrize("command", OURS)
 def test_command_exists(command):
     "The subcommand and each option are in the program's own help."
     words = shlex.split(command, comments=True)[1:]
-    if words[0].startswith("-"): return None if run(words[0]).returncode == 0 else pytest.fail(command)
+    if words[0].startswith("-"):
+        return None if run(words[0]).returncode == 0 else pytest.fail(command)
     help = run(words[0], "--help")
     assert help.returncode == 0, help.stderr
-    missing = [w for w in words[1:] if re.match(r"--?[a-z]", w) and not re.search(rf"(?<![\w-]){re.escape(w.split('=')[0])}(?![\w-])", help.stdout)]
+    missing = [
+        w
+        for w in words[1:]
+        if re.match(r"--?[a-z]", w) and not re.search(rf"(?<![\w-]){re.escape(w.split('=')[0])}(?![\w-])", help.stdout)
+    ]
     assert not missing, f"not in `layerdiffusion {words[0]} --help`: {missing}"
+
 
 def test_python_runs(tmp_path, monkeypatch):
     "README's Python runs, with fewer steps."
@@ -56,21 +83,31 @@ def test_python_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     exec(compile(short, "README.md", "exec"), {"__name__": "readme"})
 
-def say(v): return "{:.0f} % [{:.0f} %, {:.0f} %]".format(*(100 * x for x in v))
+
+def say(v):
+    return "{:.0f} % [{:.0f} %, {:.0f} %]".format(*(100 * x for x in v))
+
 
 def test_numbers_are_of_the_records():
     "What README says of the joint edits stands in the record of the ablation."
-    record = json.loads((ROOT/"nbs/results/experiments/ablation-best-paper.json").read_text())
+    record = json.loads((ROOT / "nbs/results/experiments/ablation-best-paper.json").read_text())
     rows = {row["setting"]: row["right"] for row in record["settings"]}
     whole = "(f) whole method"
     assert len(record["edits"]) == 15 and say(rows[whole]) in README
     assert not [s for s in rows if s != whole and ": yes;" in compare(record, s, whole, "right")]
 
+
 def test_numbers_of_the_unseen_edits():
     "What README says of the unseen edits is counted from their record, as page 15 does."
     from layerdiffusion.scores import interval
-    kept = [json.loads(line) for line in (ROOT/"nbs/results/unseen.jsonl").read_text().splitlines()]
+
+    kept = [json.loads(line) for line in (ROOT / "nbs/results/unseen.jsonl").read_text().splitlines()]
     rows = [dict(edit=r["edit"], kind=r["kind"], **s) for r in kept if r["setting"] == "best" for s in r["scores"]]
     joint = [r for r in rows if r["kind"] == "pose and place"]
     assert f"of {len(rows)} pictures of {len({r['edit'] for r in rows})} unseen edits" in README
-    for number in (f"{say(interval(rows, 'valid'))} were valid", f"{say(interval(rows, 'right'))} were right", f"{say(interval(joint, 'right'))} where pose and place"): assert number in README
+    for number in (
+        f"{say(interval(rows, 'valid'))} were valid",
+        f"{say(interval(rows, 'right'))} were right",
+        f"{say(interval(joint, 'right'))} where pose and place",
+    ):
+        assert number in README

@@ -1,4 +1,5 @@
 """Scores: whose judge speaks."""
+
 import copy
 
 from layerdiffusion import scores
@@ -11,14 +12,19 @@ from layerdiffusion.settings import preset
 def test_a_given_judge_is_asked(monkeypatch):
     "Scorers are kept by the judge's content, not only by the edit."
     made = []
+
     def scorer(edit, models, sam, judge):
         made.append(judge)
         number = len(made)
         return lambda images: [dict(judge=number) for _ in images]
+
     monkeypatch.setattr(scores, "Scorer", scorer)
     method, own = LayerDiffusion.from_pretrained("mini"), load_judge()
     other = copy.deepcopy(own)
     other.heads["pose"].bias.data += 1
     config = preset("paper", embedding_steps=0, tuning_steps=0, sampling_steps=1)
-    said = [measure(method, edit_set("development")[:1], config, [0], judge=j)[0]["judge"] for j in (None, own, other, copy.deepcopy(own))]
+    said = [
+        measure(method, edit_set("development")[:1], config, [0], judge=j)[0]["judge"]
+        for j in (None, own, other, copy.deepcopy(own))
+    ]
     assert said == [1, 2, 3, 2] and len(made) == 3

@@ -1,8 +1,10 @@
 "Settings as keyword arguments, presets with their model, the negative prompt, and names of records that stay."
+
 import json
 from pathlib import Path
 
-import pytest, torch
+import pytest
+import torch
 
 from layerdiffusion import BadInput, EditConfig, LayerDiffusion, load_edit, preset
 from layerdiffusion.cli import main
@@ -12,7 +14,11 @@ from layerdiffusion.settings import LATER, PRESETS
 TEXT = "a dog jumping in a forest"
 SHORT = dict(object_picture="input", embedding_steps=1, tuning_steps=1, sampling_steps=2)
 GIVEN = dict(point=(32, 36), seeds=[0])
-CARD = dict(tuning_lr=2e-5, guidance_scale=3., presets=dict(best=dict(tuning_lr=1e-3, guidance_scale=1., tuning_steps=40), paper=dict(lambda_bg=2.)))
+CARD = dict(
+    tuning_lr=2e-5,
+    guidance_scale=3.0,
+    presets=dict(best=dict(tuning_lr=1e-3, guidance_scale=1.0, tuning_steps=40), paper=dict(lambda_bg=2.0)),
+)
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
@@ -24,39 +30,76 @@ def method():
 
 
 @pytest.fixture(scope="module")
-def plain(method): return method.edit("example:dog", TEXT, **GIVEN, **SHORT)
+def plain(method):
+    return method.edit("example:dog", TEXT, **GIVEN, **SHORT)
 
 
 # Presets
 
-def numbers(config): return config.resolve(CARD).model_dump()
+
+def numbers(config):
+    return config.resolve(CARD).model_dump()
+
 
 @pytest.mark.parametrize("name", PRESETS)
-@pytest.mark.parametrize("changes", [dict(), dict(alpha=.5), dict(tuning_lr=1e-4), dict(guidance_scale=2.), dict(tuning_steps=100), dict(lambda_bg=1., target_draws=3)])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(),
+        dict(alpha=0.5),
+        dict(tuning_lr=1e-4),
+        dict(guidance_scale=2.0),
+        dict(tuning_steps=100),
+        dict(lambda_bg=1.0, target_draws=3),
+    ],
+)
 def test_a_preset_means_the_same_everywhere(name, changes):
     "With its model's card or without, as keywords or as an object, written down and read again: the same settings; what was asked for is never replaced."
     want = numbers(preset(name, CARD, **changes))
-    assert want | changes == want and want["guidance_scale"] == changes.get("guidance_scale", dict(best=1., paper=3.)[name])
-    assert want["lambda_bg"] == changes.get("lambda_bg", dict(best=1., paper=2.)[name])
+    assert want | changes == want and want["guidance_scale"] == changes.get(
+        "guidance_scale", dict(best=1.0, paper=3.0)[name]
+    )
+    assert want["lambda_bg"] == changes.get("lambda_bg", dict(best=1.0, paper=2.0)[name])
     bare = preset(name, **changes)
-    for config in (bare, EditConfig(preset=name, **changes), preset(name).change(**changes), bare.resolve(CARD), bare.model_copy(update={})): assert numbers(config) == want
+    for config in (
+        bare,
+        EditConfig(preset=name, **changes),
+        preset(name).change(**changes),
+        bare.resolve(CARD),
+        bare.model_copy(update={}),
+    ):
+        assert numbers(config) == want
     read = EditConfig(**bare.model_dump())  # all values are named now, but those that belong to the model
-    assert {k: v for k, v in numbers(read).items() if k in ("guidance_scale", "tuning_lr", "embedding_lr")} == {k: want[k] for k in ("guidance_scale", "tuning_lr", "embedding_lr")}
+    assert {k: v for k, v in numbers(read).items() if k in ("guidance_scale", "tuning_lr", "embedding_lr")} == {
+        k: want[k] for k in ("guidance_scale", "tuning_lr", "embedding_lr")
+    }
 
 
 def test_what_is_resolved_stays(method):
     "By the model's own card; again, by any card, and through JSON."
-    done = preset("best", alpha=.5).resolve(method.models.card)
-    assert done.preset is None and done.resolve(CARD) == done == EditConfig(**done.model_dump()) == EditConfig.model_validate_json(done.model_dump_json())
-    assert done == method.settings(preset="best", alpha=.5) == method.settings(preset("best", alpha=.5)) == method.settings(preset("best"), alpha=.5)
-    assert (done.guidance_scale, done.tuning_lr) == (1., 1e-3) and method.settings().guidance_scale == 3.
-    assert done.change(alpha=.2) == method.settings(preset="best", alpha=.2)
+    done = preset("best", alpha=0.5).resolve(method.models.card)
+    assert done.preset is None and done.resolve(CARD) == done == EditConfig(
+        **done.model_dump()
+    ) == EditConfig.model_validate_json(done.model_dump_json())
+    assert (
+        done
+        == method.settings(preset="best", alpha=0.5)
+        == method.settings(preset("best", alpha=0.5))
+        == method.settings(preset("best"), alpha=0.5)
+    )
+    assert (done.guidance_scale, done.tuning_lr) == (1.0, 1e-3) and method.settings().guidance_scale == 3.0
+    assert done.change(alpha=0.2) == method.settings(preset="best", alpha=0.2)
 
 
 def test_settings_in_the_call(method, plain):
     "edit(..., alpha=.5) is edit(..., config=EditConfig(alpha=.5)), and they win over those of a config."
-    whole = method.edit("example:dog", TEXT, **GIVEN, config=EditConfig(**SHORT, alpha=.5))
-    for given in (dict(SHORT, alpha=.5), dict(config=EditConfig(**SHORT), alpha=.5), dict(config=EditConfig(**SHORT, alpha=.1), alpha=.5), dict(SHORT, preset="paper", alpha=.5)):
+    whole = method.edit("example:dog", TEXT, **GIVEN, config=EditConfig(**SHORT, alpha=0.5))
+    for given in (
+        dict(SHORT, alpha=0.5),
+        dict(config=EditConfig(**SHORT), alpha=0.5),
+        dict(config=EditConfig(**SHORT, alpha=0.1), alpha=0.5),
+        dict(SHORT, preset="paper", alpha=0.5),
+    ):
         found = method.edit("example:dog", TEXT, **GIVEN, **given)
         assert found.config == whole.config and torch.equal(found.images, whole.images)
     assert not torch.equal(plain.images, whole.images)
@@ -65,113 +108,200 @@ def test_settings_in_the_call(method, plain):
 def test_python_and_command_line_run_the_same(method, tmp_path, monkeypatch, capsys):
     "The preset best with a change: settings and pictures."
     monkeypatch.chdir(tmp_path)
-    few = dict(target_draws=2, tuning_steps=1, sampling_steps=2, alpha=.5)
-    assert main(["edit", "example:dog", TEXT, *"--preset best --target-draws 2 --tuning-steps 1 --steps 2 --alpha .5 --seeds 0 --point 32,36 --device cpu --out out".split()]) == 0
+    few = dict(target_draws=2, tuning_steps=1, sampling_steps=2, alpha=0.5)
+    assert (
+        main(
+            [
+                "edit",
+                "example:dog",
+                TEXT,
+                *["--preset", "best", "--target-draws", "2", "--tuning-steps", "1", "--steps", "2", "--alpha", ".5", "--seeds", "0", "--point", "32,36", "--device", "cpu", "--out", "out"],
+            ]
+        )
+        == 0
+    )
     result = method.edit("example:dog", TEXT, **GIVEN, preset="best", **few)
     assert EditConfig(**json.loads(Path("out/edit.json").read_text(encoding="utf-8"))["config"]) == result.config
     assert torch.equal(load_edit("out", method).images, result.images)
 
 
-@pytest.mark.parametrize("given, words", [(dict(alpah=.3), ["'alpah'", "near it: alpha"]), (dict(steps=5), ["'steps'", "sampling_steps"]), (dict(refrence="x.png"), ["'refrence'", "near it: reference"]), (dict(num_inference_steps=5), ["sampling_steps"]),
-                                          (dict(guidance=2), ["guidance_scale"]), (dict(negativ_prompt="x"), ["near it: negative_prompt"]), (dict(zoom=1), ["'zoom'", "there are: alpha"]), (dict(alpha=2), ["alpha is 2"]), (dict(preset="bets"), ["'bets'", "'best'"]),
-                                          (dict(preset="best", config=EditConfig()), ["preset or config, not both"]), (dict(config=dict(alpha=.5)), ["alpha=.5", "EditConfig"]), (dict(config="best"), ["preset='best'"])])
+@pytest.mark.parametrize(
+    "given, words",
+    [
+        (dict(alpah=0.3), ["'alpah'", "near it: alpha"]),
+        (dict(steps=5), ["'steps'", "sampling_steps"]),
+        (dict(refrence="x.png"), ["'refrence'", "near it: reference"]),
+        (dict(num_inference_steps=5), ["sampling_steps"]),
+        (dict(guidance=2), ["guidance_scale"]),
+        (dict(negativ_prompt="x"), ["near it: negative_prompt"]),
+        (dict(zoom=1), ["'zoom'", "there are: alpha"]),
+        (dict(alpha=2), ["alpha is 2"]),
+        (dict(preset="bets"), ["'bets'", "'best'"]),
+        (dict(preset="best", config=EditConfig()), ["preset or config, not both"]),
+        (dict(config=dict(alpha=0.5)), ["alpha=.5", "EditConfig"]),
+        (dict(config="best"), ["preset='best'"]),
+    ],
+)
 def test_refused_settings(method, given, words):
-    with pytest.raises(BadInput) as stop: method.edit("example:dog", TEXT, **given)
+    with pytest.raises(BadInput) as stop:
+        method.edit("example:dog", TEXT, **given)
     assert not [w for w in words if w not in str(stop.value)] and str(stop.value).endswith("."), stop.value
 
 
 def test_the_advice_of_a_message_works(method):
     "The call that a refusal recommends runs the settings of the command line."
-    with pytest.raises(BadInput, match=r"edit\(\.\.\., preset='best', alpha=\.5\)"): method.settings("best")
-    assert method.settings(preset="best", alpha=.5).tuning_lr == method.models.card["presets"]["best"]["tuning_lr"]
+    with pytest.raises(BadInput, match=r"edit\(\.\.\., preset='best', alpha=\.5\)"):
+        method.settings("best")
+    assert method.settings(preset="best", alpha=0.5).tuning_lr == method.models.card["presets"]["best"]["tuning_lr"]
 
 
 # Names of records
 
+
 def test_new_settings_change_no_names(method):
     "A setting that came later is written down only where it is used, so the names of recorded cells are found again."
     from layerdiffusion.experiments import EXPERIMENTS, cell_name, numbers_of
-    folder = Path(__file__).resolve().parents[1]/"nbs/results/experiments"
+
+    folder = Path(__file__).resolve().parents[1] / "nbs/results/experiments"
     for of in PRESETS:
-        record = json.loads((folder/f"alpha-{of}-paper.json").read_text(encoding="utf-8"))
+        record = json.loads((folder / f"alpha-{of}-paper.json").read_text(encoding="utf-8"))
         task = type("Task", (), dict(name=record["edits"][0]))
         for setting, row in list(zip(EXPERIMENTS["alpha"](of), record["settings"]))[::5]:
             cell = cell_name(method, task, setting, record["seeds"], numbers_of(method, setting))
-            if method.models.hash == "other weights": continue
+            if method.models.hash == "other weights":
+                continue
             assert cell == row["cells"][0], f"{of}, {setting.name}: the recorded cell is called {row['cells'][0]}"
 
 
 def test_what_is_written_down():
-    assert not LATER.keys() & EditConfig().model_dump().keys() and not LATER.keys() & preset("best").resolve({}).model_dump().keys()
+    assert (
+        not LATER.keys() & EditConfig().model_dump().keys()
+        and not LATER.keys() & preset("best").resolve({}).model_dump().keys()
+    )
     used = EditConfig(negative_prompt="a hat")
-    assert used.model_dump()["negative_prompt"] == "a hat" and content_hash(used) != content_hash(EditConfig()) == content_hash(EditConfig(negative_prompt=""))
-    assert json.loads(preset("best").model_dump_json())["preset"] == "best" and EditConfig().model_dump(include={"alpha"}) == dict(alpha=.7)
+    assert used.model_dump()["negative_prompt"] == "a hat" and content_hash(used) != content_hash(
+        EditConfig()
+    ) == content_hash(EditConfig(negative_prompt=""))
+    assert json.loads(preset("best").model_dump_json())["preset"] == "best" and EditConfig().model_dump(
+        include={"alpha"}
+    ) == dict(alpha=0.7)
 
 
 # The negative prompt
+
 
 def test_the_negative_prompt_is_the_unconditional_text(method, plain):
     "One step of drawing by hand: free + scale · (said − free), where free is under the negative prompt."
     from layerdiffusion.fine_tuning import apply_difference
     from layerdiffusion.sd import ddim_sample, decode_latents, encode_text, initial_latents
     from dataclasses import replace
+
     how = dict(iterative_guidance=False, sampling_steps=1)
     config = plain.config.change(negative_prompt="a hat", **how)
     found = method.sample(plain.embeddings, plain.difference, (64, 64), [0], config)
     models = replace(method.models, unet=apply_difference(method.models.unet, plain.difference))
-    e_opt = .7 * plain.embeddings[0] + .3 * plain.embeddings[1]
-    by_hand = decode_latents(models, ddim_sample(models, e_opt, encode_text(models, "a hat"), initial_latents(models, [0]), 1, config.guidance_scale))
+    e_opt = 0.7 * plain.embeddings[0] + 0.3 * plain.embeddings[1]
+    by_hand = decode_latents(
+        models,
+        ddim_sample(
+            models, e_opt, encode_text(models, "a hat"), initial_latents(models, [0]), 1, config.guidance_scale
+        ),
+    )
     without = method.sample(plain.embeddings, plain.difference, (64, 64), [0], plain.config.change(**how))
     assert torch.allclose(found, by_hand, atol=1e-6) and not torch.allclose(found, without, atol=1e-3)
 
 
 def test_it_leads_away(method):
     "Pictures of a text are further from what the negative prompt says: a white place becomes darker."
+
     def light(negative):
-        drawn = [method.draw("a dog standing in the snow", (64, 64), method.settings(sampling_steps=8, negative_prompt=negative, seed=seed), "test") for seed in range(3)]
+        drawn = [
+            method.draw(
+                "a dog standing in the snow",
+                (64, 64),
+                method.settings(sampling_steps=8, negative_prompt=negative, seed=seed),
+                "test",
+            )
+            for seed in range(3)
+        ]
         return torch.stack(drawn).mean().item()
-    assert light("in the snow") < light("") - .01 and light("in a city at night") > light("") + .005
+
+    assert light("in the snow") < light("") - 0.01 and light("in a city at night") > light("") + 0.005
 
 
 def test_it_is_kept(method, plain, tmp_path):
     "In edit.json, drawn again from there, taken over by reuse, exported, and changed while drawing."
     edit = method.edit("example:dog", TEXT, **GIVEN, **SHORT, negative_prompt="“a hat” ")
-    folder = edit.save(tmp_path/"edit")
-    assert json.loads((folder/"edit.json").read_text(encoding="utf-8"))["config"]["negative_prompt"] == "a hat"
+    folder = edit.save(tmp_path / "edit")
+    assert json.loads((folder / "edit.json").read_text(encoding="utf-8"))["config"]["negative_prompt"] == "a hat"
     again = load_edit(folder, method)
-    assert torch.equal(again.images, edit.images) and again.config == edit.config and not torch.equal(edit.images, plain.images)
+    assert (
+        torch.equal(again.images, edit.images)
+        and again.config == edit.config
+        and not torch.equal(edit.images, plain.images)
+    )
     assert not torch.equal(load_edit(folder, method, negative_prompt="").images, edit.images)
     assert method.reuse(again, "a dog lying in a forest", seeds=[0]).config.negative_prompt == "a hat"
     from layerdiffusion.saving import export
     from layerdiffusion.sd import encode_text
     from safetensors.torch import load_file
-    words = load_file(export(edit, method, tmp_path/"out", "lora")/"embeddings.safetensors")
+
+    words = load_file(export(edit, method, tmp_path / "out", "lora") / "embeddings.safetensors")
     assert torch.equal(words["negative_prompt_embeds"], encode_text(method.models, "a hat"))
-    assert "negative_prompt" not in json.loads((plain.save(tmp_path/"plain")/"edit.json").read_text(encoding="utf-8"))["config"]
+    assert (
+        "negative_prompt"
+        not in json.loads((plain.save(tmp_path / "plain") / "edit.json").read_text(encoding="utf-8"))["config"]
+    )
 
 
-@pytest.mark.parametrize("given, words", [(dict(negative_prompt="a hat", guidance_scale=1), "guidance_scale is 1"), (dict(negative_prompt="a hat", preset="best"), "guidance_scale is 1"), (dict(negative_prompt="a zebra"), "zebra"),
-                                          (dict(negative_prompt="(hat:1.3)"), "(hat:1.3)"), (dict(negative_prompt=5), "negative_prompt is 5"), (dict(negative_prompt=" ".join(["a hat"] * 20)), "tokens")])
+@pytest.mark.parametrize(
+    "given, words",
+    [
+        (dict(negative_prompt="a hat", guidance_scale=1), "guidance_scale is 1"),
+        (dict(negative_prompt="a hat", preset="best"), "guidance_scale is 1"),
+        (dict(negative_prompt="a zebra"), "zebra"),
+        (dict(negative_prompt="(hat:1.3)"), "(hat:1.3)"),
+        (dict(negative_prompt=5), "negative_prompt is 5"),
+        (dict(negative_prompt=" ".join(["a hat"] * 20)), "tokens"),
+    ],
+)
 def test_refused_negative_prompts(method, given, words):
     "Before anything is computed; where guidance is off it would do nothing, and that is said."
-    with pytest.raises(BadInput) as stop: method.edit("example:dog", TEXT, **GIVEN, **given, callback=lambda event: pytest.fail("computed"))
+    with pytest.raises(BadInput) as stop:
+        method.edit("example:dog", TEXT, **GIVEN, **given, callback=lambda event: pytest.fail("computed"))
     assert words in str(stop.value)
 
 
 def test_negative_prompt_on_the_command_line(method, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    short = "--embedding-steps 1 --tuning-steps 1 --steps 2 --seeds 0 --object-picture input --point 32,36 --device cpu --out out".split()
+    short = ["--embedding-steps", "1", "--tuning-steps", "1", "--steps", "2", "--seeds", "0", "--object-picture", "input", "--point", "32,36", "--device", "cpu", "--out", "out"]
     assert main(["edit", "example:dog", "“" + TEXT + "”", *short, "--negative-prompt", "a hat"]) == 0
     saved = json.loads(Path("out/edit.json").read_text(encoding="utf-8"))
     assert saved["config"]["negative_prompt"] == "a hat" and saved["text"] == TEXT
-    for wrong in (["--negative-prompt", "a hat", "--guidance-scale", "1"], ["--negative-prompt", "a (hat)"], ["--preset", "best", "--negative-prompt", "a hat"]):
+    for wrong in (
+        ["--negative-prompt", "a hat", "--guidance-scale", "1"],
+        ["--negative-prompt", "a (hat)"],
+        ["--preset", "best", "--negative-prompt", "a hat"],
+    ):
         before = sorted(p.name for p in Path().rglob("*"))
         capsys.readouterr()
         assert main(["edit", "example:dog", TEXT, *short[:-1], "other", *wrong]) == 2
-        assert len(capsys.readouterr().err.strip().splitlines()) == 1 and sorted(p.name for p in Path().rglob("*")) == before
+        assert (
+            len(capsys.readouterr().err.strip().splitlines()) == 1
+            and sorted(p.name for p in Path().rglob("*")) == before
+        )
 
 
-@pytest.mark.parametrize("text", ["a (dog:1.3) in a forest", "Make the dog jump in a forest", "ein Hund im Wald", "a dog without a hat in a forest", "a dog"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a (dog:1.3) in a forest",
+        "Make the dog jump in a forest",
+        "ein Hund im Wald",
+        "a dog without a hat in a forest",
+        "a dog",
+    ],
+)
 def test_words_are_refused_before_a_model_is_loaded(text, tmp_path, monkeypatch, capsys):
     "On the command line: one sentence, exit code 2, no folder, and not even a wrong model is looked at."
     monkeypatch.chdir(tmp_path)
@@ -183,6 +313,7 @@ def test_words_are_refused_before_a_model_is_loaded(text, tmp_path, monkeypatch,
 def test_a_preset_never_goes_unheard():
     "Settings that are all named, such as those of an edit, have no room for one: refused, not ignored."
     done = EditConfig().resolve({})
-    with pytest.raises(BadInput, match="all named already.*begin with EditConfig"): done.change(preset="best")
-    assert done.change(alpha=.5).alpha == .5
+    with pytest.raises(BadInput, match="all named already.*begin with EditConfig"):
+        done.change(preset="best")
+    assert done.change(alpha=0.5).alpha == 0.5
     assert EditConfig().change(preset="best").resolve({}) == EditConfig(preset="best").resolve({})

@@ -1,13 +1,27 @@
 "How large things are: a LoRA on disk, a change of low rank, results in memory, half precision, and what a process takes beside what was said."
-import json, os, subprocess, sys
+
+import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
 
-import pytest, torch
+import pytest
+import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from layerdiffusion.core import BadInput, refusal
-from layerdiffusion.fine_tuning import (apply_difference, change_of, changed, dithered, fine_tune, full_rank, left_out, low_rank,
-                                        weight_difference)
+from layerdiffusion.fine_tuning import (
+    apply_difference,
+    change_of,
+    changed,
+    dithered,
+    fine_tune,
+    full_rank,
+    left_out,
+    low_rank,
+    weight_difference,
+)
 from layerdiffusion.pipeline import EditConfig, LayerDiffusion, load_edit
 from layerdiffusion.saving import export, lora
 
@@ -16,7 +30,8 @@ SHORT = dict(object_picture="input", embedding_steps=1, tuning_steps=4, sampling
 
 
 @pytest.fixture(scope="module")
-def method(): return LayerDiffusion.from_pretrained("mini", "cpu")
+def method():
+    return LayerDiffusion.from_pretrained("mini", "cpu")
 
 
 def make(method, **changes):
@@ -24,20 +39,25 @@ def make(method, **changes):
 
 
 @pytest.fixture(scope="module")
-def thin(method): return make(method, tuned_parameters="lora", lora_rank=4, tuning_lr=1e-2)
+def thin(method):
+    return make(method, tuned_parameters="lora", lora_rank=4, tuning_lr=1e-2)
 
 
 @pytest.fixture(scope="module")
-def whole(method): return make(method, tuning_lr=2e-4)
+def whole(method):
+    return make(method, tuning_lr=2e-4)
 
 
-def drawn_without(method, edit): return method.sample(edit.embeddings, {}, (64, 64), edit.seeds, edit.config)
+def drawn_without(method, edit):
+    return method.sample(edit.embeddings, {}, (64, 64), edit.seeds, edit.config)
 
 
-def off(a, b): return (a - b).abs().mean().item()
+def off(a, b):
+    return (a - b).abs().mean().item()
 
 
 # A LoRA stays one
+
 
 def test_a_lora_is_kept_as_its_factors(method, thin, whole, tmp_path):
     "A file of a few kilobytes, the same pictures from it, and a change of the pictures that can be seen."
@@ -45,10 +65,12 @@ def test_a_lora_is_kept_as_its_factors(method, thin, whole, tmp_path):
     names = [name for name in load_file(file) if name.startswith("unet.")]
     assert names and all(name.endswith((".weight.up", ".weight.down")) for name in names)
     assert {x.shape[1] for name, x in thin.difference.items() if name.endswith(".up")} == {4}
-    assert file.stat().st_size < 250_000 < 1_000_000 < (whole.save(tmp_path / "whole") / "edit.safetensors").stat().st_size
+    assert (
+        file.stat().st_size < 250_000 < 1_000_000 < (whole.save(tmp_path / "whole") / "edit.safetensors").stat().st_size
+    )
     assert json.loads((file.parent / "edit.json").read_text())["lora_alpha"] == 4
     loaded = load_edit(file, LayerDiffusion(method.models, method.sam))
-    assert torch.equal(loaded.images, thin.images) and off(thin.images, drawn_without(method, thin)) > .005
+    assert torch.equal(loaded.images, thin.images) and off(thin.images, drawn_without(method, thin)) > 0.005
 
 
 @pytest.mark.parametrize("rank, kept", [(1, 1), (4, 4), (5000, 4)])
@@ -62,14 +84,17 @@ def test_alpha_is_the_rank_of_the_file(method, thin, tmp_path, rank, kept):
 def test_a_dense_file_of_an_older_version_is_read(method, thin, tmp_path):
     "Its LoRA was multiplied out; the pictures are those of the factors but for rounding."
     file = thin.save(tmp_path / "old") / "edit.safetensors"
-    with safe_open(file, "pt") as f: header = f.metadata()
+    with safe_open(file, "pt") as f:
+        header = f.metadata()
     kept = {name: x for name, x in load_file(file).items() if not name.startswith("unet.")}
     dense = {f"unet.{name}": change.half().contiguous() for name, change in full_rank(thin.difference).items()}
     save_file(kept | dense, file, header)
     old = load_edit(file, method)
-    assert off(old.images, thin.images) < .1 * off(thin.images, drawn_without(method, thin))
+    assert off(old.images, thin.images) < 0.1 * off(thin.images, drawn_without(method, thin))
     folder = export(old, method, tmp_path / "lora", "lora", rank=4)
-    assert {x.shape[0] for name, x in load_file(folder / "pytorch_lora_weights.safetensors").items() if "lora_A" in name} == {4}
+    assert {
+        x.shape[0] for name, x in load_file(folder / "pytorch_lora_weights.safetensors").items() if "lora_A" in name
+    } == {4}
 
 
 def test_factors_are_the_change(method, thin):
@@ -78,43 +103,60 @@ def test_factors_are_the_change(method, thin):
     words, mask = thin.embeddings[0], torch.ones(1, 1, 8, 8)
     tuned, _ = fine_tune(models, words, x, mask, None, 0 * mask, steps=2, learning_rate=1e-2, params="lora", rank=2)
     found, base = weight_difference(models.unet, tuned), models.unet.state_dict()
-    for name in changed(found): assert torch.allclose(change_of(found, name), tuned.state_dict()[name] - base[name], atol=1e-4)
+    for name in changed(found):
+        assert torch.allclose(change_of(found, name), tuned.state_dict()[name] - base[name], atol=1e-4)
     name = changed(found)[0]
-    with torch.no_grad(): tuned.state_dict()[name].add_(.01)
+    with torch.no_grad():
+        tuned.state_dict()[name].add_(0.01)
     after = weight_difference(models.unet, tuned)
-    assert name in after and torch.allclose(after[name].float(), change_of(found, name) + .01, atol=1e-4)
+    assert name in after and torch.allclose(after[name].float(), change_of(found, name) + 0.01, atol=1e-4)
 
 
 def test_a_lora_is_reused(method, thin, tmp_path):
     "Begun with half of what was learnt: the factors of both, and the same pictures from the file."
     loaded = load_edit(thin.save(tmp_path / "thin"), method)
-    again = method.reuse(loaded, "a dog lying in the snow", seeds=[1], steps=2, keep=.5)
-    assert {x.shape[1] for name, x in again.difference.items() if name.endswith(".up")} == {8} and len(again.difference) == len(thin.difference)
+    again = method.reuse(loaded, "a dog lying in the snow", seeds=[1], steps=2, keep=0.5)
+    assert {x.shape[1] for name, x in again.difference.items() if name.endswith(".up")} == {8} and len(
+        again.difference
+    ) == len(thin.difference)
     assert torch.equal(load_edit(again.save(tmp_path / "again"), method).images, again.images)
-    kept = method.reuse(loaded, TEXT, seeds=[1], steps=0, keep=.5).difference
-    for name in changed(kept): assert torch.allclose(change_of(kept, name), .5 * change_of(thin.difference, name), atol=1e-4)
+    kept = method.reuse(loaded, TEXT, seeds=[1], steps=0, keep=0.5).difference
+    for name in changed(kept):
+        assert torch.allclose(change_of(kept, name), 0.5 * change_of(thin.difference, name), atol=1e-4)
 
 
 @pytest.mark.parametrize("rank", [None, 16, 1])
 def test_diffusers_finds_a_lora_in_the_folder(method, thin, tmp_path, rank):
     "Its U-Net says what ours says with all directions, and something else with one."
     from diffusers import StableDiffusionPipeline
+
     folder = export(thin, method, tmp_path / "lora", "lora", **({} if rank is None else dict(rank=rank)))
     assert (folder / "pytorch_lora_weights.safetensors").stat().st_size < 250_000
     pipe = StableDiffusionPipeline.from_pretrained(method.models.folder, safety_checker=None)
     pipe.load_lora_weights(folder)
     x, words = torch.randn(1, 16, 8, 8, generator=torch.Generator().manual_seed(0)), thin.embeddings[0]
-    with torch.no_grad(): theirs, ours, untouched = (unet(x, 500, words).sample for unet in (pipe.unet, apply_difference(method.models.unet, thin.difference), method.models.unet))
+    with torch.no_grad():
+        theirs, ours, untouched = (
+            unet(x, 500, words).sample
+            for unet in (pipe.unet, apply_difference(method.models.unet, thin.difference), method.models.unet)
+        )
     far = off(ours, untouched)
-    assert (.01 * far < off(theirs, ours) < far) if rank == 1 else off(theirs, ours) < 1e-3 * far
+    assert (0.01 * far < off(theirs, ours) < far) if rank == 1 else off(theirs, ours) < 1e-3 * far
 
 
 def test_an_exported_lora_draws_our_pictures(method, thin, tmp_path):
     "By draw.py, in a process that cannot import this library: ours to the last of 256 steps."
     from layerdiffusion.saving import pixels
+
     folder = export(thin, method, tmp_path / "lora", "lora")
     code = "import runpy, sys; sys.modules['layerdiffusion'] = None; runpy.run_path(sys.argv.pop(1))"
-    done = subprocess.run([sys.executable, "-c", code, str(folder / "draw.py")], capture_output=True, text=True, cwd="/", env=os.environ | dict(HF_HUB_OFFLINE="1"))
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(folder / "draw.py")],
+        capture_output=True,
+        text=True,
+        cwd="/",
+        env=os.environ | dict(HF_HUB_OFFLINE="1"),
+    )
     assert done.returncode == 0, done.stderr
     alone = torch.stack([pixels(folder / f"drawn-{seed}.png") for seed in SEEDS])
     assert (alone - thin.images).abs().max() < 1.6 / 255
@@ -122,13 +164,16 @@ def test_an_exported_lora_draws_our_pictures(method, thin, tmp_path):
 
 # A small file of a whole change
 
+
 def test_the_best_of_a_rank(whole):
     "What is left out is what the singular values say, less with each rank; vectors are kept."
     name = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q.weight"
     one = {name: whole.difference[name]}
     s = torch.linalg.svdvals(one[name].float())
     for rank in (1, 4, 16):
-        assert left_out(one, low_rank(one, rank)) == pytest.approx((s[rank:].square().sum() / s.square().sum()).sqrt().item(), abs=2e-3)
+        assert left_out(one, low_rank(one, rank)) == pytest.approx(
+            (s[rank:].square().sum() / s.square().sum()).sqrt().item(), abs=2e-3
+        )
         twice = low_rank(low_rank(one, 2 * rank), rank)
         assert left_out(one, twice) == pytest.approx(left_out(one, low_rank(one, rank)), abs=2e-3)
     middle = {n: x for n, x in whole.difference.items() if n.startswith("mid_block")}
@@ -137,17 +182,27 @@ def test_the_best_of_a_rank(whole):
     assert 1 > errors[0] > errors[1] > errors[2] > errors[3] > 0
     vectors = {n: x for n, x in middle.items() if x.ndim == 1}
     assert vectors and all(torch.equal(small[1][n], x) for n, x in vectors.items())
-    for wrong in (0, -1, 2.5, "4", True): assert "rank is" in refusal(low_rank, whole.difference, wrong)
+    for wrong in (0, -1, 2.5, "4", True):
+        assert "rank is" in refusal(low_rank, whole.difference, wrong)
 
 
 def test_rank_on_the_command_line(whole, tmp_path, monkeypatch, capsys):
     "The file is small, the line says what is left out, edit.json too, and it is drawn again; without a rank all is kept."
     from layerdiffusion.cli import main
+
     monkeypatch.chdir(tmp_path)
-    call = ["edit", "example:dog", TEXT, *"--point 32,36 --object-picture input --embedding-steps 1 --tuning-steps 1 --steps 2 --seeds 0 --device cpu --offline --out".split()]
+    call = [
+        "edit",
+        "example:dog",
+        TEXT,
+        *["--point", "32,36", "--object-picture", "input", "--embedding-steps", "1", "--tuning-steps", "1", "--steps", "2", "--seeds", "0", "--device", "cpu", "--offline", "--out"],
+    ]
     assert main([*call, "small", "--rank", "4"]) == 0
     line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("Rank"))
-    saved, full = (json.loads((folder / "edit.json").read_text()) for folder in (tmp_path / "small", whole.save(tmp_path / "whole")))
+    saved, full = (
+        json.loads((folder / "edit.json").read_text())
+        for folder in (tmp_path / "small", whole.save(tmp_path / "whole"))
+    )
     assert saved["rank"] == 4 and 0 < saved["rank_error"] < 1 and f"{saved['rank_error']:.1%}" in line
     assert full["rank"] is None and "rank_error" not in full
     sizes = [(tmp_path / name / "edit.safetensors").stat().st_size for name in ("whole", "small")]
@@ -158,13 +213,16 @@ def test_rank_on_the_command_line(whole, tmp_path, monkeypatch, capsys):
 
 # What is kept in memory
 
+
 def test_memory_kept_is_bounded(monkeypatch):
     "By bytes: the one not asked for the longest goes first, the newest stays whatever its size, and shared memory counts once."
     from layerdiffusion import pipeline
     from layerdiffusion.pipeline import Kept, held
+
     monkeypatch.setattr(pipeline, "KEEP", 1000)
     kept, block = Kept(), lambda n: torch.zeros(n, dtype=torch.uint8)
-    for name in "abc": kept[name] = dict(x=block(300), losses=[.1])
+    for name in "abc":
+        kept[name] = dict(x=block(300), losses=[0.1])
     kept.move_to_end("a")
     kept["d"] = (block(300), [block(50)])
     assert list(kept) == ["c", "a", "d"]
@@ -181,34 +239,45 @@ def test_memory_kept_is_bounded(monkeypatch):
 def test_results_of_stages_are_bounded(method, monkeypatch):
     "Asked for again, what went is computed again, and what stayed is not."
     from layerdiffusion import pipeline
+
     fresh, made = LayerDiffusion(method.models, method.sam), []
     monkeypatch.setattr(pipeline, "KEEP", 900)
-    def ask(name): return fresh.once("stage", [name], lambda key: made.append(name) or torch.zeros(100))
-    for name in "ababc": ask(name)  # 400 bytes each, so two are kept
+
+    def ask(name):
+        return fresh.once("stage", [name], lambda key: made.append(name) or torch.zeros(100))
+
+    for name in "ababc":
+        ask(name)  # 400 bytes each, so two are kept
     assert made == ["a", "b", "c"]
     ask("b"), ask("a")
     assert made == ["a", "b", "c", "a"] and len(fresh.cache) == 2
-    for key in "xyz": fresh.unfinished[key] = dict(param=torch.zeros(100))
+    for key in "xyz":
+        fresh.unfinished[key] = dict(param=torch.zeros(100))
     assert list(fresh.unfinished) == ["y", "z"]
 
 
 # Half precision is half
 
-@pytest.mark.parametrize("dtype, fine", [(torch.bfloat16, 2 ** -7), (torch.float16, 2 ** -10)])
+
+@pytest.mark.parametrize("dtype, fine", [(torch.bfloat16, 2**-7), (torch.float16, 2**-10)])
 def test_rounding_keeps_the_mean(dtype, fine):
     "For any share of the last digit and both signs; numbers that fit stay, and float32 is not touched."
-    for share in (.05, .3, .5, .9):
+    for share in (0.05, 0.3, 0.5, 0.9):
         for sign in (1, -1):
             x = torch.full((5000,), sign * (1 + share * fine))
             y = dithered(x, dtype).float()
-            assert set(y.abs().tolist()) <= {1., 1 + fine} and abs((y.abs().mean() - 1) / fine - share) < .02
+            assert set(y.abs().tolist()) <= {1.0, 1 + fine} and abs((y.abs().mean() - 1) / fine - share) < 0.02
     x = torch.randn(999, generator=torch.Generator().manual_seed(0))
     assert torch.equal(dithered(x, torch.float32), x) and torch.equal(dithered(x.to(dtype).float(), dtype), x.to(dtype))
-    assert torch.equal(dithered(x, dtype), dithered(x, dtype)) and (dithered(x, dtype).float() - x).abs().max() <= fine * x.abs().max()
+    assert (
+        torch.equal(dithered(x, dtype), dithered(x, dtype))
+        and (dithered(x, dtype).float() - x).abs().max() <= fine * x.abs().max()
+    )
 
 
 @pytest.fixture(scope="module")
-def half(method): return LayerDiffusion.from_pretrained("mini", "cpu", method.sam, precision="bf16")
+def half(method):
+    return LayerDiffusion.from_pretrained("mini", "cpu", method.sam, precision="bf16")
 
 
 def test_a_tuned_unet_stays_half(half, whole, thin):
@@ -221,21 +290,26 @@ def test_a_tuned_unet_stays_half(half, whole, thin):
     half.sample(whole.embeddings, whole.difference, (64, 64), [0], whole.config)
     del half.paint
     assert seen == [{torch.bfloat16}]
-    assert {p.dtype for p in apply_difference(half.models.unet, thin.difference, torch.float32).parameters()} == {torch.float32}
+    assert {p.dtype for p in apply_difference(half.models.unet, thin.difference, torch.float32).parameters()} == {
+        torch.float32
+    }
 
 
 def test_small_changes_are_seen_in_half_precision(half, method):
     "At the paper's rate: pictures as near to those of exact weights as half precision is without any tuning, and far nearer than rounding to the nearest brings them."
     unet, x = half.models.unet, torch.randn(1, 16, 8, 8, generator=torch.Generator().manual_seed(0))
     edit = make(half, tuning_lr=2e-6, tuning_steps=40, sampling_steps=8)
-    nearest, exact, plain = (apply_difference(unet, change, torch.float32) for change in (edit.difference, edit.difference, {}))
-    for p in nearest.parameters(): p.data = p.data.bfloat16()
+    nearest, exact, plain = (
+        apply_difference(unet, change, torch.float32) for change in (edit.difference, edit.difference, {})
+    )
+    for p in nearest.parameters():
+        p.data = p.data.bfloat16()
     tuned = apply_difference(unet, edit.difference)
     draw = lambda unet: half.paint(unet, edit.embeddings, (64, 64), SEEDS, edit.config)
     reference = draw(exact)
     moved, without = off(draw(plain), reference), off(draw(plain), draw(unet))
-    assert off(draw(tuned), reference) < 2 * without + .05 * moved
-    assert off(draw(tuned), reference) < .5 * off(draw(nearest), reference)
+    assert off(draw(tuned), reference) < 2 * without + 0.05 * moved
+    assert off(draw(tuned), reference) < 0.5 * off(draw(nearest), reference)
 
 
 # What a process takes
@@ -269,25 +343,37 @@ print(json.dumps(dict(embed=said["embed"] / embed, tune=said["tune"] / tune, sam
 def medium(tmp_path_factory):
     "v1.4's plan at a quarter of its width: 53 million parameters in the U-Net."
     from layerdiffusion.full_size import build_model
-    return build_model(tmp_path_factory.mktemp("medium") / "sd", width=.25, size=256)
+
+    return build_model(tmp_path_factory.mktemp("medium") / "sd", width=0.25, size=256)
 
 
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="only Linux counts a peak anew")
 @pytest.mark.parametrize("level, precision, kind", [("full", "fp32", "all"), ("spare", "bf16", "attention")])
 def test_what_a_process_takes_was_said(medium, level, precision, kind):
     "Within 15 % of the highest resident memory of a process of its own, for each stage, at the level, precision and kind of tuning."
-    done = subprocess.run([sys.executable, "-c", MEASURE, str(medium), level, precision, kind], capture_output=True, text=True, env=os.environ | dict(HF_HUB_OFFLINE="1"))
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURE, str(medium), level, precision, kind],
+        capture_output=True,
+        text=True,
+        env=os.environ | dict(HF_HUB_OFFLINE="1"),
+    )
     assert done.returncode == 0, done.stderr
     ratios = json.loads(done.stdout.splitlines()[-1])
-    assert all(abs(ratio - 1) < .15 for ratio in ratios.values()), ratios
+    assert all(abs(ratio - 1) < 0.15 for ratio in ratios.values()), ratios
 
 
 def test_nothing_waits_on_a_cpu(method):
     "Where the CPU is the device, a level that lets parts wait saves nothing by it; on a GPU it does, and SAM counts as long as it stays."
     from layerdiffusion.memory import predict, weight_bytes
-    on = lambda device, level, sam=None: predict(replace(method.models, device=torch.device(device)), level, seeds=1, sam=sam)
+
+    on = lambda device, level, sam=None: predict(
+        replace(method.models, device=torch.device(device)), level, seeds=1, sam=sam
+    )
     full, spare = on("cpu", "full"), on("cpu", "spare")
-    assert all(abs(spare[stage] / full[stage] - 1) < .02 for stage in ("draw", "decode")) and spare["embed"] > .9 * full["embed"]
+    assert (
+        all(abs(spare[stage] / full[stage] - 1) < 0.02 for stage in ("draw", "decode"))
+        and spare["embed"] > 0.9 * full["embed"]
+    )
     full, spare = on("cuda", "full"), on("cuda", "spare")
     assert all(spare[stage] < full[stage] for stage in full)
     seen = on("cuda", "full", method.sam), on("cuda", "spare", method.sam)
