@@ -46,14 +46,12 @@ from layerdiffusion.core import (
     write_json,
 )
 from .embeddings import split_text
-from .judge import ask, load_judge
 from .masks import propose_subject
 from .metrics import Clip, clip_score, subject_likeness
 from .pipeline import LayerDiffusion
 from .saving import EditResult, patch
 from .sd import decode_latents, encode_text
 from .settings import PAPER, EditConfig, preset
-from .world import VALUES
 
 # %% ../nbs/23_app.ipynb #b4bc8c9c
 @dataclass(frozen=True)
@@ -203,6 +201,8 @@ class Job:
 # %% ../nbs/23_app.ipynb #40a42e64
 def asked_for(text: str) -> dict:
     "Colour, species, pose and place that a text of mini's world names."
+    from layerdiffusion.world import VALUES
+
     words = (
         set(re.findall(r"[a-z]+", text.lower()))
         | ({"snow"} if "snowy" in text else set())
@@ -217,6 +217,9 @@ def scores(method: LayerDiffusion, result: EditResult) -> list:  # a dict for ea
     "CLIP score, likeness of the subject and the judge's answers."
     if method.models.card.get("name") != "mini":
         return []
+    from layerdiffusion.judge import ask, load_judge
+    from layerdiffusion.world import VALUES
+
     clip, judge = (
         method.once("app clip", [], lambda _: Clip("mini")),
         method.once("app judge", [], lambda _: load_judge()),

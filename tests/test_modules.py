@@ -150,3 +150,22 @@ def test_public_names():
         "import layerdiffusion as l; [getattr(l, n) for n in l.__all__]; print(hasattr(l, 'nonsense'), set(l.__all__) <= set(dir(l)))"
     )
     assert done.stdout.split() == ["False", "True"], done.stderr
+
+
+TOYS = ("world", "judge", "mini", "scores")  # mini's world, what is trained on it, what judges it
+FULL_SIZE = """
+import importlib, sys
+from layerdiffusion import LayerDiffusion, load_edit, preset
+from layerdiffusion.pipeline import LayerDiffusion
+for name in {rooms}: importlib.import_module("layerdiffusion." + name)
+print(sorted(n for n in sys.modules if n.startswith("layerdiffusion.") and n.rpartition(".")[2] in {toys}))
+"""
+PAPER_ROOMS = "core folders sd method masks embeddings fine_tuning guidance identity settings saving pipeline memory canvas app cli"
+
+
+def test_the_full_size_user_never_imports_the_toy_world():
+    "What edits a photo with a model of full size, by Python, editor or command line, needs nothing of mini's world."
+    rooms = [module for module in MODULES if module.rpartition(".")[2] in PAPER_ROOMS.split()]
+    assert len(rooms) == len(PAPER_ROOMS.split())
+    done = python(FULL_SIZE.format(rooms=rooms, toys=TOYS))
+    assert done.returncode == 0 and done.stdout.strip() == "[]", done.stdout + done.stderr
