@@ -176,7 +176,7 @@ def load_checkpoint(path, model, ema, opt) -> dict:
     from safetensors import safe_open
 
     with safe_open(str(path), "pt") as f:
-        flat, record = {k: f.get_tensor(k) for k in f}, json.loads(f.metadata()["record"])
+        flat, record = {k: f.get_tensor(k) for k in f.keys()}, json.loads(f.metadata()["record"])
     part = lambda name: {k[len(name) :]: v for k, v in flat.items() if k.startswith(name)}
     model.load_state_dict(part("model."))
     ema.load_state_dict(part("ema."))
@@ -1036,7 +1036,7 @@ def averaged(checkpoint, objective):
 
     with safe_open(str(checkpoint), "pt") as f:
         objective.load_state_dict(
-            {k[len("ema.module.") :]: f.get_tensor(k) for k in f if k.startswith("ema.module.")}
+            {k[len("ema.module.") :]: f.get_tensor(k) for k in f.keys() if k.startswith("ema.module.")}
         )
         return json.loads(f.metadata()["record"])
 

@@ -363,7 +363,7 @@ def read(self: Checkpoint, done: bool = False) -> dict | None:  # done: the resu
         with safe_open(str(self.path), "pt") as f:
             note = f.metadata() or {}
             if note.get("key") == self.key and ("done" in note) == done:
-                return {k: f.get_tensor(k) for k in f}
+                return {k: f.get_tensor(k) for k in f.keys()}
     except (OSError, SafetensorError):
         pass
 

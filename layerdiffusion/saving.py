@@ -357,7 +357,7 @@ def read_edit(path: Path) -> tuple:
         raise BadInput(f"There is no saved edit {str(path)!r}.")
     try:
         with safe_open(str(path), "pt") as f:
-            tensors, settings = {k: f.get_tensor(k) for k in f}, json.loads(f.metadata()["edit"])
+            tensors, settings = {k: f.get_tensor(k) for k in f.keys()}, json.loads(f.metadata()["edit"])
         whole = {"e_a", "e_b"} <= tensors.keys() and {"format", *WRITTEN} <= settings.keys()
     except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError):
         whole = False
