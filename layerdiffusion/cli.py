@@ -976,10 +976,10 @@ def edit(
     request, (settings, earlier) = read_request(image, options, text), read_settings(options["config"])
     settings, request = settings | typed(ctx, options, METHOD), request | placement(ctx, options, earlier)
     from layerdiffusion.pipeline import LayerDiffusion
-    from layerdiffusion.saving import OURS, check_folder
+    from layerdiffusion.saving import EDIT_FILES, check_edit_folder
     from layerdiffusion.settings import preset
 
-    check_folder(request["out"])
+    check_edit_folder(request["out"])
     chosen = settings.pop("preset", None) or options["preset"]
     preset(chosen, **settings)  # refuses what is wrong before anything is loaded
     with workplace(request, text) as at_end:
@@ -999,7 +999,7 @@ def edit(
         save_looks(looks, request["out"] / "looks.png")
     seconds = ", ".join(f"{stage} {spent:.1f} s" for stage, spent in result.times.items() if spent > 0.05)
     announce(
-        f"Time     {seconds}\nWrote    {', '.join(sorted(p.name for p in request['out'].iterdir() if re.fullmatch(OURS + '|looks.png', p.name)))}\nLook at  {request['out'] / 'sheet.png'}"
+        f"Time     {seconds}\nWrote    {', '.join(sorted(p.name for p in request['out'].iterdir() if re.fullmatch(EDIT_FILES + '|looks.png', p.name)))}\nLook at  {request['out'] / 'sheet.png'}"
     )
 
 # %% ../nbs/30_cli.ipynb #dfeb6d5f

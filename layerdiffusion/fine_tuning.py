@@ -17,9 +17,9 @@ import torch
 import torch.nn as nn
 from torch.nn.utils import parametrize
 
-from .core import BadInput, Event, shielded
+from .core import BadInput, Event, one_loader, shielded
 from .method import layered_loss, sample_noise_and_t, stack_layers
-from .sd import Models, half, optimise, parked, twin
+from .sd import Models, half, optimise, unet_on_cpu, copy_unet
 
 # %% ../nbs/05_fine_tuning.ipynb #d910dcf6
 def union(*masks: torch.Tensor  # each 0-1, same shape
@@ -39,6 +39,7 @@ class LowRank(nn.Module):
     def forward(self, weight): return weight + self.b @ self.a
 
 # %% ../nbs/05_fine_tuning.ipynb #9b3d99f0
+@one_loader
 def trainable(
     unet: nn.Module,  # a copy that may be changed
     params: str = "all",  # "all", "attention" or "lora"
@@ -134,7 +135,7 @@ def fine_tune(
     )
     embeds, tuned = (
         prompt_embeds.expand(len(latents), -1, -1),
-        apply_difference(models.unet, start, torch.float32) if start else twin(models.unet),
+        apply_difference(models.unet, start, torch.float32) if start else copy_unet(models.unet),
     )
 
     def loss_fn(step, generator):
@@ -150,7 +151,7 @@ def fine_tune(
     optimizer = adam(moving, learning_rate, models.how.adam8bit)
     losses = []
     done = begin(moving, optimizer, losses) if begin else 0
-    with parked(models):
+    with unet_on_cpu(models):
         optimise(
             loss_fn,
             moving,
@@ -168,6 +169,7 @@ def fine_tune(
     return settled(tuned, start), losses
 
 # %% ../nbs/05_fine_tuning.ipynb #b9b44e17
+@one_loader
 def settled(
     unet: nn.Module,  # after tuning
     start: dict | None = None,  # the difference it began with
@@ -251,7 +253,7 @@ def apply_difference(
     dtype: torch.dtype | None = None,  # of the copy; None: as the U-Net
 ) -> nn.Module:
     "A copy of a U-Net with a difference added, in the same precision (see `dithered`)."
-    tuned = twin(unet)
+    tuned = copy_unet(unet)
     for p in tuned.parameters() if dtype else ():
         p.data = p.data.to(dtype)
     weights = tuned.state_dict()

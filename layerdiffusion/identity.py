@@ -402,7 +402,7 @@ def encode_with(
     text: str,  # with a `*` for each learnt word
     vectors: torch.Tensor | None,  # (n, D), the learnt words in order; None: there are none
 ) -> torch.Tensor:  # (1, L, D')
-    "Text embeddings of a text with learnt words; `vectors` may need gradients. The text encoder must be `awake`."
+    "Text embeddings of a text with learnt words; `vectors` may need gradients. The text encoder must be where the model works (`on_device`)."
     if vectors is None or not len(vectors):
         return encode_text(models, text)
     check_text(models, text.replace("*", " "))

@@ -80,10 +80,9 @@ def target(scheduler, latents: Tensor, noise: Tensor, t: int | Tensor) -> Tensor
 # %% ../nbs/02_sd.ipynb #30430939
 def masked_error(error: Tensor, mask: Tensor | None = None, scale: str = "all") -> Tensor:
     "The mean of (M · error)² for each of a batch, over `all` latents or the `mask`'s share; M is (B or 1, 1, h, w)."
-    if mask is None: return error.square().flatten(1).mean(1)
-    if mask.ndim != 4 or mask.shape[-2:] != error.shape[-2:]:
+    if mask is not None and (mask.ndim != 4 or mask.shape[-2:] != error.shape[-2:]):
         raise BadInput(f"A mask {tuple(mask.shape)} does not fit latents {tuple(error.shape)}: masks.to_latent helps.")
-    mask = mask.to(error)
+    mask = torch.ones_like(error[:, :1]) if mask is None else mask.to(error)
     each = (mask * error).square().flatten(1).mean(1)
     return each if scale == "all" else each / mask.flatten(1).mean(1).clamp_min(1e-6)
 
@@ -106,13 +105,14 @@ def sample_noise_and_t(scheduler, shape: Sequence[int], generator: torch.Generat
 # %% ../nbs/02_sd.ipynb #3321a3f6
 def gradients(loss: Tensor, params: list):
     "Put the gradients of a loss for `params`, and for nothing else, in their `.grad`."
-    for p, g in zip(params, torch.autograd.grad(loss, params, allow_unused=True)): p.grad = g
+    for p, g in zip(params, torch.autograd.grad(loss, params, allow_unused=True), strict=True):
+        p.grad = g
 
+@torch.enable_grad()
 def each_loss(loss_fn: Callable, steps: int, stage: str, seed: int = 0, start: int = 0):
     "(step, `loss_fn(step, generator)`) for the steps of Eq. 2 or Eq. 6, each with draws of its own."
     for step in range(start, steps):
-        with torch.enable_grad(): loss = loss_fn(step, stream(f"{stage}-{seed}", step))
-        yield step, loss
+        yield step, loss_fn(step, stream(f"{stage}-{seed}", step))
 
 def minimise(loss_fn: Callable, params: list, steps: int, learning_rate: float, stage: str, seed: int = 0):
     "Adam on the losses of Eq. 2 or Eq. 6."
@@ -130,22 +130,22 @@ def initial_noise(shape: Sequence[int], seeds: Sequence[int]) -> Tensor:
 def guided_noise(unet, latents: Tensor, t, prompt_embeds: Tensor, negative_embeds: Tensor, guidance_scale: float):
     "The U-Net's answer with classifier-free guidance; a scale of 1 is no guidance and costs half."
     said, free = (e.to(latents).expand(len(latents), -1, -1) for e in (prompt_embeds, negative_embeds))
-    if guidance_scale == 1: return unet(latents, t, said).sample
-    free = free.repeat(1, max(1, said.shape[1] // free.shape[1]), 1)
-    free, said = unet(torch.cat([latents, latents]), t, torch.cat([free, said])).sample.chunk(2)
+    words = [said] if guidance_scale == 1 else [free.repeat(1, max(1, said.shape[1] // free.shape[1]), 1), said]
+    answers = unet(torch.cat([latents] * len(words)), t, torch.cat(words)).sample.chunk(len(words))
+    free, said = answers[0], answers[-1]
     return free + guidance_scale * (said - free)
 
 # %% ../nbs/02_sd.ipynb #b2aa3523
 @torch.no_grad()
 def denoise(unet, scheduler, latents: Tensor, condition: Callable, negative_embeds: Tensor,
-            num_inference_steps: int = 50, guidance_scale: float = 7.5, watch: Callable | None = None) -> Tensor:
+            num_inference_steps: int = 50, guidance_scale: float = 7.5, watch: Callable = lambda *step: None) -> Tensor:
     "Eq. 7: from noise to clean latents (DDIM, η = 0); `condition(i, t)` gives the embeddings of step `i`."
     scheduler = copy.deepcopy(scheduler)
     scheduler.set_timesteps(num_inference_steps)
     for i, t in enumerate(scheduler.timesteps):
         noise_pred = guided_noise(unet, latents, t, condition(i, t), negative_embeds, guidance_scale)
         noisy, latents = latents, scheduler.step(noise_pred, t, latents).prev_sample
-        if watch: watch(i, t, noisy, noise_pred, latents)
+        watch(i, t, noisy, noise_pred, latents)
     return latents
 
 # %% ../nbs/04_embeddings.ipynb #53f76602

@@ -29,6 +29,7 @@ from layerdiffusion.core import (
     Event,
     Notice,
     as_path,
+    check_callback,
     content_hash,
     environment,
     fit_image,
@@ -76,7 +77,7 @@ from layerdiffusion.masks import (
 from .method import interpolate
 from layerdiffusion.saving import (
     EditResult,
-    beside,
+    pictures_beside,
     check_tensors,
     clear_checkpoints,
     patch,
@@ -88,7 +89,7 @@ from .saving import same_model
 from layerdiffusion.sd import (
     PRECISIONS,
     Models,
-    awake,
+    on_device,
     check_text,
     ddim_sample,
     decode_latents,
@@ -98,7 +99,7 @@ from layerdiffusion.sd import (
     initial_latents,
     load_models,
     optimise,
-    parked,
+    unet_on_cpu,
     pick_precision,
     vae_psnr,
     with_scheduler,
@@ -520,7 +521,7 @@ def find_subject(
                     "This small SAM never learnt clicks beside the subject, so they change next to nothing; give a mask where they matter."
                 )
             )
-        with parked(self.models):
+        with unet_on_cpu(self.models):
             return find_mask(self.sam, image, point=point, box=box, labels=labels, say=self.say)
 
     return self.once("mask", [image, point, box, *([labels] if labels else [])], compute)
@@ -872,7 +873,7 @@ def learn(
             word_objective(self.models, text, vectors, latents, mask, config.loss_scale),
             torch.optim.Adam([vectors], lr=config.word_lr),
         )
-        with self.checkpoint("words", key, folder, scene.text) as point, awake(self.models, "text_encoder"):
+        with self.checkpoint("words", key, folder, scene.text) as point, on_device(self.models, "text_encoder"):
             start = point.begin([vectors], optimizer, losses)
             optimise(
                 loss,
@@ -899,7 +900,7 @@ def whole_words(
     "e_a and e_b of the target's text, with learnt words in it where there are any, and the losses."
     vectors, losses = self.learn(scene, config, callback, folder)
     text = with_words(scene.text if config.object_words == "whole" else scene.split.object, config.learnt_words)
-    with torch.no_grad(), awake(self.models, "text_encoder"):
+    with torch.no_grad(), on_device(self.models, "text_encoder"):
         return encode_with(self.models, text, vectors), scene.e_b, losses
 
 
@@ -909,7 +910,7 @@ def source_words(
 ) -> torch.Tensor:
     "The words of the photo (1, L, D), with those that were learnt from it."
     vectors = self.learn(scene, config, callback, folder)[0]
-    with torch.no_grad(), awake(self.models, "text_encoder"):
+    with torch.no_grad(), on_device(self.models, "text_encoder"):
         return encode_with(self.models, with_words(scene.source, config.learnt_words), vectors)
 
 
@@ -1169,6 +1170,7 @@ def edit(
 ) -> EditResult:
     "LayerDiffusion: change what the subject does and where it is."
     check_names(settings, LayerDiffusion.edit)
+    check_callback(callback)
     config, seeds = self.settings(config, preset, **settings), check_seeds(seeds)
     scene = self.prepare(
         image,
@@ -1353,7 +1355,7 @@ def load_edit(
         change,
         vectors=tensors.get("vectors"),
         record=record,
-        **beside(path),
+        **pictures_beside(path),
     )
 
 # %% ../nbs/10_pipeline.ipynb #b2a953d6

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PRECISIONS', 'PREDICTIONS', 'How', 'Models', 'quiet', 'pick_precision', 'speak_float32', 'load_scheduler',
-           'load_models', 'awake', 'parked', 'use', 'twin', 'half', 'check_text', 'encode_text', 'check_size',
+           'load_models', 'on_device', 'unet_on_cpu', 'use', 'copy_unet', 'half', 'check_text', 'encode_text',
            'encode_image', 'decode_latents', 'vae_psnr', 'predict_x0', 'whole_step', 'optimise', 'initial_latents',
            'timesteps', 'ddim_sample', 'with_scheduler']
 
@@ -21,12 +21,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Optional, Union
+from typing import Any
 from collections.abc import Callable, Sequence
 
 # %% ../nbs/02_sd.ipynb #0722c54e
 import torch
-from .core import LOADING, BadInput, Event, one_loader, shielded
+from .core import LOADING, BadInput, BadModel, Event, check_callback, one_loader, shielded
 from .folders import PARTS, check_folder, read_json, resolve_model, say_once, weight_files, weights_hash
 from layerdiffusion.method import (
     denoise,
@@ -44,7 +44,7 @@ from layerdiffusion.method import (
 class How:
     "How a model works: what it draws stays the same but for rounding."
 
-    offload: bool = False  # autoencoder and text encoder wait on the CPU until they are needed, the loaded U-Net while its copy is tuned
+    offload: bool = False  # wait on the CPU: autoencoder and text encoder until used, the U-Net while a copy learns
     checkpointing: bool = False  # activations are computed again in the backward pass instead of being kept
     adam8bit: bool = False  # Eq. 6: Adam keeps its state in eight bits (bitsandbytes)
     channels_last: bool = False  # another order of the U-Net's and the autoencoder's numbers in memory
@@ -169,14 +169,14 @@ def load_scheduler(folder: Path):  # model folder
         scheduler = DDIMScheduler.from_config(settings, clip_sample=False)
         copy.deepcopy(scheduler).set_timesteps(2)
     except (TypeError, ValueError, NotImplementedError, RuntimeError, AttributeError) as e:
-        raise BadInput(f"{file} gives no noise schedule ({e}); get it again from where the model came from.") from None
+        raise BadModel(f"{file} gives no noise schedule ({e}); get it again from where the model came from.") from None
     kind, alphas = scheduler.config.prediction_type, scheduler.alphas_cumprod
     if kind not in PREDICTIONS:
-        raise BadInput(f"{file}: the model predicts {kind!r}; known are {', '.join(PREDICTIONS)}.")
+        raise BadModel(f"{file}: the model predicts {kind!r}; known are {', '.join(PREDICTIONS)}.")
     if len(alphas) != scheduler.config.num_train_timesteps or not ((alphas >= 0) & (alphas <= 1)).all():
-        raise BadInput(f"{file}: its betas are no noise schedule of {scheduler.config.num_train_timesteps} steps.")
+        raise BadModel(f"{file}: its betas are no noise schedule of {scheduler.config.num_train_timesteps} steps.")
     if kind == "epsilon" and alphas[-1] <= 0:
-        raise BadInput(f"{file}: the noise schedule ends in pure noise, and a model that predicts the noise can say "
+        raise BadModel(f"{file}: the noise schedule ends in pure noise, and a model that predicts the noise can say "
                        "nothing about the picture there; it needs v-prediction.")
     return scheduler
 
@@ -192,14 +192,14 @@ def _check_keys(model, info: dict, where: Path):
     ]
     wrong = [f"{len(n)} {what} ({', '.join(n[:3])}{', …' if len(n) > 3 else ''})" for what, n in said if n]
     if wrong:
-        raise BadInput(
+        raise BadModel(
             f"The weights in {where} do not fit {where / 'config.json'}: {'; '.join(wrong)}. "
             "Get both files from one model, saved with diffusers' save_pretrained."
         )
 
     lost = [name for name, p in model.named_parameters() if not p.isfinite().all()]
     if lost:
-        raise BadInput(
+        raise BadModel(
             f"The weights in {where} hold numbers that are not finite (NaN or infinite), first in {lost[0]}; "
             "get them again, or in full precision."
         )
@@ -211,7 +211,7 @@ def _check_kinds(cls, file: Path):
     for name, value in read_json(file).items():
         default = known[name].default if name in known else None
         if isinstance(value, str) and isinstance(default, (bool, int, float)):
-            raise BadInput(
+            raise BadModel(
                 f"{file}: {name} is the text {value!r}; it must be like {json.dumps(default)}, without quotation marks."
             )
 
@@ -243,7 +243,7 @@ def _load_part(cls, folder, part, device, dtype):
         if "allocate memory" in str(e) or "out of memory" in str(e):
             raise
         why = " ".join(str(e).split())[:200]
-        raise BadInput(
+        raise BadModel(
             f"{cls.__name__} cannot be made of {folder / part / 'config.json'} and the weights beside it "
             f"({type(e).__name__}: {why}); get both again from where the model came from."
         ) from e
@@ -270,22 +270,22 @@ def _load_tokenizer(folder: Path, text_encoder):
     except Exception as e:  # the files' own, and tokenizers raises nothing more precise
         why = " ".join(str(e).split())[:200]
         there = ", ".join(sorted(p.name for p in where.iterdir()))
-        raise BadInput(f"The tokenizer in {where} ({there}) cannot be read: {why}; get it again.") from e
+        raise BadModel(f"The tokenizer in {where} ({there}) cannot be read: {why}; get it again.") from e
     if lost := _lost_words(tokenizer):
-        raise BadInput(
+        raise BadModel(
             f"The tokenizer in {where} never says {len(lost)} of its words, such as {lost[0]!r}: its merges "
             "(merges.txt or tokenizer.json) are cut short; get it again."
         )
     if len(tokenizer) > size:
-        raise BadInput(
+        raise BadModel(
             f"The tokenizer in {where} knows {len(tokenizer)} tokens, but text_encoder has vectors for "
             f"{size}; take both from one model."
         )
     length = tokenizer.model_max_length
     if not isinstance(length, (int, float)) or length < 3:
-        raise BadInput(f"{where / 'tokenizer_config.json'}: model_max_length is {length!r}; it must be 3 or more.")
+        raise BadModel(f"{where / 'tokenizer_config.json'}: model_max_length is {length!r}; it must be 3 or more.")
     if tokenizer("").input_ids != [tokenizer.bos_token_id, tokenizer.eos_token_id]:
-        raise BadInput(
+        raise BadModel(
             f"The tokenizer in {where} does not put one mark before a text and one after it, as CLIP's does."
         )
     return tokenizer
@@ -320,7 +320,7 @@ def load_models(
 
 # %% ../nbs/02_sd.ipynb #fff53df0
 @contextmanager
-def awake(models: Models, part: str):  # "vae" or "text_encoder"
+def on_device(models: Models, part: str):  # "vae" or "text_encoder"
     "A part where the model works; back to the CPU after the `with` where parts wait there."
     module = getattr(models, part)
     try:
@@ -331,7 +331,7 @@ def awake(models: Models, part: str):  # "vae" or "text_encoder"
 
 
 @contextmanager
-def parked(models: Models):
+def unet_on_cpu(models: Models):
     "The loaded U-Net on the CPU inside the `with`, where parts wait there: a copy of it is at work."
     if models.how.offload:
         models.unet.to("cpu")
@@ -358,7 +358,7 @@ def use(
     return models
 
 
-def twin(unet):  # not changed
+def copy_unet(unet):  # not changed
     "A copy of a U-Net, compiled where it is."
     new = copy.deepcopy(unet)
     if any(getattr(m, "_compiled_call_impl", None) for m in unet.modules()):
@@ -367,7 +367,7 @@ def twin(unet):  # not changed
 
 
 def half(models: Models):
-    "Inside this `with` a float32 copy of a part computes in the model's own precision (`torch.autocast`); nothing in fp32."
+    "Inside the `with`, a float32 copy computes in the model's precision (`torch.autocast`); with fp32 nothing changes."
     return torch.autocast(models.device.type, models.dtype, enabled=models.dtype != torch.float32)
 
 # %% ../nbs/02_sd.ipynb #f6135fec
@@ -376,7 +376,8 @@ def _check_length(models, text):
     count = len(models.tokenizer(text, truncation=False, verbose=False).input_ids)
     if count > models.text_length:
         raise BadInput(
-            f"The text {text!r} has {count} tokens with its start and end marks, {count - models.text_length} more than the {models.text_length} this model reads; say it in fewer words."
+            f"The text {text!r} has {count} tokens with its start and end marks, {count - models.text_length} more "
+            f"than the {models.text_length} this model reads; say it in fewer words."
         )
 
 # %% ../nbs/02_sd.ipynb #29bed3fb
@@ -388,13 +389,12 @@ def _check_words(text, words):
         if word in words:
             continue
         near = difflib.get_close_matches(word, words, 3, 0.5)
-        hint = (
-            f" (near it: {', '.join(near)})"
-            if near
-            else f" (it knows {len(words)} words, listed in models.card['words'])"
-        )
+        hint = f" (near it: {', '.join(near)})"
+        if not near:
+            hint = f" (it knows {len(words)} words, listed in models.card['words'])"
         raise BadInput(
-            f"This small model does not know the word {word!r}{hint}; use its words, or a full model with --model CompVis/stable-diffusion-v1-4."
+            f"This small model does not know the word {word!r}{hint}; use its words, or a full model with --model "
+            "CompVis/stable-diffusion-v1-4."
         )
 
 # %% ../nbs/02_sd.ipynb #f0308bd8
@@ -414,11 +414,11 @@ def encode_text(
     texts = [texts] if isinstance(texts, str) else list(texts)
     for text in texts:
         check_text(models, text)
-    with awake(models, "text_encoder") as encoder:
+    with on_device(models, "text_encoder") as encoder:
         return embed_text(models.tokenizer, encoder, texts)
 
 # %% ../nbs/02_sd.ipynb #136564ec
-def check_size(models: Models, height: int, width: int):
+def _check_size(models: Models, height: int, width: int):
     "Refuse a size that does not make whole latents."
     f = models.factor
     if height % f or width % f or min(height, width) < f:
@@ -432,7 +432,7 @@ def _as_batch(models, image):
     image = image if image.ndim == 4 else image[None]
     if image.ndim != 4 or image.shape[1] != 3:
         raise BadInput(f"A picture must have shape (3, H, W) or (B, 3, H, W), this one has {tuple(image.shape)}.")
-    check_size(models, *image.shape[-2:])
+    _check_size(models, *image.shape[-2:])
     return image.to(models.device, models.dtype)
 
 # %% ../nbs/02_sd.ipynb #1a672714
@@ -444,7 +444,7 @@ def encode_image(
 ) -> torch.Tensor:  # (B, C, H/f, W/f)
     "Latents x_0 of pictures."
     pictures = _as_batch(models, image)
-    with awake(models, "vae") as vae:
+    with on_device(models, "vae") as vae:
         return to_latents(vae, pictures, generator)
 
 # %% ../nbs/02_sd.ipynb #6b884d6e
@@ -456,7 +456,7 @@ def decode_latents(
 ) -> torch.Tensor:  # (B, 3, H, W), 0-1
     "Pictures of latents."
     latents = latents.to(models.device, models.dtype)
-    with awake(models, "vae") as vae:
+    with on_device(models, "vae") as vae:
         return torch.cat([to_pictures(vae, x) for x in latents.split(batch)])
 
 # %% ../nbs/02_sd.ipynb #18e1e98f
@@ -524,11 +524,10 @@ def optimise(
     every: int | None = None,  # steps between two looks at the numbers; None: 1 on a CPU, 16 on a GPU
 ) -> list:  # the losses
     "`minimise` with all that a long run needs: what Eqs. 2 and 4–6 are trained with."
+    check_callback(callback)
     params, losses, begin, good, known = list(params), [] if losses is None else losses, time.perf_counter(), [], None
-    optimizer, every = (
-        optimizer or torch.optim.Adam(params, lr=learning_rate),
-        every or (1 if params[0].device.type == "cpu" else 16),
-    )
+    optimizer = optimizer or torch.optim.Adam(params, lr=learning_rate)
+    every = every or (1 if params[0].device.type == "cpu" else 16)
     for step, loss in each_loss(loss_fn, steps, stage, seed, start):
         for group in optimizer.param_groups if decay else ():
             group["lr"] = learning_rate * (1 + math.cos(math.pi * step / steps)) / 2
@@ -566,7 +565,7 @@ def initial_latents(models: Models,
                    ) -> torch.Tensor:  # (B, C, h, w)
     "I_T: pure noise for each seed."
     height, width = height or models.size, width or models.size
-    check_size(models, height, width)
+    _check_size(models, height, width)
     shape = (models.unet.config.in_channels, height // models.factor, width // models.factor)
     return initial_noise(shape, seeds).to(models.device) * models.scheduler.init_noise_sigma
 
@@ -584,7 +583,8 @@ def _check_numbers(latents, stage: str, step: int):
     "Refuse to go on with latents that are no numbers."
     if not latents.isfinite().all():
         raise BadInput(
-            f"The stage {stage!r} stopped at step {step}: its latents are no numbers any more; try a smaller learning rate in the stages before it, or float32."
+            f"The stage {stage!r} stopped at step {step}: its latents are no numbers any more; try a smaller learning "
+            "rate in the stages before it, or float32."
         )
 
 # %% ../nbs/02_sd.ipynb #5138fa92
@@ -601,6 +601,7 @@ def ddim_sample(
     stage: str = "drawing",
 ) -> torch.Tensor:  # (B, C, h, w), clean
     "Eq. 7: from noise to clean latents (DDIM, η = 0)."
+    check_callback(callback)
     begin, total = time.perf_counter(), len(timesteps(copy.deepcopy(models.scheduler), num_inference_steps))
     latents = initial_latents(models, [0]) if latents is None else latents.to(models.device, torch.float32)
     negative_embeds = encode_text(models, "") if negative_embeds is None else negative_embeds
@@ -630,12 +631,10 @@ def with_scheduler(
     name: str,  # "ddim" or "pndm"
 ) -> Models:
     "The same parts with another sampler; `models` is not changed."
+    if name == "ddim" and type(models.scheduler).__name__ == "DDIMScheduler":
+        return models
     if name == "ddim":
-        return (
-            models
-            if type(models.scheduler).__name__ == "DDIMScheduler"
-            else replace(models, scheduler=load_scheduler(models.folder))
-        )
+        return replace(models, scheduler=load_scheduler(models.folder))
     if name != "pndm":
         raise BadInput(f"The scheduler {name!r} is unknown; give 'ddim' or 'pndm'.")
     from diffusers import PNDMScheduler

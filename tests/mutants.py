@@ -193,8 +193,8 @@ MUTANTS = [
     way(
         "no start",
         "fine_tuning",
-        ") if start else twin(",
-        ") if False else twin(",
+        ") if start else copy_unet(",
+        ") if False else copy_unet(",
         "begin_with",
     ),
     way("what is not kept", "pipeline", "(keep * ", "((1 - keep) * ", "reuse_keeps"),
@@ -257,7 +257,7 @@ MUTANTS = [
     ),
     way("the worst mask", "masks", "masks[quality.argmax()]", "masks[quality.argmin()]", "surest"),
     way("to the left", "masks", "gx - 2 * dx - anchor[0]", "gx + 2 * dx - anchor[0]", "moving"),
-    way("hard the other way", "masks", "(mask >= .5).float() if hard", "(mask < .5).float() if hard", "latent_size"),
+    way("hard the other way", "masks", "(mask >= 0.5).float() if hard", "(mask < 0.5).float() if hard", "latent_size"),
     # The subject attention
     way(
         "the place for the subject",

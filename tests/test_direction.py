@@ -173,9 +173,9 @@ def test_the_setting_seed_decides_every_draw_but_the_first_noise(method, scene):
 
 def trained(kind, models, seed=0, rank=8):
     from layerdiffusion.fine_tuning import trainable
-    from layerdiffusion.sd import twin
+    from layerdiffusion.sd import copy_unet
 
-    return trainable(twin(models.unet), kind, rank, seed)
+    return trainable(copy_unet(models.unet), kind, rank, seed)
 
 
 def test_a_seed_is_a_picture(method, scene):

@@ -301,7 +301,7 @@ def test_everything_is_on_the_gpu():
                 parts, tuned = (
                     build_parts(configs),
                     build_parts(configs)["unet"],
-                )  # not `twin`: PyTorch 2.14 frees a copied fake tensor's storage twice, and some later test crashes
+                )  # not `copy_unet`: PyTorch 2.14 frees a copied fake tensor's storage twice, and some later test crashes
         finally:
             torch.set_default_dtype(torch.float32)
         for part in (*parts.values(), tuned):
