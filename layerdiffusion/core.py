@@ -188,7 +188,11 @@ def list_examples() -> list:
 def example_path(
     name: str,  # one of `list_examples()`
 ) -> Path:
-    "The file of a shipped picture."
+    """The file of a shipped picture.
+
+    Raises:
+        BadPicture: no shipped picture has this name.
+    """
     if name in list_examples():
         return package_folder() / "pictures" / f"{name}.png"
     raise BadPicture(f"There is no example picture {name!r}; there are: {', '.join(list_examples()) or 'none'}.")
@@ -683,7 +687,11 @@ def _from_numbers(x):
 def as_array(
     x,  # a tensor on any device, or anything with a dtype
 ):
-    "The numbers as a NumPy array; refused where they are of no kind that NumPy has."
+    """The numbers as a NumPy array; refused where they are of no kind that NumPy has.
+
+    Raises:
+        BadPicture: its numbers are of no kind that NumPy has.
+    """
     import numpy as np
 
     try:
@@ -704,6 +712,9 @@ def open_image(
 
     Four things: the Pillow picture in the mode of its file; its name for sentences; whether its colours had 16 bits;
     how to turn it (None: not at all).
+
+    Raises:
+        BadPicture: there is no such file, it cannot be read, or it is no picture of a kind known here.
     """
     if hasattr(source, "convert"):
         name = f"The picture {Path(source.filename).name!r}" if getattr(source, "filename", "") else "The picture"
@@ -731,7 +742,11 @@ def load_image(
     source: Union[str, Path, "Image.Image", "torch.Tensor"],  # a file, `example:dog`, or a picture already in memory
     keep_alpha: bool = False,  # give an RGBA picture where there is transparency
 ) -> "Image.Image":
-    "Any picture as an upright RGB one, transparency over white; its `info` has the EXIF notes and the colour profile."
+    """Any picture as an upright RGB one, transparency over white; its `info` has the EXIF notes and the colour profile.
+
+    Raises:
+        BadPicture: it is no picture, is damaged or too large, or leaves open what is white.
+    """
     if hasattr(source, "dtype"):
         return load_image(_from_numbers(source), keep_alpha)
     image, name, deep, turn = open_image(source)
@@ -747,7 +762,11 @@ def fit_image(
     image: "Image.Image",  # any size
     size: int,  # length of the longer side afterwards, a multiple of 8
 ) -> "torch.Tensor":
-    "The picture as (3, H, W) in 0-1: longer side `size`, both sides multiples of 8, antialiased."
+    """The picture as (3, H, W) in 0-1: longer side `size`, both sides multiples of 8, antialiased.
+
+    Raises:
+        BadInput: `size` is no multiple of 8.
+    """
     from PIL import Image
 
     if size < 8 or size % 8:
@@ -762,7 +781,11 @@ def fit_points(
     image: "Image.Image",  # the picture as it was
     fitted: "torch.Tensor",  # the picture after `fit_image`, (3, H, W)
 ) -> list:
-    "The same points in pixels of the fitted picture."
+    """The same points in pixels of the fitted picture.
+
+    Raises:
+        BadInput: a point is outside the picture, or is no pair of numbers in pixels.
+    """
     import numpy as np
 
     try:
@@ -840,7 +863,11 @@ def as_path(
     path: str | Path,  # of a file or a folder, which need not be there
     what: str = "",  # begins the sentence, such as "--out"
 ) -> Path:
-    "A path that the system can look up, `~` written out."
+    """A path that the system can look up, `~` written out.
+
+    Raises:
+        BadInput: no file or folder can have this name.
+    """
     try:
         found = Path(path).expanduser()
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
@@ -856,7 +883,11 @@ def write_atomic(
     path: str | Path,  # the file to make or replace
     write: Callable[[Path], Any],  # writes everything to the path it is given
 ) -> Path:
-    "Let `write` fill a temporary file beside `path`, then put it in place in one move."
+    """Let `write` fill a temporary file beside `path`, then put it in place in one move.
+
+    Raises:
+        BadInput: the file cannot be written; what was there before is kept.
+    """
     path = as_path(path)
     short = path.stem[:40]  # so that a long name does not become too long
     temporary = path.with_name(f".{short}-{uuid.uuid4().hex[:8]}{path.suffix}")
@@ -877,7 +908,11 @@ def write_atomic(
 def write_json(path: str | Path,  # the file to make or replace
                data  # anything JSON can hold; paths and other objects become text
               ) -> Path:
-    "Write `data` as readable JSON, all or nothing."
+    """Write `data` as readable JSON, all or nothing.
+
+    Raises:
+        BadInput: the file cannot be written; what was there before is kept.
+    """
     text = json.dumps(data, indent=1, default=str, ensure_ascii=False)
     return write_atomic(path, lambda p: p.write_text(text + "\n", encoding="utf-8", errors="backslashreplace"))
 
@@ -896,7 +931,11 @@ def one_writer(
     folder: str | Path,  # made if it is not there
     made: Sequence[Path] | None = None,  # folders to take away if they stay empty; None: those that are made here
 ):
-    "Inside the `with`, no other process or thread writes to a folder; refuses where one does."
+    """Inside the `with`, no other process or thread writes to a folder; refuses where one does.
+
+    Raises:
+        BadInput: another run is writing there, or nothing can be written.
+    """
     folder = as_path(folder)
     held, name = vars(_HELD).setdefault("folders", set()), os.path.realpath(folder)
     if name in held:
@@ -1052,7 +1091,11 @@ def content_hash(*things  # tensors, pictures, text, numbers, lists, dicts, data
 def pick_device(
     name: str | None = None,  # "cpu", "cuda", "cuda:1", "mps"; None: the fastest there is
 ) -> str:
-    "A device that this machine has."
+    """A device that this machine has.
+
+    Raises:
+        BadInput: this machine has no such device.
+    """
     import torch
 
     have = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
@@ -1174,7 +1217,11 @@ class Event:
 def check_callback(
     callback: Callable | None,  # what was given as one
 ):
-    "Refuse a callback that cannot be called."
+    """Refuse a callback that cannot be called.
+
+    Raises:
+        BadInput: it is neither None nor a function.
+    """
     if callback is not None and not callable(callback):
         raise BadInput(f"The callback is {callback!r:.60}, which cannot be called; give a function of one event.")
 
@@ -1182,7 +1229,11 @@ def check_callback(
 def join_callbacks(
     *callbacks: Callable[[Event], None] | None,  # any of them may be None
 ) -> Callable[[Event], None]:
-    "One callback that calls them all, in order."
+    """One callback that calls them all, in order.
+
+    Raises:
+        BadInput: one of them cannot be called.
+    """
     for each in callbacks:
         check_callback(each)
 

@@ -185,7 +185,11 @@ def needed_files(
     where: str,  # how messages call it, such as "The model folder x"
     cure: str = "",  # what else to do about missing files
 ) -> list:
-    "The files that make up a model; refuses where one is missing."
+    """The files that make up a model; refuses where one is missing.
+
+    Raises:
+        BadModel: a file is missing, or the files are of another kind of model.
+    """
     names = sorted(names)
     complaint = _parts_missing(names) or _settings_missing(names)
     adapters = [n for n in names if re.fullmatch(rf"({'|'.join(WEIGHTS)})/adapter_config.json", n)]
@@ -206,7 +210,11 @@ def needed_files(
 def check_weights(
     path: Path,  # a safetensors file
 ) -> dict:  # its tensors: name -> dtype, shape, data_offsets
-    "Refuse a safetensors file that is cut short, or isn't one."
+    """Refuse a safetensors file that is cut short, or isn't one.
+
+    Raises:
+        BadModel: the file is cut short, is damaged, or is of another kind.
+    """
     try:
         size = path.stat().st_size
         with open(path, "rb") as f:
@@ -248,7 +256,11 @@ def weight_files(
     folder: Path,  # model folder
     part: str,  # "unet", "vae" or "text_encoder"
 ) -> tuple:
-    'The safetensors files of a part, checked, and their variant: None, "fp16" or "bf16".'
+    """The safetensors files of a part, checked, and their variant: None, "fp16" or "bf16".
+
+    Raises:
+        BadModel: the part has no whole set of weights that can be read.
+    """
     names, variant, wrong = weight_names(part, _in_part(part, _names(folder)))
     if wrong:
         raise BadModel(f"The folder {folder / part}: {wrong}.")
@@ -274,7 +286,11 @@ _FLOATS = ("F64", "F32", "F16", "BF16")  # how the numbers of a part may be stor
 def read_json(
     path: Path,  # a file of settings
 ) -> dict:
-    "The settings in a JSON file; refuses what diffusers and transformers could not read."
+    """The settings in a JSON file; refuses what diffusers and transformers could not read.
+
+    Raises:
+        BadModel: the file cannot be read, or holds no settings.
+    """
     try:
         raw = path.read_bytes()
     except OSError as e:
@@ -462,7 +478,11 @@ def _beside(names: Iterable[str], where: str) -> list:
 def check_folder(
     folder: Path,  # a model's
 ) -> list:  # notes, for `say_once` when it is loaded
-    "Refuse a folder that is no Stable Diffusion 1 or 2, naming the file and the way out."
+    """Refuse a folder that is no Stable Diffusion 1 or 2, naming the file and the way out.
+
+    Raises:
+        BadModel: the folder holds no Stable Diffusion 1 or 2.
+    """
     names, where = _names(folder), f"The model folder {folder}"
     below = (*folder.glob("*/unet/config.json"), *folder.glob("*/*/unet/config.json")) if _parts_missing(names) else ()
     if below:
@@ -530,7 +550,11 @@ def fetch(
     offline: bool = False,  # never ask the hub
     files: Sequence[str] | None = None,  # those that are needed; None: those of a model
 ) -> Path:
-    "The folder of a hub repository: from the cache, or downloaded after saying so."
+    """The folder of a hub repository: from the cache, or downloaded after saying so.
+
+    Raises:
+        BadModel: the hub does not give it and the cache has no copy, or it is no Stable Diffusion 1 or 2.
+    """
     from huggingface_hub import constants, snapshot_download
 
     listed, why = _listed(name, offline)
@@ -590,7 +614,11 @@ def resolve_model(
     name: str | Path = "mini",  # "mini", a folder, or a repository on the Hugging Face hub
     offline: bool = False,  # never ask the hub; what it gave before is still used
 ) -> Path:
-    "The folder that holds the model `name`."
+    """The folder that holds the model `name`.
+
+    Raises:
+        BadModel: there is no such folder, and the hub does not give it.
+    """
     if not isinstance(name, (str, Path)) or not str(name).strip():
         raise BadModel(
             f"The model is {name!r:.60}; give its name: 'mini', a folder, or a hub name such as "
@@ -635,7 +663,11 @@ def weights_hash(
     folder: Path,  # model folder
     whole: int = 2**26,  # files of up to this many bytes are read whole
 ) -> str:
-    "Sixteen hexadecimal digits that name a model's weights and noise schedule."
+    """Sixteen hexadecimal digits that name a model's weights and noise schedule.
+
+    Raises:
+        BadModel: the folder has no whole set of weights.
+    """
     files = [f for part in WEIGHTS for f in weight_files(folder, part)[0]]
     files += [folder / "scheduler" / "scheduler_config.json"]
     return hashlib.sha256(b"".join(_digest(f, whole) for f in files)).hexdigest()[:16]

@@ -105,7 +105,11 @@ def centre(
 def check_mask(
     mask: torch.Tensor,  # (1, H, W) in 0-1
 ) -> torch.Tensor:
-    "The mask itself, if it separates a subject from a background."
+    """The mask itself, if it separates a subject from a background.
+
+    Raises:
+        BadPicture: the mask is empty or full.
+    """
     if not (mask > 0.5).any():
         raise BadPicture("The mask is empty: no pixel belongs to the subject; give another point, box or mask.")
     if (mask > 0.5).all():
@@ -340,6 +344,9 @@ def load_sam(
 
     `name` is "mini"; a published size, "vit_b", "vit_l" or "vit_h"; a file of published weights; a folder, also one
     that transformers saved; or a `Sam`, `SamPredictor` or `SamModel` that is loaded already.
+
+    Raises:
+        BadModel: there is no such SAM, or its weights are incomplete, damaged or of another kind.
     """
     if not isinstance(name, (str, Path)):
         sam, boxes = _loaded(name), True
@@ -392,7 +399,11 @@ def check_labels(
     count: int,  # number of clicks
     labels: Sequence | None = None,  # one for each; None: all on the subject
 ) -> list:  # 1 or 0 for each
-    "What each click says, as SAM's `point_labels`: 1 is the subject, 0 is not."
+    """What each click says, as SAM's `point_labels`: 1 is the subject, 0 is not.
+
+    Raises:
+        BadInput: they are not one label, 0 or 1, for each click.
+    """
     if not count:
         raise BadInput("The list of points is empty; give at least one (x, y), or None for SAM's own proposal.")
     if labels is None:
@@ -430,7 +441,11 @@ def look(
     sam: "Sam",  # see `load_sam`; a predictor is given back as it is
     image: torch.Tensor,  # (3, H, W) in 0-1
 ) -> "SamPredictor":
-    "A predictor that has seen the picture: `find_mask` takes it in place of `sam`, and each click is quick."
+    """A predictor that has seen the picture: `find_mask` takes it in place of `sam`, and each click is quick.
+
+    Raises:
+        BadInput: the predictor has seen a picture of another size.
+    """
     from segment_anything import SamPredictor
 
     predictor = sam if hasattr(sam, "set_image") else SamPredictor(sam)
@@ -504,7 +519,12 @@ def find_mask(
     labels: Sequence | None = None,  # for several points: 1 the subject, 0 the background (not known to mini's SAM)
     say: Callable | None = print,  # told what was taken, when nothing was asked for
 ) -> torch.Tensor:  # (1, H, W), 0 or 1
-    "The subject's mask, by clicks, by a box, by both or by SAM's own proposal."
+    """The subject's mask, by clicks, by a box, by both or by SAM's own proposal.
+
+    Raises:
+        BadInput: a point or the box does not fit the picture.
+        BadPicture: no subject was found there.
+    """
     if point is None and box is None:
         proposal = propose_subject(sam, image)
         if say:
@@ -572,7 +592,11 @@ def propose_subject(
     image: torch.Tensor,  # (3, H, W) in 0-1
     side: int = 6,  # clicks in a row; side * side in all
 ) -> Proposal:
-    "Click on a grid of points and take the mask that looks most like a subject."
+    """Click on a grid of points and take the mask that looks most like a subject.
+
+    Raises:
+        BadPicture: no subject was found.
+    """
     h, w = image.shape[-2:]
     found = _best_click(look(sam, image), _grid((0, 0, w, h), side), subject_scores)
     if len(found) == 1:
@@ -771,7 +795,11 @@ def mask_from_file(
     size: tuple,  # (height, width) of the picture it belongs to
     whole: tuple | None = None,  # (width, height) of that picture before it was fitted, which the mask may have too
 ) -> torch.Tensor:  # (1, H, W) in 0-1
-    "A mask that somebody made, at the size of the picture. Floats at that very size stay as soft as they are."
+    """A mask that somebody made, at the size of the picture. Floats at that very size stay as soft as they are.
+
+    Raises:
+        BadPicture: it is no mask, is empty or full, leaves open what is the subject, or has another shape.
+    """
     import numpy as np
     from PIL import Image
 
@@ -809,7 +837,11 @@ def to_latent(
     resample: str = "area",  # "area", "nearest" or "bilinear"
     hard: bool = False,  # cut at one half
 ) -> torch.Tensor:  # (B, 1, h, w) in 0-1
-    "A mask at the size of the latents."
+    """A mask at the size of the latents.
+
+    Raises:
+        BadInput: the way of resampling is unknown.
+    """
     if resample not in RESAMPLE:
         raise BadInput(f"A mask can be resampled by {', '.join(RESAMPLE)}, not by {resample!r}.")
     mask = (mask if mask.ndim == 4 else mask[None]).float()
@@ -858,7 +890,12 @@ def move_mask(
     dy: float = 0.0,  # down, 1 is the picture's height
     scale: float = 1.0,  # size afterwards, 1 is as it was; the feet stay where they are
 ) -> torch.Tensor:
-    "The mask moved and resized."
+    """The mask moved and resized.
+
+    Raises:
+        BadInput: the scale is out of range, or nothing of the subject is left.
+        BadPicture: the mask is empty or full.
+    """
     if not 0.05 <= scale <= 20:
         raise BadInput(f"The scale of a subject must be between 0.05 and 20, not {scale}.")
     moved = _warp(mask, _feet(check_mask(mask)), dx, dy, scale).clamp(0, 1)
@@ -877,7 +914,12 @@ def move_subject(
     scale: float = 1.0,  # size afterwards, 1 is as it was
     background: torch.Tensor | None = None,  # (3, H, W); None: the same picture, its subject filled over
 ) -> tuple:  # the picture (3, H, W) and its mask (1, H, W)
-    "The pixels under the mask, moved and resized with it, over a background."
+    """The pixels under the mask, moved and resized with it, over a background.
+
+    Raises:
+        BadInput: the scale is out of range, or nothing of the subject is left.
+        BadPicture: the mask is empty or full.
+    """
     moved = move_mask(mask, dx, dy, scale)
     if background is None:
         background = fill_hole(image, dilate((mask > 0).to(mask), 2))

@@ -336,7 +336,11 @@ def plan(
     sam=None,  # see `predict`
     free: int | None = None,  # bytes; None: what the device has
 ) -> Plan:
-    "Choose how to work."
+    """Choose how to work.
+
+    Raises:
+        BadInput: there is no such level.
+    """
     if level not in ("auto", *LEVELS):
         raise BadInput(f"There is no level of memory {level!r}; give auto, {', '.join(LEVELS)}.")
     if free is None and (free := _free_memory(models.device)) and models.device.type == "cpu":
@@ -390,7 +394,12 @@ def run_in(
     work: Callable,  # gets the settings as a level needs them, gives a result
     say: Callable = print,  # told when a level is left
 ):
-    "The result of `work` on the first level, from one downwards, that has enough memory."
+    """The result of `work` on the first level, from one downwards, that has enough memory.
+
+    Raises:
+        BadInput: the level needs bitsandbytes, which is not installed.
+        OutOfMemory: even the lowest level needs more memory than there is.
+    """
     if level == "8bit" and not has_8bit():  # before anything is learnt
         raise BadInput(
             "Adam in eight bits needs bitsandbytes, which is not installed: pip install bitsandbytes, or give another "

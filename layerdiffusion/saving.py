@@ -148,7 +148,11 @@ def settings(self: EditResult, rank: int | None = None) -> dict:
 
 # %% ../nbs/09_saving.ipynb #a5331f21
 def photo_info(photo) -> dict:  # anything `load_image` reads
-    "EXIF notes and colour profile of a photo, as keywords for Pillow's `save`."
+    """EXIF notes and colour profile of a photo, as keywords for Pillow's `save`.
+
+    Raises:
+        BadPicture: the photo cannot be read.
+    """
     return {name: note for name, note in load_image(photo).info.items() if name in ("exif", "icc_profile")}
 
 # %% ../nbs/09_saving.ipynb #a5331f23
@@ -205,7 +209,12 @@ def full_resolution(
     photo,  # the same photo in full size, anything `load_image` reads
     grow: float = 0.04,  # width of the rim about the subject that comes from the edit, too: a share of the longer side
 ) -> list:  # Pillow pictures, one for each seed
-    "The photo in its own size, with the edit where the subject was and where it is."
+    """The photo in its own size, with the edit where the subject was and where it is.
+
+    Raises:
+        BadInput: the edit came without its mask.
+        BadPicture: the photo cannot be read.
+    """
     from PIL import Image, ImageFilter
 
     if self.mask is None:
@@ -230,6 +239,10 @@ def save(
 
     With `rank`, the U-Net's change is kept as matrices of this rank. Pictures drawn from it differ a little, and
     edit.json says how much of the change is left out (`rank_error`).
+
+    Raises:
+        BadInput: the folder holds somebody else's files, or cannot be written.
+        BadPicture: the photo cannot be read.
     """
     with one_writer(check_edit_folder(folder)) as folder:
         return self.replace_files(folder, rank, photo)
@@ -287,7 +300,11 @@ def _files_before(folder: Path) -> set:
 # %% ../nbs/09_saving.ipynb #9433e57f
 @contextmanager
 def whole_folder(folder: Path):
-    "A hidden folder to write to; what is in it goes to `folder` where the `with` ends well, and nowhere else."
+    """A hidden folder to write to; what is in it goes to `folder` where the `with` ends well, and nowhere else.
+
+    Raises:
+        BadInput: the folder cannot be written.
+    """
     hidden = folder / f".{os.getpid()}-{uuid.uuid4().hex[:8]}.unfinished"
     with one_writer(folder):
         try:
@@ -345,7 +362,11 @@ def _saved_before(folder: Path) -> dict | None:
 
 
 def check_edit_folder(folder: str | Path) -> Path:
-    "The folder for an edit, refused where `save` would replace files of somebody else."
+    """The folder for an edit, refused where `save` would replace files of somebody else.
+
+    Raises:
+        BadInput: the folder holds somebody else's files.
+    """
     folder = as_path(folder)
     found = sorted(p.name for p in folder.glob("*") if re.fullmatch(EDIT_FILES, p.name))
     taken = [] if _saved_before(folder) else found
@@ -358,7 +379,11 @@ def check_edit_folder(folder: str | Path) -> Path:
 
 # %% ../nbs/09_saving.ipynb #2c1a9543
 def read_edit(path: Path) -> tuple:
-    "Tensors and settings of a saved edit."
+    """Tensors and settings of a saved edit.
+
+    Raises:
+        BadInput: there is no edit, it is damaged, or another version wrote it.
+    """
     from safetensors import SafetensorError, safe_open
 
     if not as_path(path).is_file():
@@ -397,7 +422,11 @@ def check_tensors(
     unet: nn.Module,  # of the model that it was made with
     what: str,  # begins the sentence
 ):
-    "Refuse a saved edit whose change does not fit the U-Net, weight for weight."
+    """Refuse a saved edit whose change does not fit the U-Net, weight for weight.
+
+    Raises:
+        BadInput: the change is of another U-Net.
+    """
     sizes = {name: x.numel() for name, x in unet.state_dict().items()}
     found = {name: tuple(x.shape) for name, x in tensors.items()}
 
@@ -426,7 +455,11 @@ def pictures_beside(path: Path) -> dict:
 # %% ../nbs/09_saving.ipynb #8df4870e
 def pixels(image  # anything `load_image` reads
           ) -> torch.Tensor:  # (3, H, W), 0-1
-    "A picture as it is, without scaling."
+    """A picture as it is, without scaling.
+
+    Raises:
+        BadPicture: the picture cannot be read.
+    """
     import numpy as np
     return torch.from_numpy(np.array(load_image(image))).permute(2, 0, 1).float() / 255
 
@@ -436,7 +469,11 @@ def lora(
     difference: dict,  # see `weight_difference`
     rank: int | None = None,  # None: that of a LoRA, where the difference is one, else 16
 ) -> dict:  # for `StableDiffusionPipeline.load_lora_weights`
-    "The change of every matrix and convolution as LoRA factors, with alpha = rank; vectors cannot be held."
+    """The change of every matrix and convolution as LoRA factors, with alpha = rank; vectors cannot be held.
+
+    Raises:
+        BadInput: the rank is no whole number from 1.
+    """
     most = lora_rank(difference)
     weights, out, rank = unet.state_dict(), {}, most or 16 if rank is None else rank
     check_rank(rank)
@@ -539,7 +576,11 @@ def same_model(
     models: Models,
     what: str = "The edit",  # begins the sentence
 ):
-    "Refuse weights that an edit was not made with."
+    """Refuse weights that an edit was not made with.
+
+    Raises:
+        BadInput: the weights are others.
+    """
     if models.hash != record["model_hash"]:
         raise BadInput(
             f"{what} was made with the model {record['model']!r} ({record['model_hash']}); this one is {models.name!r} "
@@ -557,7 +598,11 @@ def portable(scheduler):
 
 # %% ../nbs/09_saving.ipynb #8c8aa2c6
 def check_export(folder: str | Path) -> Path:
-    "The folder for an export, refused where files of somebody else would be replaced."
+    """The folder for an export, refused where files of somebody else would be replaced.
+
+    Raises:
+        BadInput: the folder holds somebody else's files.
+    """
     folder = as_path(folder)
     try:
         ours = "turns" in json.loads((folder / "settings.json").read_text(encoding="utf-8"))
@@ -603,7 +648,11 @@ def export(
     kind: Literal["unet", "lora"] = "unet",  # the tuned U-Net as a folder, or a file for `load_lora_weights(folder)`
     rank: int | None = None,  # of "lora"; None: that of an edit that is a LoRA, else 16
 ) -> Path:
-    "Write an edit so that diffusers alone can draw it."
+    """Write an edit so that diffusers alone can draw it.
+
+    Raises:
+        BadInput: the edit was made with another model, or the folder holds somebody else's files or cannot be written.
+    """
     from safetensors.torch import save_file
 
     if kind not in ("unet", "lora"):

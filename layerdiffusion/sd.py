@@ -122,7 +122,11 @@ def pick_precision(
     name: str = "auto",  # "auto", "fp32", "bf16" or "fp16"
     device: str = "cpu",  # where the model will be
 ) -> torch.dtype:
-    "The precision to compute in; auto: bf16 on a GPU that has it, fp16 on another one of NVIDIA's, else fp32."
+    """The precision to compute in; auto: bf16 on a GPU that has it, fp16 on another one of NVIDIA's, else fp32.
+
+    Raises:
+        BadInput: the precision is unknown.
+    """
     if isinstance(name, str) and name in PRECISIONS:
         return PRECISIONS[name]
     if name != "auto":
@@ -160,7 +164,11 @@ PREDICTIONS = ("epsilon", "v_prediction", "sample")
 
 # %% ../nbs/02_sd.ipynb #4b0221ad
 def load_scheduler(folder: Path):  # model folder
-    "The model's noise schedule as a `DDIMScheduler`."
+    """The model's noise schedule as a `DDIMScheduler`.
+
+    Raises:
+        BadModel: the settings give no noise schedule that can be drawn with.
+    """
     from diffusers import DDIMScheduler
     file = folder / "scheduler" / "scheduler_config.json"
     settings = read_json(file)
@@ -299,7 +307,11 @@ def load_models(
     dtype: torch.dtype = torch.float32,  # of all weights, see `pick_precision`
     offline: bool = False,  # never ask the hub
 ) -> Models:
-    "Load the parts of a Stable Diffusion model, frozen."
+    """Load the parts of a Stable Diffusion model, frozen.
+
+    Raises:
+        BadModel: it is not there, is incomplete or damaged, or is no Stable Diffusion 1 or 2.
+    """
     folder = resolve_model(name, offline)
     notes = check_folder(folder)
     card = read_json(folder / "card.json") if (folder / "card.json").exists() else {}
@@ -399,7 +411,11 @@ def _check_words(text, words):
 
 # %% ../nbs/02_sd.ipynb #f0308bd8
 def check_text(models: Models, text: str):
-    "Refuse a text that the model cannot read whole."
+    """Refuse a text that the model cannot read whole.
+
+    Raises:
+        BadInput: the text is too long, or a small model does not know one of its words.
+    """
     if "words" in models.card:
         _check_words(text, models.card["words"])
     _check_length(models, text)
@@ -410,7 +426,11 @@ def encode_text(
     models: Models,
     texts: str | Sequence[str],  # one text or several; "" is the empty condition of guidance
 ) -> torch.Tensor:  # (B, L, D)
-    "Text embeddings e: the text encoder's last hidden state."
+    """Text embeddings e: the text encoder's last hidden state.
+
+    Raises:
+        BadInput: a text is too long, or a small model does not know one of its words.
+    """
     texts = [texts] if isinstance(texts, str) else list(texts)
     for text in texts:
         check_text(models, text)
@@ -442,7 +462,11 @@ def encode_image(
     image: torch.Tensor,  # (B, 3, H, W) or (3, H, W), 0-1
     generator: torch.Generator | None = None,  # to draw from the posterior; None: its mean
 ) -> torch.Tensor:  # (B, C, H/f, W/f)
-    "Latents x_0 of pictures."
+    """Latents x_0 of pictures.
+
+    Raises:
+        BadInput: the picture has another shape, or a size that makes no whole latents.
+    """
     pictures = _as_batch(models, image)
     with on_device(models, "vae") as vae:
         return to_latents(vae, pictures, generator)
@@ -523,7 +547,11 @@ def optimise(
     decay: bool = False,  # the learning rate falls to nothing along half a cosine
     every: int | None = None,  # steps between two looks at the numbers; None: 1 on a CPU, 16 on a GPU
 ) -> list:  # the losses
-    "`minimise` with all that a long run needs: what Eqs. 2 and 4–6 are trained with."
+    """`minimise` with all that a long run needs: what Eqs. 2 and 4–6 are trained with.
+
+    Raises:
+        BadInput: a loss or a gradient is no number any more, or the callback cannot be called.
+    """
     check_callback(callback)
     params, losses, begin, good, known = list(params), [] if losses is None else losses, time.perf_counter(), [], None
     optimizer = optimizer or torch.optim.Adam(params, lr=learning_rate)
@@ -563,7 +591,11 @@ def initial_latents(models: Models,
                     height: int | None = None,  # px; None: the model's own size
                     width: int | None = None  # px
                    ) -> torch.Tensor:  # (B, C, h, w)
-    "I_T: pure noise for each seed."
+    """I_T: pure noise for each seed.
+
+    Raises:
+        BadInput: the size makes no whole latents.
+    """
     height, width = height or models.size, width or models.size
     _check_size(models, height, width)
     shape = (models.unet.config.in_channels, height // models.factor, width // models.factor)
@@ -571,7 +603,11 @@ def initial_latents(models: Models,
 
 # %% ../nbs/02_sd.ipynb #ed5f604e
 def timesteps(scheduler, num_inference_steps: int, device="cpu") -> torch.Tensor:
-    "The timesteps that `num_inference_steps` steps visit."
+    """The timesteps that `num_inference_steps` steps visit.
+
+    Raises:
+        BadInput: the model has not so many steps.
+    """
     most = scheduler.config.num_train_timesteps
     if not 1 <= num_inference_steps <= most:
         raise BadInput(f"num_inference_steps is {num_inference_steps}; it must be between 1 and {most}.")
@@ -600,7 +636,11 @@ def ddim_sample(
     callback: Callable[[Event], None] | None = None,  # called after each step
     stage: str = "drawing",
 ) -> torch.Tensor:  # (B, C, h, w), clean
-    "Eq. 7: from noise to clean latents (DDIM, η = 0)."
+    """Eq. 7: from noise to clean latents (DDIM, η = 0).
+
+    Raises:
+        BadInput: the latents are no numbers any more, or the number of steps or the callback does not fit.
+    """
     check_callback(callback)
     begin, total = time.perf_counter(), len(timesteps(copy.deepcopy(models.scheduler), num_inference_steps))
     latents = initial_latents(models, [0]) if latents is None else latents.to(models.device, torch.float32)
@@ -630,7 +670,11 @@ def with_scheduler(
     models: Models,
     name: str,  # "ddim" or "pndm"
 ) -> Models:
-    "The same parts with another sampler; `models` is not changed."
+    """The same parts with another sampler; `models` is not changed.
+
+    Raises:
+        BadInput: the sampler is unknown, or the model cannot be drawn with it.
+    """
     if name == "ddim" and type(models.scheduler).__name__ == "DDIMScheduler":
         return models
     if name == "ddim":
