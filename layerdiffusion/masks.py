@@ -140,21 +140,19 @@ def _build_sam(config):
 # %% ../nbs/03_masks.ipynb #13e898bd
 def _sam_config(weights):
     "What `_build_sam` needs, read off the shapes of weights."
-    def shape(name):
-        return tuple(weights[name].shape)
-
-    width, _, patch, _ = shape("image_encoder.patch_embed.proj.weight")
-    side, dim = shape("image_encoder.pos_embed")[1], shape("image_encoder.neck.0.weight")[0]
+    shape = {name: tuple(x.shape) for name, x in weights.items()}
+    width, _, patch, _ = shape["image_encoder.patch_embed.proj.weight"]
+    side, dim = shape["image_encoder.pos_embed"][1], shape["image_encoder.neck.0.weight"][0]
     depth = 1 + max(int(name.split(".")[2]) for name in weights if name.startswith("image_encoder.blocks."))
-    reach = [(shape(f"image_encoder.blocks.{i}.attn.rel_pos_h")[0] + 1) // 2 for i in range(depth)]
+    reach = [(shape[f"image_encoder.blocks.{i}.attn.rel_pos_h"][0] + 1) // 2 for i in range(depth)]
     encoder = dict(
         img_size=side * patch,
         patch_size=patch,
         embed_dim=width,
         depth=depth,
-        num_heads=width // shape("image_encoder.blocks.0.attn.rel_pos_h")[1],
+        num_heads=width // shape["image_encoder.blocks.0.attn.rel_pos_h"][1],
         use_rel_pos=True,
-        mlp_ratio=shape("image_encoder.blocks.0.mlp.lin1.weight")[0] / width,
+        mlp_ratio=shape["image_encoder.blocks.0.mlp.lin1.weight"][0] / width,
         out_chans=dim,
         window_size=next((n for n in reach if n != side), 0),
         global_attn_indexes=[i for i, n in enumerate(reach) if n == side],
@@ -164,15 +162,14 @@ def _sam_config(weights):
         embed_dim=dim,
         image_embedding_size=(side, side),
         input_image_size=(side * patch, side * patch),
-        mask_in_chans=shape("prompt_encoder.mask_downscaling.3.weight")[0],
+        mask_in_chans=shape["prompt_encoder.mask_downscaling.3.weight"][0],
     )
-    transformer = dict(
-        depth=2, embedding_dim=dim, num_heads=8, mlp_dim=shape("mask_decoder.transformer.layers.0.mlp.lin1.weight")[0]
-    )
+    mlp_dim = shape["mask_decoder.transformer.layers.0.mlp.lin1.weight"][0]
+    transformer = dict(depth=2, embedding_dim=dim, num_heads=8, mlp_dim=mlp_dim)
     decoder = dict(
         transformer_dim=dim,
         num_multimask_outputs=3,
-        iou_head_hidden_dim=shape("mask_decoder.iou_prediction_head.layers.0.weight")[0],
+        iou_head_hidden_dim=shape["mask_decoder.iou_prediction_head.layers.0.weight"][0],
     )
     return dict(
         image_encoder=encoder,
