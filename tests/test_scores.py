@@ -28,3 +28,18 @@ def test_a_given_judge_is_asked(monkeypatch):
         for j in (None, own, other, copy.deepcopy(own))
     ]
     assert said == [1, 2, 3, 2] and len(made) == 3
+
+
+def test_the_scales_zero_knows_no_autoencoder(monkeypatch):
+    "A worse autoencoder moves its own number, and neither end of the scale."
+    method, edit = LayerDiffusion.from_pretrained("mini"), edit_set("development")[0].edit
+
+    def scorer(blur):
+        made = scores.Scorer(edit, method.models, method.sam, None, n=4)
+        small = (edit.image.shape[-1] // blur,) * 2
+        made.seen = lambda x: scores.F.interpolate(scores.F.adaptive_avg_pool2d(x, small), x.shape[-2:])
+        return made
+
+    sharp, blurred = scorer(1), scorer(4)
+    assert (sharp.zero == blurred.zero).all() and (sharp.one == blurred.one).all()
+    assert abs(sharp.autoencoder()) < 1e-5 < blurred.autoencoder()
