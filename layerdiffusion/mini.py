@@ -22,6 +22,7 @@ import functools
 import json
 import math
 import os
+import shutil
 import signal
 import threading
 import time
@@ -1242,6 +1243,8 @@ def write_mini(
         if (Path(run) / stage / "checkpoint.safetensors").exists():
             save(out / stage, trained(stage))
     write_json(out / "card.json", dict(name="mini", words=world.world_words()) | _card(Path(run)) | card)
+    for file in resolve_model("mini").glob("labels.*"):
+        shutil.copy(file, out)
     for file in out.rglob("*"):
         file.chmod(0o755 if file.is_dir() else 0o644)
 
@@ -1517,20 +1520,19 @@ def agrees(answers: dict, labels: list) -> torch.Tensor:  # (n,) bool
     return torch.tensor(out)
 
 
-def check_labels(models, judge, file, guidance_scale):
-    "Agreement of the judge with labelled pictures; a list without pictures counts only for the weights it was made with."
+def check_labels(judge, file):
+    "Labelled pictures: agreement with the labels, broken ones that do not pass, whole ones that do; no rows without a list."
     if not Path(file).exists():
         return []
-    record = json.loads(Path(file).read_text())
-    if "sheet" not in record:
-        if record["weights"] != models.hash:
-            return []
-        right = agrees(ask(judge, draw(models, record["texts"], record["seed"], guidance_scale)), record["labels"])
-        return [_rate("judge_labels", int(right.sum()), len(right))]
     images, labels = load_labels(file)
-    right, made = agrees(ask(judge, images), labels), [label.get("made", "generated") for label in labels]
-    count = lambda m: [bool(r) for r, k in zip(right, made) if k == m]
-    return [_rate(f"judge_labels: {m}", sum(count(m)), len(count(m))) for m in dict.fromkeys(made)]
+    answers, made = ask(judge, images), [label.get("made", "generated") for label in labels]
+    right, passes = agrees(answers, labels).tolist(), valid(answers).tolist()
+    there = [bool(label["present"]) for label in labels]
+    broken = [not p for p, h, label in zip(passes, there, labels) if h and label["whole"] is False]
+    sound = [p for p, h, label in zip(passes, there, labels) if h and label["whole"]]
+    found = {f"judge_labels: {m}": [r for r, k in zip(right, made) if k == m] for m in dict.fromkeys(made)}
+    found |= {"broken: labelled": broken, "sound: labelled": sound}
+    return [_rate(name, sum(hits), len(hits)) for name, hits in found.items() if hits]
 
 # %% ../nbs/12_mini.ipynb #6abd5be7
 @torch.no_grad()
@@ -1560,7 +1562,7 @@ def check_mini(
     )
     if quick:
         rows = [r | dict(quick=True) for r in rows]
-    return rows + check_labels(models, judge, folder / "labels.json", scale)
+    return rows + check_labels(judge, folder / "labels.json")
 
 
 def verdict(row) -> str:
@@ -1571,8 +1573,11 @@ def verdict(row) -> str:
 
 
 def show_gates(rows) -> str:
-    "The rows as a table with a verdict each."
-    line = lambda r: (
-        f"{r['gate']:20} {r['value']:7.3f}  [{r['low']:.3f}, {r['high']:.3f}]  n={r['n']:<5} bar {r['bar']:<5} {verdict(r)}"
-    )
+    "The rows as a table with a verdict each; beside an identity, what the truth gets after the autoencoder."
+
+    def line(r):
+        floor = f"   the truth through the autoencoder {r['autoencoder']:.2f}" if "autoencoder" in r else ""
+        value = f"{r['gate']:23} {r['value']:7.3f}  [{r['low']:.3f}, {r['high']:.3f}]"
+        return f"{value}  n={r['n']:<5} bar {r['bar']:<5} {verdict(r)}{floor}"
+
     return "\n".join(map(line, rows))

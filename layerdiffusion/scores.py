@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'SETS', 'LIMIT', 'Task', 'edit_set', 'parts', 'subject_distance', 'redraw', 'find_subject', 'LookAlikes',
-           'background_distance', 'Scorer', 'wanted', 'score', 'check_look_alikes', 'draw_seen', 'check_subject',
-           'check_individuals', 'scorer_of', 'measure', 'read_record', 'append_line', 'interval', 'summary_line']
+           'background_distance', 'Scorer', 'wanted', 'score', 'through_autoencoder', 'check_look_alikes', 'draw_seen',
+           'check_subject', 'check_individuals', 'scorer_of', 'measure', 'read_record', 'append_line', 'interval',
+           'summary_line']
 
 # %% ../nbs/13_scores.ipynb #5dfb2d06
 import json
@@ -159,7 +160,7 @@ class Scorer:
     def __init__(
         self,
         edit: Edit,
-        models,  # from `load_models`: whose autoencoder sets the scale
+        models,  # from `load_models`: whose autoencoder is measured on the scale
         sam,  # finds the subjects
         judge,  # from `load_judge`
         n: int = 32,  # redraws for each end of the scale
@@ -169,7 +170,7 @@ class Scorer:
         elsewhere = replace(
             stack_scenes([edit.after] * n), layout=torch.rand(n, 16, generator=stream(f"places {edit.text}"))
         )
-        pictures = self.seen(torch.cat([edit.answer[None], render(elsewhere, edit.image.shape[-1])[0]]))
+        pictures = torch.cat([edit.answer[None], render(elsewhere, edit.image.shape[-1])[0]])
         self.here, *others = (background_distance(x, None, edit) for x in pictures)
         self.elsewhere = torch.stack(others).mean()
 
@@ -181,7 +182,7 @@ class Scorer:
         return subject_distance(image, mask, self.edit.answer, self.edit.answer_mask)
 
     def mean_distance(self, scenes):
-        pictures = self.seen(render(scenes, self.edit.image.shape[-1])[0])
+        pictures = render(scenes, self.edit.image.shape[-1])[0]
         found = [(x, m) for x in pictures if (m := find_subject(self.sam, x)) is not None]
         return torch.stack([self.distance(x, m) for x, m in found]).mean(0)
 
@@ -218,7 +219,16 @@ def score(
     return rows
 
 
-Scorer.__call__ = score
+def through_autoencoder(
+    self: Scorer,
+    n: int = 8,  # redraws of the true individual
+) -> dict:  # the mean identity and background
+    "What the truth itself scores after the model's autoencoder: the floor of everything that the model draws."
+    rows = self(self.seen(render(redraw(self.edit, n, True), self.edit.image.shape[-1])[0]))
+    return {name: sum(r[name] for r in rows) / n for name in ("identity", "background")}
+
+
+Scorer.__call__, Scorer.through_autoencoder = score, through_autoencoder
 
 # %% ../nbs/13_scores.ipynb #ff8ca8c0
 def _gate(name, hits):
@@ -247,14 +257,17 @@ def draw_seen(models, edit: Edit, seeds: Sequence[int], guidance_scale: float = 
 
 def check_subject(models, sam, judge, tasks: Sequence[Task], seeds: Sequence[int] = range(8)) -> list:  # of rows
     "Subject attention drawn directly: valid, top-1 among 64 look-alikes, and valid with identity at most `LIMIT`."
-    hits = dict(subject_valid=[], subject_top1=[], subject_identity=[])
+    hits, floor = dict(subject_valid=[], subject_top1=[], subject_identity=[]), []
     for task in tasks:
         images, line_up = draw_seen(models, task.edit, seeds), LookAlikes(task.edit.after, task.name)
-        for x, row in zip(images, Scorer(task.edit, models, sam, judge)(images)):
+        scorer = Scorer(task.edit, models, sam, judge)
+        floor.append(scorer.through_autoencoder()["identity"])
+        for x, row in zip(images, scorer(images)):
             hits["subject_valid"].append(row["valid"])
             hits["subject_top1"].append(line_up.rank(x, find_subject(sam, x)) == 1)
             hits["subject_identity"].append(row["valid"] and row["identity"] <= LIMIT)
-    return [_gate(name, found) for name, found in hits.items()]
+    rows = [_gate(name, found) for name, found in hits.items()]
+    return rows[:-1] + [rows[-1] | dict(autoencoder=sum(floor) / len(floor))]
 
 
 def check_individuals(

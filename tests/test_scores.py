@@ -28,3 +28,26 @@ def test_a_given_judge_is_asked(monkeypatch):
         for j in (None, own, other, copy.deepcopy(own))
     ]
     assert said == [1, 2, 3, 2] and len(made) == 3
+
+
+def test_the_scale_knows_no_model(monkeypatch):
+    "Both ends are the world's own drawings, so a worse autoencoder moves what goes through it, and nothing else."
+    import torch
+    from layerdiffusion.masks import load_sam
+    from layerdiffusion.sd import load_models
+
+    models, sam, judge = load_models("mini"), load_sam("mini"), load_judge()
+    edit = edit_set("development")[0].edit
+    scorer = scores.Scorer(edit, models, sam, judge, n=6)
+    lost = scorer.through_autoencoder(4)
+    answer = scorer(edit.answer[None])[0]
+    blur = torch.nn.AvgPool2d(5, 1, 2)
+    monkeypatch.setattr(scores, "decode_latents", lambda *a: blur(decoded(*a)))
+    worse = scores.Scorer(edit, models, sam, judge, n=6)
+    assert torch.equal(worse.zero, scorer.zero) and torch.equal(worse.one, scorer.one)
+    assert worse(edit.answer[None])[0] == answer and answer["right"] and answer["background"] == 0
+    more = worse.through_autoencoder(4)
+    assert more["background"] > lost["background"] > 0 and more["identity"] > lost["identity"]
+
+
+decoded = scores.decode_latents
