@@ -12,9 +12,9 @@ __all__ = ['IMAGE_SIZE', 'FACTOR', 'LATENT_CHANNELS', 'SCALING', 'LARGER', 'TEXT
            'some_dark', 'mask_loss', 'sam_loss', 'SamObjective', 'start_from', 'clip_config', 'build_clip',
            'clear_traits', 'change_one', 'full_caption', 'near_groups', 'ClipObjective', 'JudgeObjective', 'load_vae',
            'averaged', 'standardise_latents', 'save_diffusion', 'save_sam', 'save_judge', 'save_clip', 'train_stage',
-           'write_mini', 'train_all', 'psnr', 'check_vae', 'draw', 'combinations', 'check_text', 'check_sam',
-           'neighbours', 'check_clip', 'check_judge', 'check_broken', 'check_said', 'save_labels', 'load_labels',
-           'agrees', 'check_labels', 'check_mini', 'verdict', 'show_gates']
+           'write_mini', 'train_all', 'board_line', 'show_board', 'psnr', 'check_vae', 'draw', 'combinations',
+           'check_text', 'check_sam', 'neighbours', 'check_clip', 'check_judge', 'check_broken', 'check_said',
+           'save_labels', 'load_labels', 'agrees', 'check_labels', 'check_mini', 'verdict', 'show_gates']
 
 # %% ../nbs/12_mini.ipynb #a1b7e47b
 import contextlib
@@ -821,8 +821,8 @@ class SamObjective(nn.Module):
     def predict(self, image, points=None, labels=None, boxes=None):
         "Masks (n, 4, H, W) and their predicted quality by the decoder's own parts, batched over encoded pictures."
         prompts, decoder = self.sam.prompt_encoder, self.sam.mask_decoder
-        sparse, dense = prompts(None if points is None else (points, labels), boxes, None)
-        n = len(sparse)
+        sparse = self.embed_points(points, labels) if boxes is None else prompts(None, boxes, None)[0]
+        dense, n = prompts.no_mask_embed.weight[..., None, None], len(sparse)
         first = torch.cat([decoder.iou_token.weight, decoder.mask_tokens.weight]).expand(n, -1, -1)
         tokens, image = decoder.transformer(
             image.repeat_interleave(n // len(image), 0) + dense,
@@ -832,6 +832,14 @@ class SamObjective(nn.Module):
         pixels = decoder.output_upscaling(image.transpose(1, 2).unflatten(2, prompts.image_embedding_size))
         queries = torch.stack([mlp(tokens[:, 1 + i]) for i, mlp in enumerate(decoder.output_hypernetworks_mlps)], 1)
         return torch.einsum("nkc,nchw->nkhw", queries, pixels), decoder.iou_prediction_head(tokens[:, 0])
+
+    def embed_points(self, points, labels):
+        "As SAM's prompt encoder embeds clicks, and the point that is none after them, without waiting for the device."
+        prompts, none = self.sam.prompt_encoder, labels.new_full((len(labels), 1), -1)
+        points, labels = torch.cat([points + 0.5, points.new_zeros(len(points), 1, 2)], 1), torch.cat([labels, none], 1)
+        kinds = [prompts.not_a_point_embed, *prompts.point_embeddings[:2]]
+        where = prompts.pe_layer.forward_with_coords(points, prompts.input_image_size) * (labels >= 0)[..., None]
+        return where + torch.cat([kind.weight for kind in kinds])[labels.long() + 1]
 
     def look(self, images):
         "The pictures (B, 3, H, W), 0-1, encoded."
@@ -1287,7 +1295,32 @@ def train_all(
         if not train_stage(stage, run, **settings):
             return None
     write_mini(run, Path(run) / "model")
+    records = [json.loads(f.read_text()) for f in sorted(Path(run).glob("*/record.json"))]
+    with open(Path(run) / "board.jsonl", "a") as f:
+        f.write(json.dumps(board_line(records)) + "\n")
     return Path(run) / "model"
+
+
+def board_line(records, gates=(), note="") -> dict:
+    "A run's line on the board, from its stages' records and from rows of `check_mini`."
+    return dict(
+        date=max(r["date"] for r in records)[:10],
+        device=records[0]["device_name"],
+        minutes=round(sum(r["seconds"] for r in records) / 60, 1),
+        samples={r["stage"]: r["samples"] for r in records},
+        gates={r["gate"]: round(r["value"], 4) for r in gates},
+        met=sum(r["value"] >= r["bar"] for r in gates),
+        note=note,
+    )
+
+
+def show_board(lines) -> str:
+    "The board as a table."
+    rows = [f"{'date':10}  {'minutes':>7}  {'pictures':>9}  {'gates met':>9}  device, note"]
+    for r in lines:
+        met = f"{r['met']} of {len(r['gates'])}"
+        rows.append(f"{r['date']}  {r['minutes']:7.1f}  {sum(r['samples'].values()):9,}  {met:>9}  {r['device']}, {r['note']}")
+    return "\n".join(rows)
 
 # %% ../nbs/12_mini.ipynb #5fab81d6
 GATES = dict(

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['KINDS', 'SETS', 'LIMIT', 'Task', 'edit_set', 'parts', 'subject_distance', 'redraw', 'find_subject', 'LookAlikes',
            'background_distance', 'Scorer', 'wanted', 'score', 'through_autoencoder', 'check_look_alikes', 'draw_seen',
-           'check_subject', 'check_individuals', 'scorer_of', 'measure', 'read_record', 'append_line', 'interval',
-           'summary_line']
+           'check_subject', 'check_individuals', 'scorer_of', 'measure', 'read_record', 'append_line', 'best_guidance',
+           'measure_card', 'interval', 'summary_line']
 
 # %% ../nbs/13_scores.ipynb #5dfb2d06
 import json
@@ -19,12 +19,12 @@ import torch
 import torch.nn.functional as F
 
 # %% ../nbs/13_scores.ipynb #ec92a65c
-from .core import BadInput, content_hash, to_pil
+from .core import BadInput, content_hash, to_pil, write_json
 from .identity import cut_out, palette, see_subject, subject_name, subject_weights
 from .judge import ask, load_judge, valid, wilson
 from .folders import resolve_model
 from .masks import load_sam, propose_subject
-from .mini import GATES
+from .mini import GATES, check_text
 from .sd import ddim_sample, decode_latents, encode_image, encode_text, initial_latents, load_models
 from .world import VALUES, Edit, make_edit, render, sample_scenes, stack_scenes, stream
 
@@ -353,6 +353,41 @@ def append_line(path: Path, row: dict):
         path.write_text(whole)
     with open(path, "a") as f:
         f.write(json.dumps(row) + "\n")
+
+# %% ../nbs/13_scores.ipynb #879a221a
+def best_guidance(models, judge, scales: Sequence[float], repeat: int = 1) -> tuple:
+    "Guidance for text alone: the best of `scales`, and the share of valid, whole pictures at each."
+    share = {s: check_text(models, judge, models.card.get("level", 0.0), s, repeat)[0]["value"] for s in scales}
+    return max(share, key=share.get), share
+
+
+def measure_card(
+    method,  # a `LayerDiffusion` of a mini folder
+    config,  # an `EditConfig`: of the edits
+    scales: Sequence[float] = (1.5, 2.0, 3.0, 4.5),
+    embedding_lrs: Sequence[float] = (3e-5, 1e-4, 3e-4, 1e-3),
+    tuning_lrs: Sequence[float] = (5e-6, 1e-5, 2e-5, 5e-5),
+    edits: int = 6,  # of the development set
+    seeds: Sequence[int] = range(4),
+    write: bool = True,  # to the folder's card.json
+) -> dict:
+    "The card's guidance and learning rates by measurement: right pictures count first, then valid ones, then identity."
+    folder, tasks = Path(method.models.folder), edit_set("development")[:edits]
+    judge, found = load_judge(folder), {}
+    best, share = best_guidance(method.models, judge, scales)
+    chosen, found["guidance_scale"] = dict(guidance_scale=best), share
+    for name, values in dict(embedding_lr=embedding_lrs, tuning_lr=tuning_lrs).items():
+        found[name] = {}
+        for value in values:
+            tried = config.model_copy(update={**chosen, name: value})
+            rows = measure(method, tasks, tried, seeds, judge=judge)
+            found[name][value] = [sum(r[f] for r in rows) / len(rows) for f in ("right", "valid", "identity")]
+        rank = lambda v, of=found[name]: (of[v][0], of[v][1], -of[v][2])
+        chosen[name] = max(values, key=rank)
+    if write:
+        card = json.loads((folder / "card.json").read_text())
+        write_json(folder / "card.json", card | chosen | dict(measured=found))
+    return dict(chosen=chosen, found=found)
 
 # %% ../nbs/13_scores.ipynb #9361b2f9
 def interval(
