@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'SETS', 'LIMIT', 'Task', 'edit_set', 'parts', 'subject_distance', 'redraw', 'find_subject', 'LookAlikes',
-           'background_distance', 'Scorer', 'wanted', 'score', 'check_look_alikes', 'draw_seen', 'check_subject',
-           'check_individuals', 'scorer_of', 'measure', 'read_record', 'append_line', 'interval', 'summary_line']
+           'background_distance', 'Scorer', 'wanted', 'score', 'through_autoencoder', 'check_look_alikes', 'draw_seen',
+           'check_subject', 'check_individuals', 'scorer_of', 'measure', 'read_record', 'append_line', 'best_guidance',
+           'measure_card', 'interval', 'summary_line']
 
 # %% ../nbs/13_scores.ipynb #5dfb2d06
 import json
@@ -18,12 +19,12 @@ import torch
 import torch.nn.functional as F
 
 # %% ../nbs/13_scores.ipynb #ec92a65c
-from .core import BadInput, content_hash, to_pil
+from .core import BadInput, content_hash, to_pil, write_json
 from .identity import cut_out, palette, see_subject, subject_name, subject_weights
 from .judge import ask, load_judge, valid, wilson
 from .folders import resolve_model
 from .masks import load_sam, propose_subject
-from .mini import GATES
+from .mini import GATES, check_text
 from .sd import ddim_sample, decode_latents, encode_image, encode_text, initial_latents, load_models
 from .world import VALUES, Edit, make_edit, render, sample_scenes, stack_scenes, stream
 
@@ -159,7 +160,7 @@ class Scorer:
     def __init__(
         self,
         edit: Edit,
-        models,  # from `load_models`: whose autoencoder `autoencoder` measures
+        models,  # from `load_models`: whose autoencoder is measured on the scale
         sam,  # finds the subjects
         judge,  # from `load_judge`
         n: int = 32,  # redraws for each end of the scale
@@ -169,9 +170,9 @@ class Scorer:
         elsewhere = replace(
             stack_scenes([edit.after] * n), layout=torch.rand(n, 16, generator=stream(f"places {edit.text}"))
         )
-        self.here = background_distance(edit.answer, None, edit)
-        pictures = render(elsewhere, edit.image.shape[-1])[0]
-        self.elsewhere = torch.stack([background_distance(x, None, edit) for x in pictures]).mean()
+        pictures = torch.cat([edit.answer[None], render(elsewhere, edit.image.shape[-1])[0]])
+        self.here, *others = (background_distance(x, None, edit) for x in pictures)
+        self.elsewhere = torch.stack(others).mean()
 
     def redrawn(self, same: bool) -> torch.Tensor:
         "The same individual in other moments, or others of the same words, as they are."
@@ -180,7 +181,8 @@ class Scorer:
     def distance(self, image, mask):
         return subject_distance(image, mask, self.edit.answer, self.edit.answer_mask)
 
-    def mean_distance(self, pictures):
+    def mean_distance(self, scenes):
+        pictures = render(scenes, self.edit.image.shape[-1])[0]
         found = [(x, m) for x in pictures if (m := find_subject(self.sam, x)) is not None]
         return torch.stack([self.distance(x, m) for x, m in found]).mean(0)
 
@@ -227,7 +229,16 @@ def score(
     return rows
 
 
-Scorer.__call__ = score
+def through_autoencoder(
+    self: Scorer,
+    n: int = 8,  # redraws of the true individual
+) -> dict:  # the mean identity and background
+    "What the truth itself scores after the model's autoencoder: the floor of everything that the model draws."
+    rows = self(self.seen(render(redraw(self.edit, n, True), self.edit.image.shape[-1])[0]))
+    return {name: sum(r[name] for r in rows) / n for name in ("identity", "background")}
+
+
+Scorer.__call__, Scorer.through_autoencoder = score, through_autoencoder
 
 # %% ../nbs/13_scores.ipynb #ff8ca8c0
 def _gate(name, hits):
@@ -256,14 +267,17 @@ def draw_seen(models, edit: Edit, seeds: Sequence[int], guidance_scale: float = 
 
 def check_subject(models, sam, judge, tasks: Sequence[Task], seeds: Sequence[int] = range(8)) -> list:  # of rows
     "Subject attention drawn directly: valid, top-1 among 64 look-alikes, and valid with identity at most `LIMIT`."
-    hits = dict(subject_valid=[], subject_top1=[], subject_identity=[])
+    hits, floor = dict(subject_valid=[], subject_top1=[], subject_identity=[]), []
     for task in tasks:
         images, line_up = draw_seen(models, task.edit, seeds), LookAlikes(task.edit.after, task.name)
-        for x, row in zip(images, Scorer(task.edit, models, sam, judge)(images)):
+        scorer = Scorer(task.edit, models, sam, judge)
+        floor.append(scorer.through_autoencoder()["identity"])
+        for x, row in zip(images, scorer(images)):
             hits["subject_valid"].append(row["valid"])
             hits["subject_top1"].append(line_up.rank(x, find_subject(sam, x)) == 1)
             hits["subject_identity"].append(row["valid"] and row["identity"] <= LIMIT)
-    return [_gate(name, found) for name, found in hits.items()]
+    rows = [_gate(name, found) for name, found in hits.items()]
+    return rows[:-1] + [rows[-1] | dict(autoencoder=sum(floor) / len(floor))]
 
 
 def check_individuals(
@@ -349,6 +363,41 @@ def append_line(path: Path, row: dict):
         path.write_text(whole)
     with open(path, "a") as f:
         f.write(json.dumps(row) + "\n")
+
+# %% ../nbs/13_scores.ipynb #879a221a
+def best_guidance(models, judge, scales: Sequence[float], repeat: int = 1) -> tuple:
+    "Guidance for text alone: the best of `scales`, and the share of valid, whole pictures at each."
+    share = {s: check_text(models, judge, models.card.get("level", 0.0), s, repeat)[0]["value"] for s in scales}
+    return max(share, key=share.get), share
+
+
+def measure_card(
+    method,  # a `LayerDiffusion` of a mini folder
+    config,  # an `EditConfig`: of the edits
+    scales: Sequence[float] = (1.5, 2.0, 3.0, 4.5),
+    embedding_lrs: Sequence[float] = (3e-5, 1e-4, 3e-4, 1e-3),
+    tuning_lrs: Sequence[float] = (5e-6, 1e-5, 2e-5, 5e-5),
+    edits: int = 6,  # of the development set
+    seeds: Sequence[int] = range(4),
+    write: bool = True,  # to the folder's card.json
+) -> dict:
+    "The card's guidance and learning rates by measurement: right pictures count first, then valid ones, then identity."
+    folder, tasks = Path(method.models.folder), edit_set("development")[:edits]
+    judge, found = load_judge(folder), {}
+    best, share = best_guidance(method.models, judge, scales)
+    chosen, found["guidance_scale"] = dict(guidance_scale=best), share
+    for name, values in dict(embedding_lr=embedding_lrs, tuning_lr=tuning_lrs).items():
+        found[name] = {}
+        for value in values:
+            tried = config.model_copy(update={**chosen, name: value})
+            rows = measure(method, tasks, tried, seeds, judge=judge)
+            found[name][value] = [sum(r[f] for r in rows) / len(rows) for f in ("right", "valid", "identity")]
+        rank = lambda v, of=found[name]: (of[v][0], of[v][1], -of[v][2])
+        chosen[name] = max(values, key=rank)
+    if write:
+        card = json.loads((folder / "card.json").read_text())
+        write_json(folder / "card.json", card | chosen | dict(measured=found))
+    return dict(chosen=chosen, found=found)
 
 # %% ../nbs/13_scores.ipynb #9361b2f9
 def interval(

@@ -363,10 +363,14 @@ def draw_places(scenes: Scenes, size) -> torch.Tensor:
     "The backgrounds alone, (B, 3, H, W) in 0-1: the true reference pictures `O_r`."
     x, y = (pixel_grid(size, scenes.layout.device)[..., k][:, None] for k in (0, 1))
     out = x.new_zeros(len(scenes), 3, *x.shape[-2:])
+    px, count = 2 / min(x.shape[-2:]), scenes.layout.is_cpu and scenes.place.bincount(minlength=len(PLACES)).tolist()
     for k, name in enumerate(PLACES):
         at = scenes.place == k
-        if at.any():
-            out[at] = _DRAW[name](x, y, scenes.layout[at].T[..., None, None, None], 2 / min(x.shape[-2:])).clamp(0, 1)
+        if not scenes.layout.is_cpu:  # an accelerator draws every place for all: to ask which are there would be to wait
+            place = _DRAW[name](x, y, scenes.layout.T[..., None, None, None], px)
+            out = torch.where(at.view(-1, 1, 1, 1), place.clamp(0, 1), out)
+        elif count[k]:
+            out[at] = _DRAW[name](x, y, scenes.layout[at].T[..., None, None, None], px).clamp(0, 1)
     return out
 
 # %% ../nbs/01_world.ipynb #72e8aa8c

@@ -78,6 +78,7 @@ def test_written_card(written):
     assert {k: models.card[k] for k in CARD} == {k: shipped[k] for k in CARD} | dict(level=0.5, tuning_lr=0.5)
     assert preset("best", models.card).guidance_scale == preset("best", shipped).guidance_scale == 1.0
     assert "gates" not in models.card and not (written[0] / "subject").exists()
+    assert (written[0] / "labels.png").read_bytes() == (load_models("mini").folder / "labels.png").read_bytes()
 
 
 def tiny(folder, during=lambda: None, steps=2):
@@ -439,16 +440,50 @@ def test_labelled_pictures(tmp_path):
     assert agrees(answers | dict(whole=torch.ones(5).long()), labels).tolist() == [True, False, True, False, True]
     judge = torch.nn.Module()
     judge.forward = lambda x: {q: torch.eye(QUESTIONS[q])[a] for q, a in answers.items()}
-    rows = check_labels(None, judge, tmp_path / "labels.json", 3.0)
+    rows = check_labels(judge, tmp_path / "labels.json")
     assert [(r["gate"], r["value"], r["n"]) for r in rows] == [
         ("judge_labels: generated", 0.75, 4),
         ("judge_labels: broken", 1.0, 1),
+        ("broken: labelled", 1.0, 1),
+        ("sound: labelled", 1.0, 3),
     ]
     record = json.loads((tmp_path / "labels.json").read_text())
     (tmp_path / "labels.json").write_text(json.dumps(record | dict(labels=labels * 3)))
     with pytest.raises(BadInput, match="15 labels, but labels.png shows 6"):
         load_labels(tmp_path / "labels.json")
-    assert check_labels(None, judge, tmp_path / "none.json", 3.0) == []
+    assert check_labels(judge, tmp_path / "none.json") == []
+
+
+def test_the_pinned_pictures(monkeypatch):
+    "Sixty drawn and sixty broken, in a small file, with the labels of tests/labelled.py; shuffled labels are found out."
+    import random
+    from collections import Counter
+    from pathlib import Path
+
+    import torch
+    from layerdiffusion.core import package_folder
+    from layerdiffusion.judge import ANSWERS, QUESTIONS
+    from layerdiffusion.mini import agrees, load_labels
+
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    from labelled import KINDS, seen_labels
+
+    file = package_folder() / "weights" / "mini" / "labels.json"
+    assert file.with_suffix(".png").stat().st_size < 1e6
+    images, labels = load_labels(file)
+    drawn, broken = labels[:60], labels[60:]
+    assert images.shape == (120, 3, 64, 64) and drawn == seen_labels()
+    assert Counter(label["kind"] for label in broken) == dict.fromkeys(KINDS, 10)
+    assert not any(label["whole"] for label in broken) and 50 <= sum(label["whole"] for label in drawn) < 60
+    for q in ("species", "pose", "place"):
+        assert {label[q] for label in drawn} == {label[q] for label in broken} == set(ANSWERS[q])
+    answers = {q: torch.zeros(120).long() for q in QUESTIONS} | dict(
+        present=torch.ones(120).long(),
+        **{q: torch.tensor([ANSWERS[q].index(label[q]) for label in labels]) for q in ("whole", "species", "pose", "place")},
+    )
+    assert agrees(answers, labels).all()
+    shuffled = random.Random(0).sample(labels, len(labels))
+    assert agrees(answers, shuffled).float().mean() < 0.6
 
 
 def test_checks_have_their_bars(written):

@@ -30,16 +30,24 @@ def test_a_given_judge_is_asked(monkeypatch):
     assert said == [1, 2, 3, 2] and len(made) == 3
 
 
-def test_the_scales_zero_knows_no_autoencoder(monkeypatch):
-    "A worse autoencoder moves its own number, and neither end of the scale."
-    method, edit = LayerDiffusion.from_pretrained("mini"), edit_set("development")[0].edit
+def test_the_scale_knows_no_model(monkeypatch):
+    "Both ends are the world's own drawings, so a worse autoencoder moves what goes through it, and nothing else."
+    import torch
+    from layerdiffusion.masks import load_sam
+    from layerdiffusion.sd import load_models
 
-    def scorer(blur):
-        made = scores.Scorer(edit, method.models, method.sam, None, n=4)
-        small = (edit.image.shape[-1] // blur,) * 2
-        made.seen = lambda x: scores.F.interpolate(scores.F.adaptive_avg_pool2d(x, small), x.shape[-2:])
-        return made
+    models, sam, judge = load_models("mini"), load_sam("mini"), load_judge()
+    edit = edit_set("development")[0].edit
+    scorer = scores.Scorer(edit, models, sam, judge, n=6)
+    lost = scorer.through_autoencoder(4)
+    answer = scorer(edit.answer[None])[0]
+    blur = torch.nn.AvgPool2d(5, 1, 2)
+    monkeypatch.setattr(scores, "decode_latents", lambda *a: blur(decoded(*a)))
+    worse = scores.Scorer(edit, models, sam, judge, n=6)
+    assert torch.equal(worse.zero, scorer.zero) and torch.equal(worse.one, scorer.one)
+    assert worse(edit.answer[None])[0] == answer and answer["right"] and abs(answer["background"]) < 0.05
+    more = worse.through_autoencoder(4)
+    assert more["background"] > lost["background"] > 0 and more["identity"] > lost["identity"]
 
-    sharp, blurred = scorer(1), scorer(4)
-    assert (sharp.zero == blurred.zero).all() and (sharp.one == blurred.one).all()
-    assert abs(sharp.autoencoder()) < 1e-5 < blurred.autoencoder()
+
+decoded = scores.decode_latents
