@@ -165,8 +165,8 @@ class Scorer:
         judge,  # from `load_judge`
         n: int = 32,  # redraws for each end of the scale
     ):
-        self.edit, self.models, self.sam, self.judge, self.n = edit, models, sam, judge, n
-        self.zero, self.one = (self.mean_distance(self.redrawn(same)) for same in (True, False))
+        self.edit, self.models, self.sam, self.judge = edit, models, sam, judge
+        self.zero, self.one = (self.mean_distance(redraw(edit, n, same)) for same in (True, False))
         elsewhere = replace(
             stack_scenes([edit.after] * n), layout=torch.rand(n, 16, generator=stream(f"places {edit.text}"))
         )
@@ -174,9 +174,9 @@ class Scorer:
         self.here, *others = (background_distance(x, None, edit) for x in pictures)
         self.elsewhere = torch.stack(others).mean()
 
-    def redrawn(self, same: bool) -> torch.Tensor:
-        "The same individual in other moments, or others of the same words, as they are."
-        return render(redraw(self.edit, self.n, same), self.edit.image.shape[-1])[0]
+    def seen(self, images):
+        "Pictures as the model's autoencoder gives them back."
+        return decode_latents(self.models, encode_image(self.models, images)).cpu()
 
     def distance(self, image, mask):
         return subject_distance(image, mask, self.edit.answer, self.edit.answer_mask)
@@ -185,18 +185,6 @@ class Scorer:
         pictures = render(scenes, self.edit.image.shape[-1])[0]
         found = [(x, m) for x in pictures if (m := find_subject(self.sam, x)) is not None]
         return torch.stack([self.distance(x, m) for x, m in found]).mean(0)
-
-    def identity(self, distance) -> float:
-        "A distance on the scale: 0 the same individual, 1 others of the same words."
-        return ((distance - self.zero) / (self.one - self.zero)).mean().item()
-
-    def autoencoder(self) -> float:
-        "What the model's autoencoder alone costs on the scale: the same individual, encoded and decoded."
-        return self.identity(self.mean_distance(self.seen(self.redrawn(True))))
-
-    def seen(self, images: torch.Tensor) -> torch.Tensor:
-        "Pictures (B, 3, H, W) as the model's autoencoder gives them back."
-        return decode_latents(self.models, encode_image(self.models, images)).cpu()
 
 # %% ../nbs/13_scores.ipynb #4cbc1056
 LIMIT = 0.4  # of identity and of background, for a picture to be right
@@ -216,7 +204,9 @@ def score(
     answers, rows = ask(self.judge, images), []
     for x, good in zip(images, valid(answers, **wanted(self.edit))):
         mask = find_subject(self.sam, x)
-        identity = 1.0 if mask is None else self.identity(self.distance(x, mask))
+        identity = (
+            1.0 if mask is None else ((self.distance(x, mask) - self.zero) / (self.one - self.zero)).mean().item()
+        )
         background = ((background_distance(x, mask, self.edit) - self.here) / (self.elsewhere - self.here)).item()
         rows.append(
             dict(
