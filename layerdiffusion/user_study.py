@@ -8,14 +8,13 @@ __all__ = ['QUESTIONS', 'MARKS', 'SIMULATED', 'trials', 'show_trial', 'ratings_f
 
 # %% ../nbs/19_user_study.ipynb #d9afd6a7
 import io
-import json
 import random
 from pathlib import Path
 from collections.abc import Sequence
 
 # %% ../nbs/19_user_study.ipynb #55d7f9f8
 from .core import BadInput, content_hash, to_pil
-from .experiments import load_strip
+from .experiments import read_cell
 from .scores import append_line, edit_set, interval, read_record
 
 # %% ../nbs/19_user_study.ipynb #c33f6d3a
@@ -48,10 +47,9 @@ def trials(
 # %% ../nbs/19_user_study.ipynb #5f8519ca
 def show_trial(trial: dict, folder: Path) -> tuple:  # words, reference, picture
     "What a rater sees of a trial; not whose picture it is."
-    cell = Path(folder) / "cells" / f"{trial['cell']}.json"
-    name = json.loads(cell.read_text())["edit"]
-    edit = next(t.edit for t in edit_set("joint") if t.name == name)
-    return edit.text, edit.reference, load_strip(cell.with_suffix(".webp"))[trial["place"]]
+    row, pictures = read_cell(folder, trial["cell"])
+    edit = next(t.edit for t in edit_set("joint") if t.name == row["edit"])
+    return edit.text, edit.reference, pictures[trial["place"]]
 
 # %% ../nbs/19_user_study.ipynb #4f6aa1c8
 def ratings_file(folder: Path, rater: str) -> Path:
@@ -83,7 +81,7 @@ class StudyForm:
         self,
         record: dict,
         rater: str,
-        folder: Path,  # where `cells` are
+        folder: Path,  # of the experiment
         answers: Path,  # the folder of ratings
         per: int = 10,
     ):
@@ -151,7 +149,7 @@ def simulated_rating(scores: dict  # of one picture
 def simulate(record: dict, folder: Path, answers: Path, per: int = 10):
     "Let the simulated rater answer all of it."
     for t in trials(record, SIMULATED, per):
-        cell = json.loads((Path(folder) / "cells" / f"{t['cell']}.json").read_text())
+        cell, _ = read_cell(folder, t["cell"])
         rate(answers, SIMULATED, t, **simulated_rating(cell["scores"][t["place"]]))
 
 # %% ../nbs/19_user_study.ipynb #a49de7b4

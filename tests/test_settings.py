@@ -160,11 +160,11 @@ def test_the_advice_of_a_message_works(method):
 
 def test_new_settings_change_no_names(method):
     "A setting that came later is written down only where it is used, so the names of recorded cells are found again."
-    from layerdiffusion.experiments import EXPERIMENTS, cell_name, numbers_of
+    from layerdiffusion.experiments import EXPERIMENTS, cell_name, load_experiment, numbers_of
 
     folder = Path(__file__).resolve().parents[1] / "nbs/results/experiments"
     for of in PRESETS:
-        record = json.loads((folder / f"alpha-{of}-paper.json").read_text(encoding="utf-8"))
+        record = load_experiment("alpha", "paper", of, folder)
         task = type("Task", (), dict(name=record["edits"][0]))
         for setting, row in list(zip(EXPERIMENTS["alpha"](of), record["settings"]))[::5]:
             cell = cell_name(method, task, setting, record["seeds"], numbers_of(method, setting))
