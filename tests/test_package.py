@@ -47,7 +47,8 @@ def test_weights_are_small_and_safe():
 
 
 def test_text_encoder_has_the_published_names():
-    "`text_model.…`, as in every published Stable Diffusion; transformers before its renaming would leave other names at random weights."
+    """`text_model.…`, as in every published Stable Diffusion; transformers before its renaming would leave other names
+    at random weights."""
     with (DATA / "weights/mini/text_encoder/model.safetensors").open("rb") as f:
         names = set(json.loads(f.read(struct.unpack("<Q", f.read(8))[0]))) - {"__metadata__"}
     assert names and all(n.startswith("text_model.") for n in names)
@@ -104,7 +105,8 @@ def test_requirements(told):
 
 
 def test_what_is_imported_is_required(told):
-    "Each third-party module named in the library is a requirement; only pictures and forms in a notebook, and the website, ask for more."
+    """Each third-party module named in the library is a requirement; only pictures and forms in a notebook, and the
+    website, ask for more."""
     trees = [ast.parse(p.read_text(encoding="utf-8")) for p in DATA.glob("*.py")]
     nodes = [n for tree in trees for n in ast.walk(tree)]
     names = {a.name for n in nodes if isinstance(n, ast.Import) for a in n.names} | {
@@ -125,7 +127,8 @@ def test_what_is_imported_is_required(told):
             "smalldocs",
         }
     )
-    plain = lambda name: re.split(r"[<>=!\[]", name)[0].lower().replace("_", "-")
+    def plain(name):
+        return re.split(r"[<>=!\[]", name)[0].lower().replace("_", "-")
     required, where = {plain(r) for r in told["install_requires"]}, packages_distributions()
     assert not {t for t in tops if not required & {plain(d) for d in where.get(t, [t])}}
 
