@@ -12,7 +12,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MethodType, SimpleNamespace
-from typing import Any, Optional
+from typing import Any
 from collections.abc import Callable, Sequence
 
 import torch
@@ -239,7 +239,7 @@ def injection_layers(unet) -> tuple:
     decoder = [
         pair
         for block in unet.up_blocks
-        for pair in zip(block.resnets, getattr(block, "attentions", [None] * len(block.resnets)))
+        for pair in zip(block.resnets, getattr(block, "attentions", [None] * len(block.resnets)), strict=False)
     ]
     deep = decoder[len(decoder) // 3 :]
     return deep[0][0], [
@@ -305,7 +305,8 @@ def plug_and_play(
         raise BadInput(
             f"An inversion of {inversion_steps} steps does not pass all timesteps that {num_inference_steps} steps visit; take a multiple of {num_inference_steps}, or {models.scheduler.config.num_train_timesteps}."
         )
-    first = lambda share: visited[: int(share * num_inference_steps)]
+    def first(share):
+        return visited[: int(share * num_inference_steps)]
     with lend_features(models.unet, path, encode_text(models, source), first(features), first(attention)) as unet:
         latents = ddim_sample(
             replace(models, unet=unet),
@@ -350,6 +351,6 @@ def baseline_rows(
             if record:
                 append_line(record, kept[key])
         rows += [
-            dict(edit=task.name, kind=task.kind, seed=s, **r) for s, r in zip(kept[key]["seeds"], kept[key]["scores"])
+            dict(edit=task.name, kind=task.kind, seed=s, **r) for s, r in zip(kept[key]["seeds"], kept[key]["scores"], strict=False)
         ]
     return rows

@@ -16,7 +16,7 @@ import time
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
-from typing import Optional
+
 
 # %% ../nbs/20_bench.ipynb #863030dd
 def fresh(code: str,  # Python to run in a new interpreter
@@ -99,9 +99,10 @@ def bare_draw(pipe, unet, condition, seeds, config):
     noise = method.initial_noise(shape, seeds).to(pipe.device) * pipe.scheduler.init_noise_sigma
     with torch.no_grad():
         nothing = method.embed_text(pipe.tokenizer, pipe.text_encoder, [""])
-        draw = lambda x: method.denoise(
-            unet, pipe.scheduler, x, condition, nothing, config.sampling_steps, config.guidance_scale
-        )
+        def draw(x):
+            return method.denoise(
+                    unet, pipe.scheduler, x, condition, nothing, config.sampling_steps, config.guidance_scale
+                )
         return torch.cat([method.to_pictures(pipe.vae, draw(x)) for x in noise.split(1)])
 
 # %% ../nbs/20_bench.ipynb #956cb94b
@@ -199,7 +200,8 @@ def stage_flops(models, config, seeds: int) -> dict:
             torch.randn(1, models.unet.config.in_channels, side, side),
             torch.randn(1, n, models.unet.config.cross_attention_dim),
         )
-        ask = lambda e, batch=1: unet(x.expand(batch, -1, -1, -1), torch.tensor(5), e.expand(batch, -1, -1)).sample
+        def ask(e, batch=1):
+            return unet(x.expand(batch, -1, -1, -1), torch.tensor(5), e.expand(batch, -1, -1)).sample
         draw = config.sampling_steps * count_flops(lambda: ask(e, 2)) + count_flops(lambda: vae.decode(x))
         both = torch.cat([e, e], 1).requires_grad_()
         embed = count_flops(lambda: torch.autograd.grad(ask(both).sum(), [both]))

@@ -10,7 +10,6 @@ __all__ = ['NAME', 'VERSION', 'benchmark_tasks', 'benchmark_hash', 'scene_number
 import time
 from dataclasses import fields
 from pathlib import Path
-from typing import Optional
 from collections.abc import Callable, Sequence
 
 import torch
@@ -32,7 +31,8 @@ def benchmark_hash(tasks: Sequence[Task] | None = None  # None: the benchmark's
                   ) -> str:
     "Sixteen digits that change when a scene or a word of the tasks does; the same on every processor."
     tasks = benchmark_tasks() if tasks is None else tasks
-    both = lambda edit: (scene_numbers(edit.before), scene_numbers(edit.after))
+    def both(edit):
+        return (scene_numbers(edit.before), scene_numbers(edit.after))
     return content_hash(NAME, VERSION, [[t.name, t.edit.source, t.edit.text, *both(t.edit)] for t in tasks])[:16]
 
 def scene_numbers(scenes: Scenes) -> dict:
@@ -152,11 +152,12 @@ def recorded_rows(
 def leaderboard(rows: Sequence[dict]) -> str:
     "The table as Markdown, most right first; a row of fewer than all tasks, or of a trial, says so."
     show, total = (lambda v: "{:.2f} [{:.2f}, {:.2f}]".format(*v)), len(benchmark_tasks())
-    said = lambda r: (
-        r["method"]
-        + (f" ({r['tasks']} of {total} tasks)" if r["tasks"] < total else "")
-        + (" (a fifth of the steps)" if r.get("size") == "quick" else "")
-    )
+    def said(r):
+        return (
+            r["method"]
+            + (f" ({r['tasks']} of {total} tasks)" if r["tasks"] < total else "")
+            + (" (a fifth of the steps)" if r.get("size") == "quick" else "")
+        )
     lines = [
         f"| method | {' | '.join(f + (' ↓' if f in ('identity', 'background') else '') for f in SCORES)} | pictures |",
         "|" + " --- |" * (len(SCORES) + 2),

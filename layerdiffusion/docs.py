@@ -19,7 +19,7 @@ import textwrap
 from html.parser import HTMLParser
 from importlib.util import find_spec
 from pathlib import Path
-from typing import List, Optional
+from typing import Optional
 from urllib.parse import unquote, urlsplit
 
 from .core import BadInput

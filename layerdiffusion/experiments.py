@@ -324,7 +324,7 @@ def _packed_records(folder):
 def score_cell(method, task, images: torch.Tensor, judge=None) -> list:  # a dict for each picture
     "The four scores of each picture, and its CLIP score: the raw cosine with the text, without prefix."
     cosine = clip_score(method.once("clip score", [], lambda _: Clip("mini")), images, task.edit.text).cosine
-    return [dict(row, clip=round(c, 4)) for row, c in zip(scorer_of(method, task, judge)(images), cosine.tolist())]
+    return [dict(row, clip=round(c, 4)) for row, c in zip(scorer_of(method, task, judge)(images), cosine.tolist(), strict=False)]
 
 
 def run_cell(
@@ -502,7 +502,8 @@ def summary(name, size, of, settings: list, rows: list) -> dict:
     for s in settings:
         mine = [there[s.name, e] for e in edits]
         flat = [dict(edit=r["edit"], **score) for r in mine for score in r["scores"]]
-        mean = lambda row, f: round(sum(float(p[f]) for p in row["scores"]) / len(row["scores"]), 4)
+        def mean(row, f):
+            return round(sum(float(p[f]) for p in row["scores"]) / len(row["scores"]), 4)
         table.append(
             dict(
                 setting=s.name,
@@ -647,7 +648,7 @@ def plot_experiment(record: dict):
 
     rows = record["settings"][::-1]
     fig, axes = plt.subplots(1, len(SCORES), figsize=(12, 0.8 + 0.28 * len(rows)), sharey=True)
-    for ax, score in zip(axes, SCORES):
+    for ax, score in zip(axes, SCORES, strict=False):
         for y, row in enumerate(rows):
             mean, low, high = row[score]
             ax.plot([low, high], [y, y], color="C0", lw=2, alpha=0.5)
@@ -666,10 +667,10 @@ def plot_curve(records: dict,  # preset -> record, from `recorded`
     "The scores over the values of one setting, a colour for each preset, with 95 % intervals over edits."
     import matplotlib.pyplot as plt
     fig, axes = plt.subplots(1, len(fields), figsize=(2.4 * len(fields), 2.5), squeeze=False)
-    for ax, f in zip(axes[0], fields):
+    for ax, f in zip(axes[0], fields, strict=False):
         for of, record in records.items():
             points = sorted([r["options"][option], *r[f]] for r in record["settings"] if list(r["options"]) == [option])
-            x, mean, low, high = zip(*points)
+            x, mean, low, high = zip(*points, strict=False)
             line = ax.plot(x, mean, "o-", ms=3, label=of)[0]
             ax.fill_between(x, low, high, color=line.get_color(), alpha=.15, lw=0)
         ax.set_title(f + (" (lower is better)" if f in ("identity", "background") else ""), fontsize=9)
@@ -699,7 +700,7 @@ def seed_sheet(
     name = row_of(record, setting)["cells"][edit]
     cell, pictures = read_cell(folder, name)
     return make_sheet(
-        [framed(x, good) for x, good in zip(pictures, valid_marks(cell, corrections))], columns=columns, cell=96
+        [framed(x, good) for x, good in zip(pictures, valid_marks(cell, corrections), strict=False)], columns=columns, cell=96
     )
 
 
@@ -712,7 +713,8 @@ def picture_grid(
     columns: int = 4,
 ) -> "Image.Image":
     "A few seeds of several settings on one edit, each with the name of its setting."
-    plain = lambda s: s.replace("α", "alpha").replace("λ", "lambda ")  # the sheet's font has no Greek
+    def plain(s):
+        return s.replace("α", "alpha").replace("λ", "lambda ")  # the sheet's font has no Greek
     found = [(read_cell(folder, row_of(record, s)["cells"][edit])[1], s) for s in settings]
     return make_sheet(
         [p[k] for p, _ in found for k in places],
@@ -802,7 +804,7 @@ class SheetForm:
         self.rows = [w.Image(width=70 * min(10, len(self.buttons))) for _ in tens]
         self.sheet.children = [
             x
-            for row, ten in zip(self.rows, tens)
+            for row, ten in zip(self.rows, tens, strict=False)
             for x in (row, *[w.HBox(ten, layout=dict(padding="0 2px"))] * (self.path is not None))
         ]
         self.busy = False
@@ -822,7 +824,7 @@ class SheetForm:
             row.value = out.getvalue()
         self.title.value, self.busy = f"<b>{sheet_title(*here, corrections=marks)}</b>", True
         for b, s, good in zip(
-            self.buttons, self.record["seeds"], valid_marks(read_cell(self.folder, self.cell)[0], marks)
+            self.buttons, self.record["seeds"], valid_marks(read_cell(self.folder, self.cell)[0], marks), strict=False
         ):
             b.value, b.description, b.button_style = good, f"{s} {'✓' if good else '–'}", "danger" if good else ""
         self.busy = False

@@ -7,7 +7,6 @@ __all__ = ['ClipScore', 'Clip', 'clip_score', 'subject_crop', 'subject_likeness'
 
 # %% ../nbs/17_metrics.ipynb #175ad1f0
 from dataclasses import dataclass
-from typing import Optional
 from collections.abc import Callable, Sequence
 
 import torch
@@ -132,5 +131,6 @@ def background_likeness(
 def joint_score(row: dict  # of a `Scorer`
                ) -> float:  # 0-1
     "Valid, times nearness of the individual, times nearness of the place."
-    near = lambda distance: min(1., max(0., 1 - distance))
+    def near(distance):
+        return min(1., max(0., 1 - distance))
     return float(row["valid"]) * near(row["identity"]) * near(row["background"])

@@ -110,7 +110,7 @@ class StudyForm:
             return
         words, *pictures = show_trial(self.todo[0], self.folder)
         self.words.value = f"<b>{words}</b>"
-        for widget, picture in zip((self.reference, self.picture), pictures):
+        for widget, picture in zip((self.reference, self.picture), pictures, strict=False):
             widget.value = as_png(picture)
         for buttons in self.marks.values():
             buttons.value = None
