@@ -138,3 +138,32 @@ def test_entry_points(told):
         "console_scripts": ["layerdiffusion=layerdiffusion.cli:main"],
         "nbdev": ["layerdiffusion=layerdiffusion._modidx:d"],
     }
+
+
+def explained():
+    "Each requirement of settings.ini, with the comment above it."
+    lines = [line.strip() for line in (ROOT / "settings.ini").read_text(encoding="utf-8").splitlines()]
+    pairs = list(zip(lines, lines[1:], strict=False))
+    return [(line, above) for above, line in pairs if re.match(r"[\w-]+(>=|==)\d", line)]
+
+
+def names_imported():
+    "The top names of all imports in the package, the pages, the tests and setup.py."
+    texts = [p.read_text(encoding="utf-8") for d in (ROOT / "layerdiffusion", ROOT / "tests") for p in d.rglob("*.py")]
+    for page in (ROOT / "nbs").rglob("*.ipynb"):
+        cells = json.loads(page.read_text(encoding="utf-8"))["cells"]
+        texts += ["".join(c["source"]) for c in cells if c["cell_type"] == "code"]
+    return set(re.findall(r"(?:import|from|find_spec\(\"|importorskip\(\") *(\w+)", "\n".join(texts)))
+
+
+def test_each_requirement_is_used_bounded_and_explained(told):
+    "Above each stands a comment; it has a ceiling, and is imported somewhere or says why not."
+    asked = [*told["install_requires"], *(r for rs in told["extras_require"].values() for r in rs)]
+    assert sorted(line for line, _ in explained()) == sorted(asked)
+    assert not [line for line, above in explained() if not re.fullmatch(r"# \S.{3,}", above)]
+    assert not [line for line, _ in explained() if not re.search(r"==|,<\d", line)]
+    other = dict(pillow="PIL", pyyaml="yaml", open_clip_torch="open_clip")
+    imported = names_imported()
+    for line, above in explained():
+        name = re.match(r"[\w-]+", line)[0]
+        assert other.get(name, name.replace("-", "_")) in imported or above.startswith("# not imported: "), line
