@@ -13,10 +13,10 @@ import json
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from statistics import median
-from typing import Optional
+
 
 # %% ../nbs/20_bench.ipynb #863030dd
 def fresh(code: str,  # Python to run in a new interpreter
@@ -99,9 +99,10 @@ def bare_draw(pipe, unet, condition, seeds, config):
     noise = method.initial_noise(shape, seeds).to(pipe.device) * pipe.scheduler.init_noise_sigma
     with torch.no_grad():
         nothing = method.embed_text(pipe.tokenizer, pipe.text_encoder, [""])
-        draw = lambda x: method.denoise(
-            unet, pipe.scheduler, x, condition, nothing, config.sampling_steps, config.guidance_scale
-        )
+        def draw(x):
+            return method.denoise(
+                unet, pipe.scheduler, x, condition, nothing, config.sampling_steps, config.guidance_scale
+            )
         return torch.cat([method.to_pictures(pipe.vae, draw(x)) for x in noise.split(1)])
 
 # %% ../nbs/20_bench.ipynb #956cb94b
@@ -199,7 +200,8 @@ def stage_flops(models, config, seeds: int) -> dict:
             torch.randn(1, models.unet.config.in_channels, side, side),
             torch.randn(1, n, models.unet.config.cross_attention_dim),
         )
-        ask = lambda e, batch=1: unet(x.expand(batch, -1, -1, -1), torch.tensor(5), e.expand(batch, -1, -1)).sample
+        def ask(e, batch=1):
+            return unet(x.expand(batch, -1, -1, -1), torch.tensor(5), e.expand(batch, -1, -1)).sample
         draw = config.sampling_steps * count_flops(lambda: ask(e, 2)) + count_flops(lambda: vae.decode(x))
         both = torch.cat([e, e], 1).requires_grad_()
         embed = count_flops(lambda: torch.autograd.grad(ask(both).sum(), [both]))
@@ -232,7 +234,10 @@ def product_rate(device: str, precision: str = "auto", seconds: float = 0.5) -> 
 def limit_line(run: dict, record: dict) -> str:
     "The limit of the whole job in a sentence."
     flops = sum(run["flops"].values())
-    line = f"{flops / 1e12:.3g} TFLOP at the {run['rate'] / 1e12:.3g} TFLOP/s of a large matrix product are {flops / run['rate']:.3g} s."
+    line = (
+        f"{flops / 1e12:.3g} TFLOP at the {run['rate'] / 1e12:.3g} TFLOP/s of a large matrix product "
+        f"are {flops / run['rate']:.3g} s."
+    )
     return line if record["environment"]["device"].startswith("cuda") else line + " No GPU was measured."
 
 # %% ../nbs/20_bench.ipynb #2aa23fe9
@@ -253,10 +258,8 @@ def find_and_prepare(method, job: dict, config):
     (a, b), given = job["words"], dict(point=job["point"])
     if "box" in job:
         photo = fit_image(load_image(job["image"]), method.models.size)
-        try:
+        with suppress(BadInput):  # random weights
             method.find_subject(load_image(job["image"]), photo, point=job["point"])
-        except BadInput:
-            pass  # random weights
         given = dict(mask=box_mask(photo, job["box"]))
     return method.prepare(job["image"], f"{a} {b}", object=a, background=b, config=config, **given)
 
@@ -391,14 +394,17 @@ def bench(
         for which in ("library", "plain"):
             say(f"The edit by the {which} {'loop' if which == 'plain' else 'itself'} ...")
             options = dict(job=job, sam=str(sam)) | (dict(precision=precision, how=how) if which == "library" else {})
-            run = f"from layerdiffusion.bench import measure; measure({which!r}, {quick}, {device!r}, {str(model)!r}, {folder!r}, **{options!r})"
+            call = f"measure({which!r}, {quick}, {device!r}, {str(model)!r}, {folder!r}, **{options!r})"
+            run = f"from layerdiffusion.bench import measure; {call}"
             subprocess.run([sys.executable, "-c", run], check=True)
             record[which] = json.loads((Path(folder) / f"{which}.json").read_text())
         pictures = [load_file(Path(folder) / f"{which}.safetensors")["images"] for which in ("library", "plain")]
     record["mean_difference"] = (pictures[0] - pictures[1]).abs().mean().item()
     return record | dict(
         environment=environment(device),
-        command=f"layerdiffusion bench{'' if size == 'mini' else f' --size {size}'}{' --quick' * quick} --device {device}",
+        command=(
+            f"layerdiffusion bench{'' if size == 'mini' else f' --size {size}'}{' --quick' * quick} --device {device}"
+        ),
     )
 
 # %% ../nbs/20_bench.ipynb #c331143c
@@ -412,14 +418,17 @@ def table(record: dict) -> str:
     lines = [f"{name:28} {seconds:8.2f} s" for name, seconds in record["start"].items()]
     lines += [
         "",
-        f"{'stage':10} {'library':>10} {'plain loop':>12} {'ratio':>7} {'library':>11} {'plain loop':>12}{'of the limit' if 'rate' in run else '':>14}",
+        f"{'stage':10} {'library':>10} {'plain loop':>12} {'ratio':>7} {'library':>11} {'plain loop':>12}"
+        f"{'of the limit' if 'rate' in run else '':>14}",
     ]
     for stage, ours in run["stages"].items():
         plain = record["plain"]["stages"].get(stage)
         share = f"{run['flops'][stage] / run['rate'] / ours['seconds']:13.0%}" if stage in run.get("flops", {}) else ""
         if plain:
             lines.append(
-                f"{stage:10} {ours['seconds']:8.1f} s {plain['seconds']:10.1f} s {plain['seconds'] / ours['seconds']:6.1f}x {ours['peak_mb']:8.0f} MB {plain['peak_mb']:9.0f} MB{share}"
+                f"{stage:10} {ours['seconds']:8.1f} s {plain['seconds']:10.1f} s "
+                f"{plain['seconds'] / ours['seconds']:6.1f}x "
+                f"{ours['peak_mb']:8.0f} MB {plain['peak_mb']:9.0f} MB{share}"
             )
         else:
             lines.append(f"{stage:10} {ours['seconds']:8.1f} s, not in the total")
@@ -432,7 +441,9 @@ def table(record: dict) -> str:
     if "rate" in run:
         lines.append(limit_line(run, record))
     lines += [
-        f"{c['embedding_steps']} + {c['tuning_steps']} + {c['sampling_steps']} steps, {len(record['job']['seeds'])} seeds; {env['device_name']}, {env['cpus']} CPUs, {run['threads']} threads.",
-        f"torch {env['torch']}, diffusers {env['diffusers']}, transformers {env['transformers']}, commit {env['commit']}, {env['date']}.",
+        f"{c['embedding_steps']} + {c['tuning_steps']} + {c['sampling_steps']} steps, "
+        f"{len(record['job']['seeds'])} seeds; {env['device_name']}, {env['cpus']} CPUs, {run['threads']} threads.",
+        f"torch {env['torch']}, diffusers {env['diffusers']}, transformers {env['transformers']}, "
+        f"commit {env['commit']}, {env['date']}.",
     ]
     return "\n".join(lines)

@@ -19,7 +19,6 @@ import textwrap
 from html.parser import HTMLParser
 from importlib.util import find_spec
 from pathlib import Path
-from typing import List, Optional
 from urllib.parse import unquote, urlsplit
 
 from .core import BadInput
@@ -34,7 +33,8 @@ def find_checkout(
         if all((folder / name).exists() for name in ("settings.ini", "_quarto.yml", "nbs/_quarto.yml")):
             return folder
     raise BadInput(
-        f"The site is built from a checkout of the project, and {str(start)!r} is not in one; clone the repository and run this there."
+        f"The site is built from a checkout of the project, and {str(start)!r} is not in one; "
+        "clone the repository and run this there."
     )
 
 
@@ -207,7 +207,7 @@ def faults(
 
 # %% ../nbs/26_docs.ipynb #2aeca1f2
 def build_here():
-    "Build the site of the checkout in the working folder, into `_proc/_docs`; warnings end it. Runs in a process of its own."
+    "Build the site of the checkout in the working folder, into `_proc/_docs`; warnings end it. For a process alone."
     import warnings
 
     warnings.filterwarnings("ignore")

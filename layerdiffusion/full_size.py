@@ -8,7 +8,6 @@ __all__ = ['SAM_SHAPES', 'sd_configs', 'build_parts', 'clip_tokenizer', 'build_m
 # %% ../nbs/25_full_size.ipynb #2999d201
 from functools import cache
 from pathlib import Path
-from typing import Optional, Union
 
 import torch
 

@@ -1,9 +1,9 @@
-"The animation on top of README: `python tests/animation.py` makes nbs/edit.webp with the shipped model, some minutes on two CPU cores."
+"""The animation on top of README: `python tests/animation.py` makes nbs/edit.webp with the shipped model, some minutes
+on two CPU cores."""
 
 from pathlib import Path
 
 import torch
-from PIL import Image
 from torch.nn.functional import interpolate
 
 from layerdiffusion import LayerDiffusion, preset
@@ -23,7 +23,8 @@ def strip(*images):
 
 
 def frames(seeds=range(3), **changes):
-    "The photo, its subject, and what the steps of Eq. 7 make of noise; the last picture stays for a while. The predicted x0 hardly moves after such a tuning."
+    """The photo, its subject, and what the steps of Eq. 7 make of noise; the last picture stays for a while. The
+    predicted x0 hardly moves after such a tuning."""
     method = LayerDiffusion.from_pretrained("mini", "cpu")
     drawn, config = [], preset("best", method.models.card, **changes)
 

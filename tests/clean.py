@@ -1,7 +1,10 @@
-"""Cleans the pages: `python tests/clean.py` is nbdev_clean, and then gives every page the metadata that JupyterLab would.
+"""Cleans the pages: `python tests/clean.py` is nbdev_clean, and then gives every page the metadata that JupyterLab
+would.
 
-JupyterLab writes the name of the kernel and the language into a page as soon as it is opened. A page that says something else has
-unsaved changes before anybody has touched it. nbdev_clean keeps the language (settings.ini allows it) but not the kernel's name.
+JupyterLab writes the name of the kernel and the language into a page as soon as it is opened. A page that says
+something else has
+unsaved changes before anybody has touched it. nbdev_clean keeps the language (settings.ini allows it) but not the
+kernel's name.
 """
 
 import json

@@ -78,7 +78,8 @@ def test_a_run_is_a_call_of_edit(editor, method):
 
 
 def test_stop_and_resume(editor, method, monkeypatch):
-    """A stop keeps what was learnt; what follows is what an uninterrupted run gives. The tuning waits for the stop, so no
+    """A stop keeps what was learnt; what follows is what an uninterrupted run gives. The tuning waits for the stop, so
+    no
     processor is too quick for it."""
     reached, pressed, call = threading.Event(), threading.Event(), module.Job.__call__
 
@@ -112,7 +113,7 @@ def test_sliders_that_answer_at_once(editor, method):
     first = run(editor)
     editor.pick(1)
     steps = []
-    editor.method.tune, tune = lambda *a, **k: steps.append(1), editor.method.tune
+    editor.method.tune, _tune = lambda *a, **k: steps.append(1), editor.method.tune
     try:
         for name, value in (("alpha", 0.2), ("guidance_scale", 2.0), ("first", 7), ("count", 3)):
             turn(editor, **{name: value})
@@ -369,7 +370,8 @@ def test_a_drawing_that_does_not_stop(editor):
 
     class Slow:
         alive = True
-        stop = lambda self: None
+        def stop(self):
+            return None
 
     editor.job, shown = Slow(), []
     assert not editor.start(lambda job: None, lambda value: None, "redraw") and "still stopping" in said(editor, "run")

@@ -141,7 +141,8 @@ def test_nothing_is_left_behind(models, edit, name, ends):
 @pytest.mark.parametrize("name", METHODS)
 def test_same_call_same_pictures(models, edit, name):
     method, options = METHODS[name]
-    draw = lambda seeds: method(models, edit.image, edit.text, seeds=seeds, num_inference_steps=10, **options)
+    def draw(seeds):
+        return method(models, edit.image, edit.text, seeds=seeds, num_inference_steps=10, **options)
     both = draw([4, 5])
     assert torch.equal(both, draw([4, 5]))
     assert torch.allclose(both[1], draw([5])[0], atol=1e-4)
@@ -178,7 +179,9 @@ def test_places_of_stable_diffusion():
     expected = [
         unet.up_blocks[b].attentions[k] for b, k in [(1, 1), (1, 2), (2, 0), (2, 1), (2, 2), (3, 0), (3, 1), (3, 2)]
     ]
-    assert len(attention) == 8 and all(a is e.transformer_blocks[0].attn1 for a, e in zip(attention, expected))
+    assert len(attention) == 8 and all(
+        a is e.transformer_blocks[0].attn1 for a, e in zip(attention, expected, strict=False)
+    )
 
 
 def test_lent_attention_by_hand(models, edit):
@@ -303,9 +306,10 @@ def test_rows_go_on_after_a_kill(models, monkeypatch, tmp_path):
             raise KeyboardInterrupt
         return image.expand(len(seeds), -1, -1, -1)
 
-    rows = lambda **options: baseline_rows(
-        LayerDiffusion(models), tasks, drawn, range(2), file, judge=torch.nn.Linear(1, 1), **options
-    )
+    def rows(**options):
+        return baseline_rows(
+            LayerDiffusion(models), tasks, drawn, range(2), file, judge=torch.nn.Linear(1, 1), **options
+        )
     with pytest.raises(KeyboardInterrupt):
         rows(eta=1)
     assert file.read_text().count("\n") == 2

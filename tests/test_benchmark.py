@@ -39,13 +39,15 @@ def test_the_tasks_are_those_of_version_1():
 
 def small_pictures():
     "All pictures of the tasks, each cell of four pixels by four as its mean: a row for each task."
-    shown = lambda e: (e.image, e.mask, e.reference, e.answer, e.answer_mask)
+    def shown(e):
+        return (e.image, e.mask, e.reference, e.answer, e.answer_mask)
     rows = [torch.cat([x.expand(3, -1, -1) for x in shown(t.edit)], 2) for t in benchmark_tasks()]
     return torch.nn.functional.avg_pool2d(torch.cat(rows, 1), 4)
 
 
 def test_the_tasks_look_as_in_version_1():
-    """The renderer draws the scenes as it did, to one of 255 levels in a cell's mean; what a processor rounds otherwise is
+    """The renderer draws the scenes as it did, to one of 255 levels in a cell's mean; what a processor rounds otherwise
+    is
     a thousandth of that. The file is made by `python tests/test_benchmark.py`."""
     then = pixels(SHEET)
     assert (small_pictures() - then).abs().max() < 1 / 255

@@ -26,7 +26,15 @@ pytestmark = [
     ),
     pytest.mark.skipif(bool(MISSING), reason=f"not installed: {', '.join(MISSING)}"),
 ]
-QUIET = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
+QUIET = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
 SHOTS = Path(os.environ.get("LAYERDIFFUSION_SHOTS", ""))  # a folder where screenshots are kept
 ENV = {
     **os.environ,
@@ -222,7 +230,8 @@ def test_editor_in_jupyterlab(page, lab, tmp_path):
     page.on("websocket", lambda ws: ws.on("framesent", lambda frame: sent.append(frame)))
     board = start_editor(page, lab)
 
-    times = [after(page, lambda: page.mouse.click(*spot(board, x, y))) for x, y in ((40, 36), (36, 33), (44, 38))]
+    spots = [spot(board, x, y) for x, y in ((40, 36), (36, 33), (44, 38))]
+    times = [after(page, lambda at=at: page.mouse.click(*at)) for at in spots]
     print("milliseconds from click to mask:", times)  # on an idle machine less than 200; a busy one is no fault
     words = page.locator(".ldc-words")
     assert "by your marks" in words.inner_text()
@@ -286,7 +295,8 @@ def test_editor_in_jupyterlab(page, lab, tmp_path):
 
 
 def test_app_command(browser, tmp_path):
-    "`layerdiffusion app`: the same editor as a page of its own, on a wide photo: a finger, the other tools, and the keyboard alone."
+    """`layerdiffusion app`: the same editor as a page of its own, on a wide photo: a finger, the other tools, and the
+    keyboard alone."""
     from PIL import Image
     from layerdiffusion.core import load_image
 

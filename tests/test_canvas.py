@@ -5,8 +5,8 @@ from dataclasses import asdict
 import pytest
 import torch
 
-from layerdiffusion.canvas import Marks, Prompt, PromptCanvas, Stroke, mask_bytes, read_marks, stroke
-from layerdiffusion.core import BadInput, example_path, load_image
+from layerdiffusion.canvas import Marks, Prompt, PromptCanvas, Stroke, mask_bytes, read_marks
+from layerdiffusion.core import BadInput, load_image
 from layerdiffusion.masks import find_mask, iou, load_sam, move_mask
 from layerdiffusion.pipeline import read_mask
 
@@ -131,7 +131,7 @@ def test_still_picture(prompt):
 def browser(sam, **kw):
     pytest.importorskip("anywidget")
     canvas = PromptCanvas("example:dog", sam, **kw)
-    canvas.widget
+    assert canvas.widget
     return canvas
 
 
@@ -179,6 +179,7 @@ def test_the_way_of_moving(prompt):
 
     x0, _, x1, y1 = bounding_box(prompt.mask)
     feet = (x0 + x1) / 2, y1
-    place = lambda x, y: (feet[0] + 0.1 * 64 + (x - feet[0]) * 0.5, feet[1] - 0.05 * 64 + (y - feet[1]) * 0.5)
+    def place(x, y):
+        return (feet[0] + 0.1 * 64 + (x - feet[0]) * 0.5, feet[1] - 0.05 * 64 + (y - feet[1]) * 0.5)
     left, right, bottom = place(x0, 0)[0], place(x1, 0)[0], place(0, y1)[1]
     assert abs(xs.min() - left) <= 1 and abs(xs.max() + 1 - right) <= 1 and abs(ys.max() + 1 - bottom) <= 1

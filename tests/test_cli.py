@@ -310,7 +310,20 @@ def same_results(a, b, but=()):
 
 def test_watching_changes_nothing(run):
     """--preview and --look-every show pictures and leave the results as they are."""
-    steps = ["--embedding-steps", "2", "--tuning-steps", "5", "--steps", "3", "--seeds", "0-1", "--device", "cpu", "--mask", "mask.png"]
+    steps = [
+        "--embedding-steps",
+        "2",
+        "--tuning-steps",
+        "5",
+        "--steps",
+        "3",
+        "--seeds",
+        "0-1",
+        "--device",
+        "cpu",
+        "--mask",
+        "mask.png",
+    ]
     assert run("edit", "example:dog", TEXT, *steps, "--out", "a")[0] == 0
     code, out, err = run(
         "edit", "example:dog", TEXT, *steps, "--out", "b", "--preview", "seen/now.png", "--look-every", 2
@@ -423,7 +436,10 @@ def test_examples(run):
 
 def test_help_is_light():
     """Help answers without torch."""
-    check = "import sys; from layerdiffusion.cli import main; c = main(sys.argv[1:]); assert 'torch' not in sys.modules and 'numpy' not in sys.modules; sys.exit(c)"
+    check = (
+        "import sys; from layerdiffusion.cli import main; c = main(sys.argv[1:]); "
+        "assert 'torch' not in sys.modules and 'numpy' not in sys.modules; sys.exit(c)"
+    )
     for args in (["--help"], ["edit", "--help"], ["train-mini", "--help"], ["bench", "-h"]):
         out = subprocess.run([sys.executable, "-c", check, *args], capture_output=True, text=True)
         assert out.returncode == 0, out.stderr
@@ -448,7 +464,8 @@ def test_unexpected_errors_ask_for_a_report(run, monkeypatch):
     [
         MemoryError(),
         RuntimeError(
-            "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 640000000000 bytes."
+            """[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to
+            allocate 640000000000 bytes."""
         ),
     ],
 )
@@ -480,7 +497,20 @@ sys.exit(main())
 @pytest.mark.skipif(os.name == "nt", reason="signals")
 def test_ctrl_c_and_resume(run):
     """Ctrl-C ends with 130 and a sentence; --resume ends with the bytes of a run that was never stopped."""
-    steps = ["--embedding-steps", "30", "--tuning-steps", "1", "--steps", "1", "--seeds", "0", "--device", "cpu", "--mask", "mask.png"]
+    steps = [
+        "--embedding-steps",
+        "30",
+        "--tuning-steps",
+        "1",
+        "--steps",
+        "1",
+        "--seeds",
+        "0",
+        "--device",
+        "cpu",
+        "--mask",
+        "mask.png",
+    ]
     command = [sys.executable, "-c", PRESSED, "edit", "example:dog", TEXT, *steps, "--out", "out"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 130 and "Stopped by Ctrl-C" in done.stderr and "--resume" in done.stderr
@@ -506,7 +536,10 @@ def test_options_allow_what_settings_allow():
 
     for opt in METHOD:
         field = EditConfig.model_fields[opt.name]
-        bound = lambda *names: next((getattr(m, n) for m in field.metadata for n in names if hasattr(m, n)), None)
+
+        def bound(*names, field=field):
+            return next((getattr(m, n) for m in field.metadata for n in names if hasattr(m, n)), None)
+
         low, high = bound("ge", "gt"), bound("le", "lt")
         assert opt.default == field.default, opt.name
         if low is not None:
@@ -575,7 +608,8 @@ def test_version_however_it_is_asked():
 
 
 def test_export(run):
-    "An edit's folder becomes a U-Net, and a LoRA that diffusers finds by the folder alone; files of somebody else stay."
+    """An edit's folder becomes a U-Net, and a LoRA that diffusers finds by the folder alone; files of somebody else
+    stay."""
     from diffusers import UNet2DConditionModel, StableDiffusionPipeline
 
     assert (

@@ -73,7 +73,7 @@ def mean(a, b):
 def test_the_first_step_is_as_long_as_the_rate(method, scene, rate):
     "Adam's first step is its rate, in every stage."
     words = method.embed(scene, short(embedding_lr=rate))
-    moved = max((a - b).abs().max().item() for a, b in zip(words[:2], (scene.e_a, scene.e_b)))
+    moved = max((a - b).abs().max().item() for a, b in zip(words[:2], (scene.e_a, scene.e_b), strict=False))
     assert moved == pytest.approx(rate, rel=0.02)
     assert size(method.tune(scene, words, short(tuning_lr=rate))[0]) == pytest.approx(rate, rel=0.02)
     vectors = method.learn(scene, short(learnt_words=2, word_lr=rate, embedding_lr=1.0).resolve(method.models.card))[0]
@@ -97,7 +97,11 @@ def test_the_rate_falls_to_nothing_along_half_a_cosine():
     at = {decay: [] for decay in (False, True)}
     for decay, path in at.items():
         w = torch.zeros(1, requires_grad=True)
-        optimise(lambda step, g: w.sum(), [w], 10, 0.1, "down", lambda e: path.append(w.item()), decay=decay)
+
+        def note(event, w=w, path=path):
+            path.append(w.item())
+
+        optimise(lambda step, g, w=w: w.sum(), [w], 10, 0.1, "down", note, decay=decay)
     steps = {decay: -torch.tensor([0.0, *path]).diff() for decay, path in at.items()}
     assert torch.allclose(steps[False], torch.full((10,), 0.1), atol=1e-5)
     assert torch.allclose(
@@ -112,7 +116,8 @@ def test_the_loss_may_be_scaled_for_the_backward_pass():
     ends = []
     for scale in (1.0, 8.0):
         w = torch.ones(1, requires_grad=True)
-        optimise(lambda step, g: w.square().sum(), [w], 3, 0.1, "x", optimizer=torch.optim.SGD([w], 0.1), scale=scale)
+        plain = torch.optim.SGD([w], 0.1)
+        optimise(lambda step, g, w=w: w.square().sum(), [w], 3, 0.1, "x", optimizer=plain, scale=scale)
         ends.append(w.item())
     assert ends == pytest.approx([0.8**3] * 2)
 
@@ -182,7 +187,8 @@ def test_a_seed_is_a_picture(method, scene):
     "Each seed has its own, whatever the setting's seed, which only the trainings read."
     config, other = short(seed=0), short(seed=9)
     words = scene.e_a, scene.e_b
-    draw = lambda seeds, config: method.sample(words, {}, scene.size, seeds, config)
+    def draw(seeds, config):
+        return method.sample(words, {}, scene.size, seeds, config)
     three, again = draw([4, 7, 2], config), draw([7], other)
     assert mean(three[1], again[0]) < 1e-5 and min(mean(three[i], three[k]) for i, k in ((0, 1), (0, 2), (1, 2))) > 0.01
 
@@ -255,7 +261,8 @@ def test_new_words_are_fitted_to_the_photos_subject(method, plain, scene):
 
 def test_the_models_own_pictures(method, plain, scene):
     "Their noise loss under their own words, unmasked, times λ_prior, is added; they are the untouched model's."
-    config = lambda weight: short(prior_batch=2, lambda_prior=weight, guidance_scale=1.0)
+    def config(weight):
+        return short(prior_batch=2, lambda_prior=weight, guidance_scale=1.0)
     pictures, words = method.prior(scene, config(1.0).resolve(method.models.card), count=3)
     texts = identity.prior_texts(method.models, "a pink dog", 3, 0)
     assert all(text.startswith("a pink dog ") for text in texts) and torch.allclose(
@@ -305,7 +312,7 @@ def first_loss(method, plain, scene, config, *terms):
         at = [[x is y for y in pictures].index(True) for _, x, _ in terms]
         hand = sum(
             w * (m * plain.error(plain.unet, x, noise[i : i + 1], t[i : i + 1], opt)).square().mean().item()
-            for (w, x, m), i in zip(terms, at)
+            for (w, x, m), i in zip(terms, at, strict=False)
         )
     return method.tune(scene, (scene.e_a, scene.e_b), config)[1][0], hand
 
@@ -313,7 +320,8 @@ def first_loss(method, plain, scene, config, *terms):
 def test_who_is_in_the_reference_is_left_out(method, plain, scene, task):
     """M_r is what SAM finds there; Eq. 5 leaves it out, and with `union` the subject's place too. With `empty`
     nobody is there."""
-    config = lambda **changes: short(eq45_pictures="each", **changes)
+    def config(**changes):
+        return short(eq45_pictures="each", **changes)
     somebody = method.prepare(
         task.image, task.text, mask=scene.mask, reference=task.answer, config=config(reference_mask="sam")
     )
@@ -396,7 +404,8 @@ def test_of_several_masks_the_surest():
     masks = np.zeros((3, 8, 8), bool)
     for k in range(3):
         masks[k, : k + 2, 1:5] = True
-    answers = lambda *a, **k: (masks, np.array([0.3, 0.9, 0.5]), None)
+    def answers(*a, **k):
+        return (masks, np.array([0.3, 0.9, 0.5]), None)
     predictor = SimpleNamespace(
         set_image=None,
         is_image_set=True,
@@ -560,7 +569,8 @@ def test_the_search_stops_where_another_coat_is_wanted(monkeypatch):
 
 def test_quality_counts_as_much_as_it_is_told(monkeypatch):
     "With subject attention SAM's estimate, times target_quality, is taken off the distance."
-    dark_is_clear = lambda grey: 1.0 if grey < 0.5 else 0.0
+    def dark_is_clear(grey):
+        return 1.0 if grey < 0.5 else 0.0
     found = {
         weight: Drawn(monkeypatch, dark_is_clear).search(0.53, spreads=(), subject_scale=1.0, target_quality=weight)[0]
         for weight in (0.0, 0.001, 5.0)
@@ -582,7 +592,8 @@ def test_children_are_like_their_parents():
 def test_the_choice():
     "The nearest; the most typical where none is near; clearness is taken off the distance."
     palettes = torch.tensor([0.1, 0.2, 0.4, 0.42]).view(4, 1, 1).expand(-1, 24, 5)
-    wanted = lambda v: torch.full((24, 5), v)
+    def wanted(v):
+        return torch.full((24, 5), v)
     assert [identity.choose(palettes, wanted(v)) for v in (0.09, 0.21, 0.41)] == [0, 1, 2] and identity.choose(
         palettes, wanted(0.9)
     ) == 1
@@ -639,7 +650,8 @@ def test_a_coat_that_is_worn_stays(method):
     "Nearer than `least`, or than three times the spread of the draws."
     mask = torch.ones(1, 8, 8)
     image = COAT[:, None, None].expand(3, 8, 8)
-    kept = lambda asked, **more: torch.equal(identity.change_coat(image, mask, asked, **more), image)
+    def kept(asked, **more):
+        return torch.equal(identity.change_coat(image, mask, asked, **more), image)
     assert kept((COAT + 0.1, 0.0)) and kept((ASKED, 0.5)) and not kept((ASKED, 0.01)) and kept(None)
 
 
@@ -813,7 +825,8 @@ def test_reuse_keeps_what_it_is_told(method, scene):
         seeds=[0],
         config=short(tuning_lr=1e-3, embedding_lr=1e-2, embedding_steps=3),
     )
-    again = lambda keep: method.reuse(first, "a pink dog jumping in the snow", seeds=[0], steps=0, keep=keep)
+    def again(keep):
+        return method.reuse(first, "a pink dog jumping in the snow", seeds=[0], steps=0, keep=keep)
     for keep in (0.0, 0.5, 1.0):
         kept = again(keep).difference
         assert all(
@@ -951,7 +964,7 @@ def test_the_subject_counts_three_times(diffusion, monkeypatch):
     losses = []
     for mask in (torch.zeros(2, 1, 16, 16), torch.ones(2, 1, 16, 16)):
         drawn = [dict(latents=torch.zeros(2, 4, 16, 16), mask=mask, scenes=scenes)]
-        monkeypatch.setattr(diffusion, "draw", lambda s, g: drawn, raising=False)
+        monkeypatch.setattr(diffusion, "draw", lambda s, g, drawn=drawn: drawn, raising=False)
         monkeypatch.setattr(diffusion.unet, "forward", lambda x, t, e: SimpleNamespace(sample=torch.zeros_like(x)))
         losses.append(diffusion(scenes, stream("noise"))[0].item())
     assert losses[1] == pytest.approx(3 * losses[0], rel=1e-4) and losses[0] > 0

@@ -3,7 +3,6 @@
 import functools
 import importlib.util
 import json
-import os
 import re
 import shutil
 import threading
@@ -20,7 +19,15 @@ ROOT = Path(__file__).resolve().parents[1]
 CHROMIUM = next(
     (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
 )
-ARGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
+ARGS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
 QUIET = "nbs/nbdev.yml", "_proc", "_docs"
 needs_tools = pytest.mark.skipif(
     importlib.util.find_spec("smalldocs") is None, reason="smalldocs is not installed: pip install -e '.[docs]'"
@@ -46,7 +53,8 @@ def test_every_page_is_in_the_sidebar():
 
 def test_workflows_are_yaml():
     "GitHub's three files parse, run on pushes or at night, and call what exists."
-    read = lambda name: yaml.safe_load((ROOT / f".github/workflows/{name}.yml").read_text(encoding="utf-8"))
+    def read(name):
+        return yaml.safe_load((ROOT / f".github/workflows/{name}.yml").read_text(encoding="utf-8"))
     docs, tests, nightly = map(read, ("docs", "tests", "nightly"))
     assert docs[True] and tests[True] and nightly[True]["schedule"]  # YAML reads the key `on` as true
     assert any(step.get("run") == "python tests/mutants.py" for step in nightly["jobs"]["mutants"]["steps"])
@@ -137,10 +145,15 @@ def browser():
         chromium.close()
 
 
-LOOK = """() => ({wide: document.documentElement.scrollWidth - document.documentElement.clientWidth, words: document.querySelector('main').innerText.length,
-    maths: document.querySelectorAll('span.math').length, katex: document.querySelectorAll('.katex').length, failed: document.querySelectorAll('.katex-error').length,
+LOOK = """() => ({
+    wide: document.documentElement.scrollWidth - document.documentElement.clientWidth,
+    words: document.querySelector('main').innerText.length,
+    maths: document.querySelectorAll('span.math').length,
+    katex: document.querySelectorAll('.katex').length,
+    failed: document.querySelectorAll('.katex-error').length,
     broken: [...document.images].filter(i => !i.complete || !i.naturalWidth).map(i => i.src.slice(0, 80)),
-    over: [...document.querySelectorAll('main img')].filter(i => i.getBoundingClientRect().right > innerWidth + 1).length})"""
+    over: [...document.querySelectorAll('main img')]
+        .filter(i => i.getBoundingClientRect().right > innerWidth + 1).length})"""
 
 
 def look(page, url):
@@ -160,7 +173,8 @@ def look(page, url):
 @needs_tools
 @pytest.mark.parametrize("width, scheme", [(1280, "light"), (390, "dark")], ids=["desk", "phone"])
 def test_every_page_in_a_browser(site, address, browser, width, scheme):
-    "No error in the console, nothing asked of another machine, no page that scrolls sideways, every formula drawn, every picture there."
+    """No error in the console, nothing asked of another machine, no page that scrolls sideways, every formula drawn,
+    every picture there."""
     context = browser.new_context(viewport=dict(width=width, height=800), color_scheme=scheme)
     page, errors, away = context.new_page(), [], []
     page.on("console", lambda m: errors.append(m.text) if m.type == "error" else None)

@@ -1,6 +1,7 @@
 """Nothing is fetched without saying what, from where and how large; a broken download goes on; offline never asks.
 
-The hub is a small web server on this machine, which gives out the shipped mini the way huggingface.co gives out a model, and its CLIP like a tag of open_clip.
+The hub is a small web server on this machine, which gives out the shipped mini the way huggingface.co gives out a
+model, and its CLIP like a tag of open_clip.
 """
 
 import hashlib
@@ -106,7 +107,8 @@ def load(hub, home, offline=False, code=""):
     "A fresh process that loads the model by its name, or does something else."
     code = (
         code
-        or f"from layerdiffusion.sd import resolve_model; from layerdiffusion.core import BadInput\ntry: print(resolve_model({NAME!r}, offline={offline}))\nexcept BadInput as e: print('refused:', e)"
+        or "from layerdiffusion.sd import resolve_model; from layerdiffusion.core import BadInput\n"
+        f"try: print(resolve_model({NAME!r}, offline={offline}))\nexcept BadInput as e: print('refused:', e)"
     )
     env = {
         **os.environ,
@@ -121,7 +123,8 @@ def load(hub, home, offline=False, code=""):
 
 
 def test_download(hub, tmp_path):
-    "Offline asks nothing; then it is said what comes, a broken line is mended by going on, the whole is there, and the second time nothing is fetched or said."
+    """Offline asks nothing; then it is said what comes, a broken line is mended by going on, the whole is there, and
+    the second time nothing is fetched or said."""
     refused = load(hub, tmp_path, offline=True)
     assert "refused:" in refused.stdout and "offline" in refused.stdout and not Hub.asked
     Hub.cut = 1
@@ -134,7 +137,7 @@ def test_download(hub, tmp_path):
     assert any(range and not range.startswith("bytes=0-") for _, path, range in Hub.asked), "it began anew"
     assert not any(name in path for _, path, _ in Hub.asked for name in EXTRA)
     folder = done.stdout.strip()
-    assert all(open(f"{folder}/{name}", "rb").read() == p.read_bytes() for name, p in FILES.items())
+    assert all(Path(folder, name).read_bytes() == p.read_bytes() for name, p in FILES.items())
     assert "%" in done.stderr  # progress
     again = load(hub, tmp_path)
     assert (
@@ -191,7 +194,11 @@ def fp16(names):
 
 
 def resolve(hub, home, name, offline=False):
-    code = f"from layerdiffusion.folders import resolve_model, weight_files; from layerdiffusion.core import BadInput\ntry: f = resolve_model({name!r}, {offline}); print(f, weight_files(f, 'unet')[1])\nexcept BadInput as e: print('refused:', e)"
+    code = (
+        "from layerdiffusion.folders import resolve_model, weight_files; from layerdiffusion.core import BadInput\n"
+        f"try: f = resolve_model({name!r}, {offline}); print(f, weight_files(f, 'unet')[1])\n"
+        "except BadInput as e: print('refused:', e)"
+    )
     return load(hub, home, code=code)
 
 
@@ -242,7 +249,10 @@ def test_one_precision_is_fetched(hub, tmp_path, repository):
 def test_what_diffusers_cached(hub, tmp_path, repository):
     "diffusers has fetched the fp16 files of a repository that has both; offline, those are loaded."
     name = repository("somebody/cached-diffusion", FILES | fp16(FILES))
-    code = f"from diffusers import DiffusionPipeline; print(DiffusionPipeline.download({name!r}, variant='fp16', use_safetensors=True))"
+    code = (
+        "from diffusers import DiffusionPipeline; "
+        f"print(DiffusionPipeline.download({name!r}, variant='fp16', use_safetensors=True))"
+    )
     fetched = load(hub, tmp_path, code=code)
     assert fetched.returncode == 0, fetched.stderr
     done = resolve(hub, tmp_path, name, offline=True)

@@ -1,6 +1,7 @@
 """An edit that is killed, stopped, repeated, made with other models, or goes wrong.
 
-Everything is done with the shipped mini or with small Stable Diffusion folders of random weights; nothing depends on how well they draw.
+Everything is done with the shipped mini or with small Stable Diffusion folders of random weights; nothing depends on
+how well they draw.
 """
 
 import hashlib
@@ -32,17 +33,50 @@ COMMAND = [
     "edit",
     "example:dog",
     TEXT,
-    *["--mask", "mask.png", "--object-picture", "input", "--embedding-steps", "14", "--tuning-steps", "10", "--steps", "5", "--seeds", "0-1", "--device", "cpu", "--out", "out"],
+    *[
+        "--mask",
+        "mask.png",
+        "--object-picture",
+        "input",
+        "--embedding-steps",
+        "14",
+        "--tuning-steps",
+        "10",
+        "--steps",
+        "5",
+        "--seeds",
+        "0-1",
+        "--device",
+        "cpu",
+        "--out",
+        "out",
+    ],
 ]
 DRAWN = [
     "edit",
     "example:dog",
     TEXT,
-    *["--mask", "mask.png", "--embedding-steps", "10", "--tuning-steps", "8", "--steps", "5", "--seeds", "0-1", "--device", "cpu", "--out", "out"],
+    *[
+        "--mask",
+        "mask.png",
+        "--embedding-steps",
+        "10",
+        "--tuning-steps",
+        "8",
+        "--steps",
+        "5",
+        "--seeds",
+        "0-1",
+        "--device",
+        "cpu",
+        "--out",
+        "out",
+    ],
 ]  # with O_t = SD(T), as by default
 
 
-# A life is a process that runs the command. It is forked from a server that has imported the libraries, so that it starts at once.
+# A life is a process that runs the command. It is forked from a server that has imported the libraries, so that it
+# starts at once.
 
 lives = multiprocessing.get_context("forkserver")
 lives.set_forkserver_preload(
@@ -81,7 +115,8 @@ def shown(text, stage):
 
 
 def run(args, folder, at=None, send=signal.SIGKILL):
-    """The command in `folder`, what it says in the file `said`. It sends itself a signal at a step, where `at` is (stage, step), or before it
+    """The command in `folder`, what it says in the file `said`. It sends itself a signal at a step, where `at` is
+    (stage, step), or before it
     touches one of its files: for the time number `at`, or one with `at` in its name."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     os.chdir(folder)
@@ -176,7 +211,8 @@ def check_whole(place, whole, written=WRITTEN):
 
 @pytest.mark.parametrize("seed", [0, 1])
 def test_killed_again_and_again(place, whole, seed):
-    "Killed at random steps of every stage and at random touches of its files, each time going on from what was left: the same bytes in the end."
+    """Killed at random steps of every stage and at random touches of its files, each time going on from what was left:
+    the same bytes in the end."""
     draw, exits, points = random.Random(seed), [], []
     for stage, steps in STAGES.items():  # what is trained is killed twice, the second time later
         points += [
@@ -191,7 +227,8 @@ def test_killed_again_and_again(place, whole, seed):
 
 
 def test_killed_with_a_drawn_target(place, tmp_path_factory):
-    "The default, O_t = SD(T): killed nine times at steps of all five stages and at touches of its files, and the same bytes in the end."
+    """The default, O_t = SD(T): killed nine times at steps of all five stages and at touches of its files, and the same
+    bytes in the end."""
     draw = random.Random(2)
     steps = [
         (stage, step)
@@ -286,7 +323,7 @@ def equal(a, b):
     "Whether two edits are the same to the last bit."
     import torch
 
-    same = [torch.equal(x, y) for x, y in zip((a.images, *a.embeddings), (b.images, *b.embeddings))]
+    same = [torch.equal(x, y) for x, y in zip((a.images, *a.embeddings), (b.images, *b.embeddings), strict=False)]
     return (
         all(same)
         and a.difference.keys() == b.difference.keys()
@@ -319,13 +356,14 @@ def test_same_seed_same_bytes(method, photos, tmp_path):
 
 
 def test_a_picture_does_not_depend_on_its_company(method, photos):
-    """The same list of seeds gives the same bytes. Beside others, in another order or in a batch of another length the processor may add up
+    """The same list of seeds gives the same bytes. Beside others, in another order or in a batch of another length the
+    processor may add up
     in another order, so that a value may be rounded to the next of the 256 levels, and no further."""
     many = edit(method, photos, seeds=range(5))
     words, difference, size, config = many.embeddings, many.difference, many.images.shape[-2:], many.config
 
     def draw(seeds, **how):
-        return dict(zip(seeds, method.sample(words, difference, size, list(seeds), config, **how)))
+        return dict(zip(seeds, method.sample(words, difference, size, list(seeds), config, **how), strict=False))
 
     def levels(drawn):
         return max(
@@ -378,7 +416,8 @@ def test_no_number_stops_with_a_sentence(method, photos, stage, changes):
 
 
 def small_model(folder, prediction_type):
-    "A Stable Diffusion folder in the manner of v1.4, with random weights: 4 channels, 77 tokens, factor 4, the PNDM class in its scheduler's settings."
+    """A Stable Diffusion folder in the manner of v1.4, with random weights: 4 channels, 77 tokens, factor 4, the PNDM
+    class in its scheduler's settings."""
     import torch
     from diffusers import AutoencoderKL, PNDMScheduler, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
@@ -484,7 +523,8 @@ def test_other_models(tmp_path, prediction_type, scheduler, height, width):
 @pytest.mark.filterwarnings("ignore:mini knows only")
 @pytest.mark.parametrize("height, width", [(64, 40), (24, 64), (64, 96)])
 def test_sizes(method, photos, tmp_path, height, width):
-    "Mini with pictures that are not square: the longer side becomes the model's size, both are multiples of 8, and the file draws the same again."
+    """Mini with pictures that are not square: the longer side becomes the model's size, both are multiples of 8, and
+    the file draws the same again."""
     import torch
     from layerdiffusion import load_edit
 

@@ -169,7 +169,8 @@ def scene():
     g = torch.Generator().manual_seed(1)
     before = sample_scenes(1, g, species="dog", colour="pink", pose="lying", place="city")
     edit = make_edit(before, 64, pose="standing", place="snow")
-    levels = lambda x: (x * 255).round() / 255
+    def levels(x):
+        return (x * 255).round() / 255
     return levels(edit.image), (edit.mask > 0.5).float(), levels(edit.reference)
 
 
@@ -256,7 +257,9 @@ def test_an_edit_is_the_plain_loop(ours, plain, scene, name):
     two = {k: v for k, v in changes.items() if k == "eq45_pictures" and len(changes) > 1}
     moved = [
         (x - y).abs().mean()
-        for x, y in zip((result.images, *result.embeddings), (ours(**two).images, *ours(**two).embeddings))
+        for x, y in zip(
+            (result.images, *result.embeddings), (ours(**two).images, *ours(**two).embeddings), strict=False
+        )
     ]
     assert name == "the default" or max(moved) > 50 * NEAR
 
@@ -269,9 +272,8 @@ def test_the_default_draws_both_pictures(method, plain, scene):
     photo, mask, _ = scene
     config = EditConfig(**SHORT | dict(seed=2))
     result = method.edit(photo, f"{T_A} {T_B}", mask=mask, seeds=[5], config=config)
-    whole, place = (
-        plain.draw(plain.unet, 2, lambda i, t, e=plain.words(text): e, config) for text in (f"{T_A} {T_B}", T_B)
-    )
+    words = [plain.words(text) for text in (f"{T_A} {T_B}", T_B)]
+    whole, place = (plain.draw(plain.unet, 2, lambda i, t, e=e: e, config) for e in words)
     near(result.object_image, whole)
     near(result.reference, place)
     assert torch.equal(result.object_mask, propose_subject(method.sam, result.object_image).mask)

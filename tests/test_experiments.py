@@ -1,20 +1,27 @@
 """An experiment, cut off and run again: nothing is drawn twice, nothing is lost, and the record says what was done."""
 
+import gzip
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+import zipfile
+from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
 from layerdiffusion import experiments
 from layerdiffusion.core import BadInput
 from layerdiffusion.experiments import (
     EXPERIMENTS,
+    PICTURES,
+    RECORDS,
     SIZES,
+    TABLE,
     Setting,
     Wanted,
     by_tuning,
@@ -25,10 +32,13 @@ from layerdiffusion.experiments import (
     framed,
     load_corrections,
     load_experiment,
-    load_strip,
+    pack,
     plan,
     read_cell,
+    recorded,
+    run_cell,
     run_experiment,
+    save_strip,
     seed_sheet,
     sheet_title,
     show_experiment,
@@ -59,8 +69,9 @@ def test_all_cells_are_there(done):
     assert [(r["setting"], r["n"], len(r["cells"])) for r in record["settings"]] == [("SDEdit", 4, 2), ("paper", 4, 2)]
     for row in record["settings"]:
         for cell in row["cells"]:
-            kept = json.loads((folder / "cells" / f"{cell}.json").read_text())
-            assert len(kept["scores"]) == len(load_strip(folder / "cells" / f"{cell}.webp")) == 2
+            kept, pictures = read_cell(folder, cell)
+            assert len(kept["scores"]) == len(pictures) == 2
+    assert sorted(p.name for p in folder.iterdir()) == [TABLE, PICTURES, RECORDS]
     assert record["environment"] and record["seeds"] == [0, 1] and len(record["edits"]) == 2
     assert load_experiment("two", "tiny", "paper", folder) == record
     assert "SDEdit" in show_experiment(record)
@@ -76,32 +87,38 @@ def alike(a, b):
     return a == pytest.approx(b, abs=2e-3) if isinstance(a, float) else a == b
 
 
+def rows_in(folder):
+    "The packed table: the name of a cell -> its row."
+    with gzip.open(folder / TABLE, "rt", encoding="utf-8") as f:
+        return {row["name"]: row for row in map(json.loads, f)}
+
+
 def test_a_lost_cell_is_made_again_the_same(done):
     folder, record = done
-    lost = folder / "cells" / f"{record['settings'][1]['cells'][0]}.json"
-    before, others = (
-        json.loads(lost.read_text()),
-        {p: p.stat().st_mtime_ns for p in (folder / "cells").glob("*.json") if p != lost},
-    )
-    lost.unlink()
+    before, lost = rows_in(folder), record["settings"][1]["cells"][0]
+    with gzip.open(folder / TABLE, "wt", encoding="utf-8") as f:
+        f.writelines(json.dumps(row) + "\n" for name, row in before.items() if name != lost)
     again = run_experiment("two", "tiny", "paper", folder, workers=1)
-    assert alike(json.loads(lost.read_text())["scores"], before["scores"])
-    assert {p: p.stat().st_mtime_ns for p in others} == others
-    timeless = lambda r: [{k: v for k, v in row.items() if k != "seconds"} for row in r["settings"]]
+    after = rows_in(folder)
+    assert alike(after[lost]["scores"], before[lost]["scores"])
+    assert {n: r for n, r in after.items() if n != lost} == {n: r for n, r in before.items() if n != lost}
+    def timeless(r):
+        return [{k: v for k, v in row.items() if k != "seconds"} for row in r["settings"]]
     assert alike(timeless(again), timeless(record))
 
 
 def test_two_names_for_the_same_numbers_share_a_cell(done):
     folder, record = done
-    cells = sorted((folder / "cells").glob("*.json"))
+    packed = [(folder / name).read_bytes() for name in (TABLE, PICTURES)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(SIZES, "tiny", dict(edits=2, seeds=2, share=0.1))
         patch.setitem(EXPERIMENTS, "named", lambda of: [Setting("half way up", "sdedit", dict(strength=0.5))])
         named = run_experiment("named", "tiny", "paper", folder, workers=1)
+        both = [load_experiment(n, "tiny", "paper", folder)["name"] for n in ("two", "named")]
     assert [(r["setting"], r["cells"], r["right"]) for r in named["settings"]] == [
         ("half way up", record["settings"][0]["cells"], record["settings"][0]["right"])
     ]
-    assert sorted((folder / "cells").glob("*.json")) == cells
+    assert [(folder / name).read_bytes() for name in (TABLE, PICTURES)] == packed and both == ["two", "named"]
 
 
 def test_a_failure_is_told_and_leaves_no_half_cell(done, tmp_path):
@@ -110,6 +127,151 @@ def test_a_failure_is_told_and_leaves_no_half_cell(done, tmp_path):
         with pytest.raises(BadInput, match="strength is 2"):
             run_experiment("bad", "tiny", "paper", tmp_path, workers=1)
     assert not list((tmp_path / "cells").iterdir())
+
+
+# Packed
+
+
+def draw(folder, *names, shade=0.5):
+    "Loose cells as a run leaves them: two grey pictures each."
+    for name in names:
+        save_strip(torch.full((2, 3, 16, 16), shade), folder / "cells" / f"{name}.webp")
+        row = dict(name=name, edit="joint 0", scores=[dict(valid=True), dict(valid=False)])
+        (folder / "cells" / f"{name}.json").write_text(json.dumps(row) + "\n", encoding="utf-8")
+
+
+def write_record(folder, name, of="best", size="quick"):
+    (folder / f"{name}-{of}-{size}.json").write_text(json.dumps(dict(name=name, size=size)), encoding="utf-8")
+
+
+def contents(folder, names):
+    return {n: (row := read_cell(folder, n))[0] | dict(pictures=[x.tobytes() for x in row[1]]) for n in names}
+
+
+def files(folder):
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_packed_and_loose_read_the_same(tmp_path):
+    draw(tmp_path, *"abc")
+    write_record(tmp_path, "alpha")
+    correct(tmp_path / "corrections.json", "a", 1, True)
+    before, record = contents(tmp_path, "abc"), load_experiment("alpha", folder=tmp_path)
+    assert pack(tmp_path) == 3
+    assert sorted(p.name for p in tmp_path.iterdir()) == [TABLE, PICTURES, "corrections.json", RECORDS]
+    assert contents(tmp_path, "abc") == before and recorded("alpha", tmp_path) == dict(best=record)
+    packed = files(tmp_path)
+    assert pack(tmp_path) == 0 and files(tmp_path) == packed
+    draw(tmp_path, "d")
+    write_record(tmp_path, "alpha", size="paper")
+    assert pack(tmp_path) == 1 and list(contents(tmp_path, "abcd")) == list("abcd")
+    assert load_experiment("alpha", folder=tmp_path)["size"] == "paper"
+    assert load_experiment("alpha", "quick", folder=tmp_path) == record
+
+
+def test_packs_of_the_same_cells_are_the_same_bytes(tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    draw(one, *"abc")
+    pack(one)
+    for name in "cba":
+        draw(two, name)
+        os.utime(two / "cells" / f"{name}.webp", (10**9, 10**9))
+        pack(two)
+    assert files(one) == files(two)
+
+
+def test_a_pack_cut_off_anywhere_loses_nothing(tmp_path, monkeypatch):
+    "Every write and every removal in turn is the last."
+
+    class Killed(BaseException):
+        pass
+
+    def steps(left):
+        def counted(real):
+            def call(*a, **k):
+                left[0] -= 1
+                if not left[0]:
+                    raise Killed
+                return real(*a, **k)
+
+            return call
+
+        monkeypatch.setattr(experiments, "write_atomic", counted(experiments.write_atomic))
+        monkeypatch.setattr(experiments, "write_json", counted(experiments.write_json))
+        monkeypatch.setattr(Path, "unlink", counted(Path.unlink))
+
+    ends, whole = 0, None
+    for n in range(1, 100):
+        folder = tmp_path / str(n)
+        draw(folder, *"ab")
+        pack(folder)
+        draw(folder, *"bc", shade=0.8)
+        write_record(folder, "alpha")
+        before = contents(folder, "abc")
+        with monkeypatch.context():
+            steps([n])
+            try:
+                pack(folder)
+            except Killed:
+                ends += 1
+            else:
+                whole = files(folder)
+            monkeypatch.undo()
+        assert contents(folder, "abc") == before and load_experiment("alpha", folder=folder)["name"] == "alpha"
+        if whole:
+            break
+        pack(folder)
+    assert ends >= 6 and all(files(tmp_path / str(k)) == whole for k in range(1, n))
+
+
+def test_a_packed_cell_is_not_drawn_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(experiments, "numbers_of", lambda *a: {})
+    monkeypatch.setattr(experiments, "cell_name", lambda *a: "a")
+    monkeypatch.setattr(experiments, "draw_cell", lambda *a: pytest.fail("drawn again"))
+    draw(tmp_path, "a")
+    pack(tmp_path)
+    assert run_cell(None, None, Setting("mine"), [0], tmp_path)["setting"] == "mine"
+
+
+def test_half_a_cell_is_not_packed_and_stays(tmp_path):
+    draw(tmp_path, *"ab")
+    (tmp_path / "cells/b.json").unlink()
+    assert pack(tmp_path) == 1 and list(files(tmp_path / "cells")) == ["b.webp"]
+    with pytest.raises(BadInput, match="no cell 'b'"):
+        read_cell(tmp_path, "b")
+
+
+@pytest.mark.parametrize("name", [TABLE, PICTURES, RECORDS])
+def test_what_is_damaged_is_told_and_kept(tmp_path, name):
+    draw(tmp_path, *"ab")
+    write_record(tmp_path, "alpha")
+    pack(tmp_path)
+    half = (tmp_path / name).read_bytes()[:-40]
+    (tmp_path / name).write_bytes(half)
+    draw(tmp_path, "c")
+    write_record(tmp_path, "steps")
+    reads = load_experiment if name == RECORDS else read_cell
+    with pytest.raises(BadInput, match=f"{name}.*damaged"):
+        reads(*(("alpha", None, "best", tmp_path) if name == RECORDS else (tmp_path, "a")))
+    with pytest.raises(BadInput, match=f"{name}.*damaged"):
+        pack(tmp_path)
+    assert (tmp_path / name).read_bytes() == half and read_cell(tmp_path, "c")
+    assert load_experiment("steps", "quick", folder=tmp_path)
+
+
+def test_the_archive_opens_with_any_tool(tmp_path):
+    draw(tmp_path, *"ab")
+    pack(tmp_path)
+    with zipfile.ZipFile(tmp_path / PICTURES) as archive:
+        assert archive.testzip() is None and archive.namelist() == ["a.webp", "b.webp"]
+
+
+def test_missing_pictures_are_told(tmp_path):
+    draw(tmp_path, "a")
+    pack(tmp_path)
+    (tmp_path / PICTURES).unlink()
+    with pytest.raises(BadInput, match="pictures of the cell 'a'"):
+        read_cell(tmp_path, "a")
 
 
 @pytest.mark.parametrize(
@@ -145,9 +307,10 @@ def test_each_picture_has_a_clip_score(done):
 
 
 def test_difference_is_of_the_same_edits():
-    rows = lambda name, values: dict(
-        setting=name, by_edit=dict.fromkeys(("right", "valid", "identity", "background", "clip"), values)
-    )
+    def rows(name, values):
+        return dict(
+            setting=name, by_edit=dict.fromkeys(("right", "valid", "identity", "background", "clip"), values)
+        )
     record = dict(
         edits=list("abcdef"),
         settings=[rows("x", [0.9, 0.5, 0.1, 0.6, 0.3, 0.4]), rows("y", [0.8, 0.4, 0.0, 0.5, 0.2, 0.3])],
@@ -168,7 +331,8 @@ def test_difference_is_of_the_same_edits():
 
 
 def test_where_nothing_is_left_to_rise():
-    rows = lambda name, value: dict(setting=name, by_edit=dict.fromkeys(("right", "valid", "clip"), [value] * 6))
+    def rows(name, value):
+        return dict(setting=name, by_edit=dict.fromkeys(("right", "valid", "clip"), [value] * 6))
     record = dict(edits=list("abcdef"), settings=[rows("x", 1.0), rows("y", 1.0), rows("z", 0.0)])
     answers = [compare(record, "x", "y"), compare(record, "x", "z", "right"), compare(record, "x", "y", "clip")]
     assert ": all are, with both;" in answers[0] and ": yes;" in answers[1] and ": no;" in answers[2]

@@ -1,4 +1,5 @@
-"""The paper's model in its own shapes, with random weights and mostly a tenth of its width: every kind of folder and file goes through the same code as mini.
+"""The paper's model in its own shapes, with random weights and mostly a tenth of its width: every kind of folder and
+file goes through the same code as mini.
 
 Speed and memory on a GPU cannot be seen here; nothing below claims anything about them.
 """
@@ -70,7 +71,8 @@ def test_a_whole_edit_from_every_kind_of_folder(made, tmp_path, kind):
 
 
 def test_sam_files(made, tmp_path):
-    "Both forms hold the same, the name of the file does not matter, and what is missing or wrong is said with the place to get it."
+    """Both forms hold the same, the name of the file does not matter, and what is missing or wrong is said with the
+    place to get it."""
     import torch
     from layerdiffusion.core import refusal
     from layerdiffusion.masks import find_mask, load_sam
@@ -100,7 +102,8 @@ def test_a_file_that_would_run_code_is_refused(tmp_path):
 
 
 def test_half_precision(made):
-    "The weights are bf16 and so is what they compute; embeddings, losses and pictures stay float32, for each kind of tuning."
+    """The weights are bf16 and so is what they compute; embeddings, losses and pictures stay float32, for each kind of
+    tuning."""
     import torch
     from layerdiffusion import LayerDiffusion
 
@@ -178,25 +181,27 @@ def test_half_precision_draws_the_same_pictures(two_precisions):
     assert single.record["precision"] == "float32" and half.record["precision"] == "bfloat16"
     assert 0 < (single.images - half.images).abs().mean() < 0.01
     for stage in ("embed", "tune"):
-        off = sum(abs(a - b) for a, b in zip(single.losses[stage], half.losses[stage]))
+        off = sum(abs(a - b) for a, b in zip(single.losses[stage], half.losses[stage], strict=False))
         assert off < 0.06 * sum(single.losses[stage])  # how bfloat16 is added up is the processor's own
 
 
 def test_half_precision_scores_the_same(two_precisions):
-    """The mean of each score moves by less than its 95 % interval over the seeds; one picture may fall to the other side of
+    """The mean of each score moves by less than its 95 % interval over the seeds; one picture may fall to the other
+    side of
     the judge's line."""
     import statistics
 
     _, (single, half) = two_precisions
     for field in ("valid", "right"):
-        assert sum(a[field] != b[field] for a, b in zip(single, half)) <= 1
+        assert sum(a[field] != b[field] for a, b in zip(single, half, strict=False)) <= 1
     for field in ("identity", "background"):
         a, b = ([r[field] for r in rows] for rows in (single, half))
         assert abs(statistics.mean(a) - statistics.mean(b)) < 1.96 * statistics.stdev(a) / len(a) ** 0.5
 
 
 def test_numbers_are_looked_at_now_and_then():
-    "On a GPU the loop looks at its losses every sixteenth step. That changes no loss and no parameter, and what is no number still stops it."
+    """On a GPU the loop looks at its losses every sixteenth step. That changes no loss and no parameter, and what is no
+    number still stops it."""
     import torch
     from layerdiffusion.core import refusal
     from layerdiffusion.sd import optimise
@@ -227,7 +232,8 @@ def test_numbers_are_looked_at_now_and_then():
 
 
 def test_bench(tmp_path):
-    "The library and the plain loop do the same with random weights in v1.4's plan, and the table says how far each stage is from its limit."
+    """The library and the plain loop do the same with random weights in v1.4's plan, and the table says how far each
+    stage is from its limit."""
     from layerdiffusion import bench
     from layerdiffusion.core import environment
     from layerdiffusion.full_size import bench_job
@@ -248,7 +254,8 @@ def test_bench(tmp_path):
     from layerdiffusion.sd import load_models
 
     flops = bench.stage_flops(load_models(given["model"]), config, 2)
-    run = lambda watch, **more: dict(stages=watch.stages, threads=1, config=config.model_dump(), **more)
+    def run(watch, **more):
+        return dict(stages=watch.stages, threads=1, config=config.model_dump(), **more)
     record = dict(
         start={},
         job=job,
@@ -282,7 +289,8 @@ def test_flops():
 
 
 def test_everything_is_on_the_gpu():
-    "A pretended GPU: tensors with shapes and a device, no numbers. Where two devices meet in one operation, PyTorch refuses; nothing else about a GPU can be seen here."
+    """A pretended GPU: tensors with shapes and a device, no numbers. Where two devices meet in one operation, PyTorch
+    refuses; nothing else about a GPU can be seen here."""
     from pathlib import Path
     import torch
     from diffusers import DDIMScheduler

@@ -1,4 +1,5 @@
-"Whatever torch is set to where the library is called, edits come out the same, and the caller's settings are as they were."
+"""Whatever torch is set to where the library is called, edits come out the same, and the caller's settings are as they
+were."""
 
 import contextlib
 import subprocess
@@ -130,7 +131,8 @@ def expected(photo, tmp_path_factory):
 
 @pytest.mark.parametrize("name", STATES)
 def test_edits_come_out_the_same(name, photo, expected, tmp_path):
-    "Loading, edit, save, load_edit and reuse under each setting: the same numbers, ordinary tensors, and the setting as it was."
+    """Loading, edit, save, load_edit and reuse under each setting: the same numbers, ordinary tensors, and the setting
+    as it was."""
     with STATES[name]():
         before = state()
         found = whole(photo, tmp_path)
@@ -138,7 +140,7 @@ def test_edits_come_out_the_same(name, photo, expected, tmp_path):
     assert [x.dtype for x in found] == [x.dtype for x in expected] and not any(
         x.is_inference() or x.requires_grad for x in found
     )
-    assert len(found) == len(expected) and all(torch.equal(a, b) for a, b in zip(found, expected))
+    assert len(found) == len(expected) and all(torch.equal(a, b) for a, b in zip(found, expected, strict=False))
 
 
 @pytest.mark.parametrize("name", ["inference", "all_at_once"])
@@ -171,7 +173,7 @@ def test_threads(threads, photo, expected, tmp_path):
     with set_to(lambda: torch.set_num_threads(threads), lambda: torch.set_num_threads(before)):
         found = whole(photo, tmp_path)
         assert torch.get_num_threads() == threads
-    assert all((a.float() - b.float()).abs().max() <= 1e-5 for a, b in zip(found, expected))
+    assert all((a.float() - b.float()).abs().max() <= 1e-5 for a, b in zip(found, expected, strict=False))
 
 
 @pytest.mark.parametrize("name", [n for n in STATES if n != "nothing"])
@@ -196,7 +198,7 @@ def test_training_alone(name, photo):
     there = learn()
     with STATES[name]():
         found = learn()
-    assert found[1] == there[1] and all(torch.equal(a, b) for a, b in zip(found[0], there[0]))
+    assert found[1] == there[1] and all(torch.equal(a, b) for a, b in zip(found[0], there[0], strict=False))
     assert not torch.equal(found[0][0], e_a), "Eq. 2 learnt nothing"
 
 
@@ -207,7 +209,8 @@ import torch
 {}
 from layerdiffusion import identity, world
 torch.set_default_device(None), torch.set_default_dtype(torch.float32)
-print([(str(x.dtype), str(x.device), x.is_inference(), round(x.double().sum().item(), 6)) for x in (identity.DIRECTIONS, world._POSE_TABLE, world._SWING)])"""
+tables = identity.DIRECTIONS, world._POSE_TABLE, world._SWING
+print([(str(x.dtype), str(x.device), x.is_inference(), round(x.double().sum().item(), 6)) for x in tables])"""
     set_first = (
         "torch.set_default_dtype(torch.float64); torch.set_default_device('meta'); torch.inference_mode().__enter__()"
     )
@@ -257,7 +260,8 @@ def test_several_threads_at_once(kind, photo):
 
 
 def test_the_last_one_out_puts_it_back():
-    "Two threads inside at once: when the first leaves, the second still has plain numbers, and then the caller has theirs."
+    """Two threads inside at once: when the first leaves, the second still has plain numbers, and then the caller has
+    theirs."""
     import threading
 
     inside, leave, seen = threading.Event(), threading.Event(), []

@@ -1,6 +1,7 @@
 """A model folder is loaded as what it is, or refused in one sentence that names the file and the way out.
 
-Each case alters a copy of the shipped mini. Nothing is filled in silently: the picture is that of the unaltered model, or there is none.
+Each case alters a copy of the shipped mini. Nothing is filled in silently: the picture is that of the unaltered model,
+or there is none.
 """
 
 import json
@@ -14,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from layerdiffusion.core import BadInput, package_folder
-from layerdiffusion.folders import resolve_model, say_once, weight_files
+from layerdiffusion.folders import weight_files
 
 MINI = package_folder() / "weights" / "mini"
 DPM, LATENTS = "diffusion_pytorch_model", 16
@@ -586,7 +587,22 @@ def test_the_command_itself(folder, tmp_path):
     "In a process of its own: refused with exit 2 and nothing left; a harmless change edits, and is said once."
 
     def edit(name):
-        short = ["--embedding-steps", "1", "--tuning-steps", "1", "--steps", "2", "--seeds", "0", "--object-picture", "input", "--point", "32,36", "--device", "cpu"]
+        short = [
+            "--embedding-steps",
+            "1",
+            "--tuning-steps",
+            "1",
+            "--steps",
+            "2",
+            "--seeds",
+            "0",
+            "--object-picture",
+            "input",
+            "--point",
+            "32,36",
+            "--device",
+            "cpu",
+        ]
         command = "import sys; from layerdiffusion.cli import main; sys.exit(main())"
         return subprocess.run(
             [

@@ -1,6 +1,8 @@
-"""What an edit will need is said before it starts, and it fits: prediction beside measurement, the choice of a level, and what happens when memory runs out after all.
+"""What an edit will need is said before it starts, and it fits: prediction beside measurement, the choice of a level,
+and what happens when memory runs out after all.
 
-Measured on the CPU, by PyTorch's profiler. No GPU's allocator was measured. Running out of memory is pretended by a callback.
+Measured on the CPU, by PyTorch's profiler. No GPU's allocator was measured. Running out of memory is pretended by a
+callback.
 """
 
 import gc
@@ -27,7 +29,8 @@ def folder(tmp_path_factory):
     ],
 )
 def test_prediction(folder, level, pictures, precision, draws):
-    "Within 15 % of what a real tuning, fitting, drawing and decoding have allocated, on v1.4's plan at a tenth of its width."
+    """Within 15 % of what a real tuning, fitting, drawing and decoding have allocated, on v1.4's plan at a tenth of its
+    width."""
     import torch
     from layerdiffusion import EditConfig
     from layerdiffusion.fine_tuning import fine_tune
@@ -104,7 +107,8 @@ def v14():
 
 
 def test_targets(v14):
-    "512 x 512, one picture at a time: everything tuned within 16 GB, the lowest level within 8 GB. Counted, not measured."
+    """512 x 512, one picture at a time: everything tuned within 16 GB, the lowest level within 8 GB. Counted, not
+    measured."""
     from layerdiffusion.memory import plan
 
     assert plan(v14, "spare", seeds=1, free=int(80e9)).peak < 16e9
@@ -160,7 +164,10 @@ def test_out_of_memory_goes_on_where_it_was():
 
     result, told, method = run(full)
     levels = [name for name in memory.LEVELS if name != "8bit" or memory.has_8bit()]
-    assert [f"{a!r}" in line and f"{b!r}" in line for line, a, b in zip(told, levels, levels[1:])] == [True, True]
+    assert [f"{a!r}" in line and f"{b!r}" in line for line, a, b in zip(told, levels, levels[1:], strict=False)] == [
+        True,
+        True,
+    ]
     assert [s for s in full.seen if s[0] == "embeddings"] == [("embeddings", i) for i in (1, 2, 3)]
     if memory.has_8bit():
         assert result.config.tuned_parameters == "all" and [s for s in full.seen if s[0] == "tuning"] == [
@@ -194,7 +201,29 @@ def test_low_level(tmp_path, monkeypatch, capsys):
                 "edit",
                 "example:dog",
                 TEXT,
-                *["--point", "32,36", "--object-picture", "input", "--embedding-steps", "2", "--tuning-steps", "2", "--steps", "2", "--seeds", "0", "--device", "cpu", "--memory", "low", "--precision", "bf16", "--offline", "--out", "out"],
+                *[
+                    "--point",
+                    "32,36",
+                    "--object-picture",
+                    "input",
+                    "--embedding-steps",
+                    "2",
+                    "--tuning-steps",
+                    "2",
+                    "--steps",
+                    "2",
+                    "--seeds",
+                    "0",
+                    "--device",
+                    "cpu",
+                    "--memory",
+                    "low",
+                    "--precision",
+                    "bf16",
+                    "--offline",
+                    "--out",
+                    "out",
+                ],
             ]
         )
         == 0
@@ -226,14 +255,16 @@ def test_eight_bits(tmp_path):
     from layerdiffusion.sd import use
 
     use(method.models, memory.LEVELS["8bit"])
-    edit = lambda: method.edit("example:dog", TEXT, point=(32, 36), seeds=[0], config=config(), callback=interrupted)
+    def edit():
+        return method.edit("example:dog", TEXT, point=(32, 36), seeds=[0], config=config(), callback=interrupted)
     with pytest.raises(torch.OutOfMemoryError):
         edit()
     assert torch.equal(edit().images, whole.images)
 
 
 def test_a_small_change_is_not_rounded_away():
-    "What 2e-6 a step changes is less than half a step of bfloat16 in most weights. Over many weights the whole of it arrives, in the model's own precision."
+    """What 2e-6 a step changes is less than half a step of bfloat16 in most weights. Over many weights the whole of it
+    arrives, in the model's own precision."""
     import torch
     from layerdiffusion.fine_tuning import apply_difference
     from layerdiffusion.sd import load_models
@@ -242,10 +273,11 @@ def test_a_small_change_is_not_rounded_away():
     g, base = torch.Generator().manual_seed(0), models.unet.state_dict()
     change = {name: (1e-4 * torch.rand(w.shape, generator=g)).half() for name, w in base.items() if w.ndim > 1}
     drawn = apply_difference(models.unet, change).state_dict()
-    share = lambda weights: (
-        sum((weights[n].float() - base[n].float()).sum() for n in change)
-        / sum(c.float().sum() for c in change.values())
-    )
+    def share(weights):
+        return (
+            sum((weights[n].float() - base[n].float()).sum() for n in change)
+            / sum(c.float().sum() for c in change.values())
+        )
     assert abs(share(drawn) - 1) < 0.01
     assert share({n: (base[n].float() + c.float()).bfloat16() for n, c in change.items()}) < 0.9, (
         "else this test says nothing"

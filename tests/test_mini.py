@@ -98,8 +98,10 @@ def tiny(folder, during=lambda: None, steps=2):
 
 
 def test_signals_are_given_back(tmp_path):
-    "Ctrl-C stops at a whole step; afterwards, and after a failure, the handlers are those of before. Another thread touches none."
-    handlers = lambda: [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
+    """Ctrl-C stops at a whole step; afterwards, and after a failure, the handlers are those of before. Another thread
+    touches none."""
+    def handlers():
+        return [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
     before, seen = handlers(), []
 
     def stop():
@@ -138,7 +140,8 @@ def test_a_run_goes_on_as_it_began(tmp_path):
     from layerdiffusion.core import BadInput
     from layerdiffusion.mini import train_stage
 
-    go = lambda **kw: train_stage("vae", tmp_path, workers=1, **kw)
+    def go(**kw):
+        return train_stage("vae", tmp_path, workers=1, **kw)
     go(samples=32, seed=3)
     go(samples=48, seed=3)
     for kw, said in (
@@ -195,7 +198,8 @@ def test_the_app_ticks_no_ghost(monkeypatch):
     monkeypatch.setattr(app, "propose_subject", lambda *_: Some(mask=torch.ones(1, 64, 64)))
     method = Some(models=Some(card=dict(name="mini")), once=lambda name, key, make: make(None), sam=None)
     result = Some(images=torch.zeros(1, 3, 64, 64), text="a grey cat sitting on a beach", image=None, mask=None)
-    seen = lambda: app.scores(method, result)[0]["seen"]
+    def seen():
+        return app.scores(method, result)[0]["seen"]
     assert set(seen().values()) == {("broken", False)}
     judge.forward = lambda x: {q: torch.eye(n)[[1] * len(x)] for q, n in QUESTIONS.items()}
     assert all(ok for _, ok in seen().values())
@@ -268,7 +272,8 @@ def test_parts_are_left_out():
 
 
 def test_animals_are_broken():
-    "Each kind changes the animal, not the place far from it; an empty place stays; the same generator gives the same picture."
+    """Each kind changes the animal, not the place far from it; an empty place stays; the same generator gives the same
+    picture."""
     import torch
     from layerdiffusion.core import BadInput
     from layerdiffusion.judge import BROKEN, UNSEEN, break_subjects
@@ -292,7 +297,8 @@ def test_animals_are_broken():
 
 
 def test_the_judge_learns_what_is_broken():
-    "The first third of a batch is; right answers about it cost less than wrong ones, and what an animal is called there costs nothing."
+    """The first third of a batch is; right answers about it cost less than wrong ones, and what an animal is called
+    there costs nothing."""
     import torch
     from layerdiffusion.judge import QUESTIONS
     from layerdiffusion.mini import JudgeObjective, draw_scenes
@@ -333,13 +339,14 @@ def test_clicks_and_boxes():
 
     s = scenes_of(16)
     mask = (render(s)[1] > 0.5).float()
-    at = lambda m, p: m[p[1].int(), p[0].int()].item()
+    def at(m, p):
+        return m[p[1].int(), p[0].int()].item()
     points, meant = random_clicks(mask, stream("clicks"), 3)
-    for m, ps, truths in zip(mask[:, 0], points, meant):
-        assert [at(m, p) for p in ps[:2]] == [1, 1] and all(at(t, p) == 1 for p, t in zip(ps, truths))
+    for m, ps, truths in zip(mask[:, 0], points, meant, strict=False):
+        assert [at(m, p) for p in ps[:2]] == [1, 1] and all(at(t, p) == 1 for p, t in zip(ps, truths, strict=False))
     points, labels, meant = several_clicks(mask, stream("clicks"), 4)
-    for ps, ls, t in zip(points, labels, meant[:, 0]):
-        assert ls[0] == 1 and all(at(t, p) == label for p, label in zip(ps, ls))
+    for ps, ls, t in zip(points, labels, meant[:, 0], strict=False):
+        assert ls[0] == 1 and all(at(t, p) == label for p, label in zip(ps, ls, strict=False))
     assert 0 < labels[:, 1:].mean() < 1 and (meant == mask).all((1, 2, 3)).sum() > 8
     exact = random_boxes(mask, stream("boxes"), off=0.0)
     assert [tuple(b.int().tolist()) for b in exact] == [bounding_box(m) for m in mask]
@@ -368,7 +375,8 @@ def test_sam_learns_boxes_and_negative_clicks():
 
 
 def test_captions_one_attribute_apart():
-    "A gallery of 96 different captions, in which each scene's neighbours differ in one attribute; groups keep their first."
+    """A gallery of 96 different captions, in which each scene's neighbours differ in one attribute; groups keep their
+    first."""
     import torch
     from dataclasses import fields
     from layerdiffusion.mini import TOLD, change_one, clear_traits, full_caption, near_groups, neighbours
@@ -411,7 +419,8 @@ def test_training_begins_from_what_fits(tmp_path):
 
 
 def test_labelled_pictures(tmp_path):
-    "A list comes back as it was written, and is asked of any weights; the judge agrees where it passes what is whole, and only that."
+    """A list comes back as it was written, and is asked of any weights; the judge agrees where it passes what is whole,
+    and only that."""
     import json
     import torch
     from layerdiffusion.core import BadInput
@@ -487,7 +496,8 @@ def test_the_pinned_pictures(monkeypatch):
 
 
 def test_checks_have_their_bars(written):
-    "Every row has a bar, an interval and its number of pictures; a judge that was not taught about broken animals has no such rows."
+    """Every row has a bar, an interval and its number of pictures; a judge that was not taught about broken animals has
+    no such rows."""
     from layerdiffusion.judge import BROKEN, UNSEEN, Judge
     from layerdiffusion.masks import load_sam
     from layerdiffusion.mini import GATES, check_broken, check_clip, check_judge, check_said, check_sam
@@ -518,7 +528,8 @@ def test_checks_have_their_bars(written):
 
 
 def test_what_is_said_is_counted(monkeypatch):
-    "Only marks that are there and named are counted; a judge that sees every mark finds all of them, one that sees none finds none."
+    """Only marks that are there and named are counted; a judge that sees every mark finds all of them, one that sees
+    none finds none."""
     import torch
     from layerdiffusion import mini
     from layerdiffusion.judge import QUESTIONS, truths
@@ -543,7 +554,6 @@ def test_what_is_said_is_counted(monkeypatch):
 
 def test_a_loss_that_is_no_number_is_never_saved(tmp_path):
     "The run stops with a sentence, and the checkpoint before it is the one that stays."
-    import torch
     from layerdiffusion.mini import VaeObjective, train_loop
 
     class Broken(VaeObjective):

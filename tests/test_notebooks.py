@@ -1,4 +1,5 @@
-"Every page runs from top to bottom: one test a page. `NB_FLAGS='slow gpu' pytest tests/test_notebooks.py` runs the marked cells too."
+"""Every page runs from top to bottom: one test a page. `NB_FLAGS='slow gpu' pytest tests/test_notebooks.py` runs the
+marked cells too."""
 
 import ast
 import multiprocessing
@@ -71,7 +72,7 @@ def test_page_runs(page, tmp_path):
     code = [c for c in nbformat.read(page, 4).cells if c.cell_type == "code"]
     left_out = [sorted(marks(c)) for c in code if marks(c)]
     if left_out:
-        warnings.warn(f"{page.name}: {len(left_out)} of {len(code)} code cells not run: {left_out}")
+        warnings.warn(f"{page.name}: {len(left_out)} of {len(code)} code cells not run: {left_out}", stacklevel=2)
     assert not code or len(left_out) < len(code)
 
 

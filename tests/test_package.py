@@ -47,7 +47,8 @@ def test_weights_are_small_and_safe():
 
 
 def test_text_encoder_has_the_published_names():
-    "`text_model.…`, as in every published Stable Diffusion; transformers before its renaming would leave other names at random weights."
+    """`text_model.…`, as in every published Stable Diffusion; transformers before its renaming would leave other names
+    at random weights."""
     with (DATA / "weights/mini/text_encoder/model.safetensors").open("rb") as f:
         names = set(json.loads(f.read(struct.unpack("<Q", f.read(8))[0]))) - {"__metadata__"}
     assert names and all(n.startswith("text_model.") for n in names)
@@ -104,7 +105,8 @@ def test_requirements(told):
 
 
 def test_what_is_imported_is_required(told):
-    "Each third-party module named in the library is a requirement; only pictures and forms in a notebook, and the website, ask for more."
+    """Each third-party module named in the library is a requirement; only pictures and forms in a notebook, and the
+    website, ask for more."""
     trees = [ast.parse(p.read_text(encoding="utf-8")) for p in DATA.glob("*.py")]
     nodes = [n for tree in trees for n in ast.walk(tree)]
     names = {a.name for n in nodes if isinstance(n, ast.Import) for a in n.names} | {
@@ -125,7 +127,8 @@ def test_what_is_imported_is_required(told):
             "smalldocs",
         }
     )
-    plain = lambda name: re.split(r"[<>=!\[]", name)[0].lower().replace("_", "-")
+    def plain(name):
+        return re.split(r"[<>=!\[]", name)[0].lower().replace("_", "-")
     required, where = {plain(r) for r in told["install_requires"]}, packages_distributions()
     assert not {t for t in tops if not required & {plain(d) for d in where.get(t, [t])}}
 
@@ -135,3 +138,32 @@ def test_entry_points(told):
         "console_scripts": ["layerdiffusion=layerdiffusion.cli:main"],
         "nbdev": ["layerdiffusion=layerdiffusion._modidx:d"],
     }
+
+
+def explained():
+    "Each requirement of settings.ini, with the comment above it."
+    lines = [line.strip() for line in (ROOT / "settings.ini").read_text(encoding="utf-8").splitlines()]
+    pairs = list(zip(lines, lines[1:], strict=False))
+    return [(line, above) for above, line in pairs if re.match(r"[\w-]+(>=|==)\d", line)]
+
+
+def names_imported():
+    "The top names of all imports in the package, the pages, the tests and setup.py."
+    texts = [p.read_text(encoding="utf-8") for d in (ROOT / "layerdiffusion", ROOT / "tests") for p in d.rglob("*.py")]
+    for page in (ROOT / "nbs").rglob("*.ipynb"):
+        cells = json.loads(page.read_text(encoding="utf-8"))["cells"]
+        texts += ["".join(c["source"]) for c in cells if c["cell_type"] == "code"]
+    return set(re.findall(r"(?:import|from|find_spec\(\"|importorskip\(\") *(\w+)", "\n".join(texts)))
+
+
+def test_each_requirement_is_used_bounded_and_explained(told):
+    "Above each stands a comment; it has a ceiling, and is imported somewhere or says why not."
+    asked = [*told["install_requires"], *(r for rs in told["extras_require"].values() for r in rs)]
+    assert sorted(line for line, _ in explained()) == sorted(asked)
+    assert not [line for line, above in explained() if not re.fullmatch(r"# \S.{3,}", above)]
+    assert not [line for line, _ in explained() if not re.search(r"==|,<\d", line)]
+    other = dict(pillow="PIL", pyyaml="yaml", open_clip_torch="open_clip")
+    imported = names_imported()
+    for line, above in explained():
+        name = re.match(r"[\w-]+", line)[0]
+        assert other.get(name, name.replace("-", "_")) in imported or above.startswith("# not imported: "), line

@@ -1,4 +1,7 @@
-"""Photos as cameras make them, through v1.4's plan with random weights at a tenth of its width: sizes, notes, colour profile, files."""
+"""Photos as cameras make them, through v1.4's plan with random weights at a tenth of its width.
+
+Sizes, notes, colour profile, files.
+"""
 
 import pytest
 from PIL import Image, ImageCms, ImageDraw
@@ -44,7 +47,8 @@ def notes(path):
 
 
 def test_a_rotated_photo(method, tmp_path):
-    "Held upright by the camera's note, which is gone afterwards; the others and the profile are in every picture, and in one that is drawn again."
+    """Held upright by the camera's note, which is gone afterwards; the others and the profile are in every picture, and
+    in one that is drawn again."""
     from layerdiffusion import load_edit
 
     image, info = photo(160, 240, orientation=6)  # lies on its side: 240 wide and 160 high when turned
@@ -77,7 +81,6 @@ def test_a_large_photo(method, tmp_path):
     changed = (before != after).any(2)
     assert after.shape == (2000, 3000, 3) and changed[mask].mean() > 0.9
     from layerdiffusion.masks import dilate
-    import torch
 
     near = dilate(result.mask[None], 20)[0, 0]
     near = np.asarray(Image.fromarray((near * 255).byte().numpy()).resize((3000, 2000))) > 0
@@ -127,7 +130,25 @@ def test_command_pastes_back(tmp_path, monkeypatch):
                 "edit",
                 "photo.jpg",
                 "a dog jumping in a forest",
-                *["--mask", "mask.png", "--object-picture", "input", "--embedding-steps", "1", "--tuning-steps", "1", "--steps", "1", "--seeds", "0", "--device", "cpu", "--paste-back", "--out", "out"],
+                *[
+                    "--mask",
+                    "mask.png",
+                    "--object-picture",
+                    "input",
+                    "--embedding-steps",
+                    "1",
+                    "--tuning-steps",
+                    "1",
+                    "--steps",
+                    "1",
+                    "--seeds",
+                    "0",
+                    "--device",
+                    "cpu",
+                    "--paste-back",
+                    "--out",
+                    "out",
+                ],
             ]
         )
         == 0

@@ -4,7 +4,6 @@ Every input is made here, from one small picture whose pixels are the truth. A t
 """
 
 import io
-import os
 import struct
 import warnings
 import zlib
@@ -15,7 +14,7 @@ import pytest
 import torch
 from PIL import Image, ImageCms, ImageFile, PngImagePlugin, features
 
-from layerdiffusion.core import _TURNS, BadInput, Notice, fit_points, load_image, open_image
+from layerdiffusion.core import _TURNS, BadInput, Notice, fit_points, load_image
 from layerdiffusion.masks import find_mask, load_sam, look, mask_from_file
 from layerdiffusion.saving import fitting_notes, photo_info
 
@@ -146,7 +145,8 @@ def test_white_is_zero():
 
 def png(depth, colour, rows):
     "A PNG of big-endian rows, as Pillow does not write it."
-    chunk = lambda kind, data: struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
     raw = b"".join(b"\0" + row.astype(">u2" if depth == 16 else "u1").tobytes() for row in rows)
     head = struct.pack(">IIBBBBB", W, H, depth, colour, 0, 0, 0)
     Path("a.png").write_bytes(
@@ -297,7 +297,8 @@ def entry(order, tag, kind, count, value):
 
 
 def exif(turn, *others, order="<", kind=3):
-    "EXIF bytes with the note about the turn, and others before and after it; their values lie where they say, not in the table."
+    """EXIF bytes with the note about the turn, and others before and after it; their values lie where they say, not in
+    the table."""
     note = {
         3: struct.pack(order + "H", turn),
         4: struct.pack(order + "I", turn),
@@ -313,7 +314,8 @@ def exif(turn, *others, order="<", kind=3):
     return b"Exif\0\0" + head + struct.pack(order + "H", len(entries)) + b"".join(entries) + bytes(4)
 
 
-MAKE = lambda order: entry(order, 0x010F, 2, 4, b"Cam\0")
+def MAKE(order):
+    return entry(order, 0x010F, 2, 4, b"Cam\0")
 ODD = dict(
     none=[],
     resolution_byte=[(0x0128, 1, 1, b"\2")],
@@ -394,7 +396,8 @@ MODES = dict(
 @pytest.mark.parametrize("turn", range(2, 9))
 @pytest.mark.parametrize("mode", MODES)
 def test_turned_tiff_of_every_mode(mode, turn):
-    "Pillow maps some modes into memory, and scrambles what lies on its side; given as a path, a picture not read yet, or a mask, it is upright."
+    """Pillow maps some modes into memory, and scrambles what lies on its side; given as a path, a picture not read yet,
+    or a mask, it is upright."""
     upright, note = MODES[mode], Image.Exif()
     note[0x0112] = turn
     undo = {6: 8, 8: 6}.get(turn, turn)
@@ -444,7 +447,7 @@ def test_notes_that_a_file_cannot_hold():
     assert Image.open("a.jpg").getexif()[0x010F] == "A camera"
     long = (len(SRGB) + 17_000_000).to_bytes(4, "big") + SRGB[4:] + bytes(17_000_000)
     for kind in ("JPEG", "PNG"):
-        kept, sentences = said(lambda: fitting_notes(dict(icc_profile=long, exif=note.tobytes()[:0]), kind))
+        kept, sentences = said(lambda kind=kind: fitting_notes(dict(icc_profile=long, exif=b""), kind))
         assert "icc_profile" not in kept and "colour profile" in sentences[0]
     assert fitting_notes({}, "JPEG") == {}
 
@@ -748,7 +751,7 @@ def test_sam_in_other_objects(sam, tmp_path):
     assert look(seen, image) is seen
     refused(lambda: look(seen, torch.zeros(3, 32, 64)), "another size")
     for wrong in (3, torch.nn.Linear(2, 2), object()):
-        refused(lambda: load_sam(wrong), type(wrong).__name__)
+        refused(lambda wrong=wrong: load_sam(wrong), type(wrong).__name__)
 
 
 @pytest.fixture(scope="module")
@@ -809,7 +812,20 @@ def test_transformers_sam_is_the_same_network(theirs, tmp_path):
 # Through the whole method, and on the command line
 
 TEXT = "a dog jumping in a forest"
-SHORT = ["--embedding-steps", "1", "--tuning-steps", "1", "--steps", "2", "--seeds", "0", "--object-picture", "input", "--device", "cpu"]
+SHORT = [
+    "--embedding-steps",
+    "1",
+    "--tuning-steps",
+    "1",
+    "--steps",
+    "2",
+    "--seeds",
+    "0",
+    "--object-picture",
+    "input",
+    "--device",
+    "cpu",
+]
 
 
 @pytest.fixture(scope="module")
@@ -841,7 +857,7 @@ def test_subject_from_everything(method):
         (dict(point=(128, 144), point_labels=[1, 0]), ["1 points but 2 labels"]),
         (dict(point=(128, 144), point_labels=[0]), ["No point is on"]),
     ):
-        refused(lambda: find(method, **wrong), *words)
+        refused(lambda wrong=wrong: find(method, **wrong), *words)
     refused(lambda: method.prepare("example:dog", TEXT, point_labels=[1]), "without a point")
 
 

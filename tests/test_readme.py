@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from layerdiffusion.experiments import compare
+from layerdiffusion.experiments import compare, load_experiment
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -90,7 +90,7 @@ def say(v):
 
 def test_numbers_are_of_the_records():
     "What README says of the joint edits stands in the record of the ablation."
-    record = json.loads((ROOT / "nbs/results/experiments/ablation-best-paper.json").read_text())
+    record = load_experiment("ablation", "paper", folder=ROOT / "nbs/results/experiments")
     rows = {row["setting"]: row["right"] for row in record["settings"]}
     whole = "(f) whole method"
     assert len(record["edits"]) == 15 and say(rows[whole]) in README

@@ -29,7 +29,8 @@ tuned = dict(unet=UNet2DConditionModel.from_pretrained(f"{folder}/unet")) if kin
 pipe = StableDiffusionPipeline.from_pretrained(mini, **tuned)
 if kind == "lora": pipe.load_lora_weights(folder)
 words = {k: v for k, v in load_file(f"{folder}/embeddings.safetensors").items() if k != "object_embeds"}
-pictures = [pipe(**words, num_inference_steps=int(steps), guidance_scale=float(guidance), generator=torch.Generator().manual_seed(int(s)), output_type="pt").images for s in seeds]
+given = dict(words, num_inference_steps=int(steps), guidance_scale=float(guidance), output_type="pt")
+pictures = [pipe(**given, generator=torch.Generator().manual_seed(int(s))).images for s in seeds]
 save_file({"images": torch.cat(pictures)}, f"{folder}/alone.safetensors")
 """
 
@@ -102,7 +103,8 @@ def test_lora_draws_what_the_low_rank_form_draws(method, edit, tmp_path, rank=8)
     ],
 )
 def test_script_draws_the_whole_method(method, edit, tmp_path, kind, changes):
-    "draw.py, with turns (Eq. 8): ours but for the rounding to 256 steps; the LoRA's nearer to ours than half of what tuning changed."
+    """draw.py, with turns (Eq. 8): ours but for the rounding to 256 steps; the LoRA's nearer to ours than half of what
+    tuning changed."""
     config = EditConfig(**edit.config.model_dump() | dict(iterative_guidance=True) | changes)
     ours, untouched = (
         method.sample(edit.embeddings, change, (64, 64), SEEDS, config) for change in (edit.difference, {})
@@ -162,11 +164,13 @@ def test_reuse_from_the_folder(method, tmp_path, name):
 
 def test_a_checkpoint_that_cannot_be_written_does_not_end_the_run(method, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.warns(UserWarning, match="The run goes on without checkpoints"):
-        with method.checkpoint("tuning", "key", tmp_path / "file") as point:
-            point.begin([torch.zeros(1)], torch.optim.Adam([torch.zeros(1, requires_grad=True)]), [])
-            point.every = 0.0
-            point(Event("tuning", 2, 2))
+    with (
+        pytest.warns(UserWarning, match="The run goes on without checkpoints"),
+        method.checkpoint("tuning", "key", tmp_path / "file") as point,
+    ):
+        point.begin([torch.zeros(1)], torch.optim.Adam([torch.zeros(1, requires_grad=True)]), [])
+        point.every = 0.0
+        point(Event("tuning", 2, 2))
     assert point.path is None
 
 
@@ -425,7 +429,8 @@ def test_calls_of_another_kind(method, edit, tmp_path):
 
 
 def test_calls_that_cannot_be_meant(method, edit):
-    call = lambda **kw: method.edit("example:dog", "a dog jumping in a forest", **kw)
+    def call(**kw):
+        return method.edit("example:dog", "a dog jumping in a forest", **kw)
     for kw, said in (
         (dict(mask=edit.mask, point=(1, 1)), "Both a mask"),
         (dict(config=dict(alpha=0.5)), "config is a dict"),

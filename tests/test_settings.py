@@ -54,7 +54,8 @@ def numbers(config):
     ],
 )
 def test_a_preset_means_the_same_everywhere(name, changes):
-    "With its model's card or without, as keywords or as an object, written down and read again: the same settings; what was asked for is never replaced."
+    """With its model's card or without, as keywords or as an object, written down and read again: the same settings;
+    what was asked for is never replaced."""
     want = numbers(preset(name, CARD, **changes))
     assert want | changes == want and want["guidance_scale"] == changes.get(
         "guidance_scale", dict(best=1.0, paper=3.0)[name]
@@ -115,7 +116,26 @@ def test_python_and_command_line_run_the_same(method, tmp_path, monkeypatch, cap
                 "edit",
                 "example:dog",
                 TEXT,
-                *["--preset", "best", "--target-draws", "2", "--tuning-steps", "1", "--steps", "2", "--alpha", ".5", "--seeds", "0", "--point", "32,36", "--device", "cpu", "--out", "out"],
+                *[
+                    "--preset",
+                    "best",
+                    "--target-draws",
+                    "2",
+                    "--tuning-steps",
+                    "1",
+                    "--steps",
+                    "2",
+                    "--alpha",
+                    ".5",
+                    "--seeds",
+                    "0",
+                    "--point",
+                    "32,36",
+                    "--device",
+                    "cpu",
+                    "--out",
+                    "out",
+                ],
             ]
         )
         == 0
@@ -160,13 +180,13 @@ def test_the_advice_of_a_message_works(method):
 
 def test_new_settings_change_no_names(method):
     "A setting that came later is written down only where it is used, so the names of recorded cells are found again."
-    from layerdiffusion.experiments import EXPERIMENTS, cell_name, numbers_of
+    from layerdiffusion.experiments import EXPERIMENTS, cell_name, load_experiment, numbers_of
 
     folder = Path(__file__).resolve().parents[1] / "nbs/results/experiments"
     for of in PRESETS:
-        record = json.loads((folder / f"alpha-{of}-paper.json").read_text(encoding="utf-8"))
+        record = load_experiment("alpha", "paper", of, folder)
         task = type("Task", (), dict(name=record["edits"][0]))
-        for setting, row in list(zip(EXPERIMENTS["alpha"](of), record["settings"]))[::5]:
+        for setting, row in list(zip(EXPERIMENTS["alpha"](of), record["settings"], strict=False))[::5]:
             cell = cell_name(method, task, setting, record["seeds"], numbers_of(method, setting))
             if method.models.hash == "other weights":
                 continue
@@ -274,7 +294,24 @@ def test_refused_negative_prompts(method, given, words):
 
 def test_negative_prompt_on_the_command_line(method, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    short = ["--embedding-steps", "1", "--tuning-steps", "1", "--steps", "2", "--seeds", "0", "--object-picture", "input", "--point", "32,36", "--device", "cpu", "--out", "out"]
+    short = [
+        "--embedding-steps",
+        "1",
+        "--tuning-steps",
+        "1",
+        "--steps",
+        "2",
+        "--seeds",
+        "0",
+        "--object-picture",
+        "input",
+        "--point",
+        "32,36",
+        "--device",
+        "cpu",
+        "--out",
+        "out",
+    ]
     assert main(["edit", "example:dog", "“" + TEXT + "”", *short, "--negative-prompt", "a hat"]) == 0
     saved = json.loads(Path("out/edit.json").read_text(encoding="utf-8"))
     assert saved["config"]["negative_prompt"] == "a hat" and saved["text"] == TEXT

@@ -1,4 +1,5 @@
-"How large things are: a LoRA on disk, a change of low rank, results in memory, half precision, and what a process takes beside what was said."
+"""How large things are: a LoRA on disk, a change of low rank, results in memory, half precision, and what a process
+takes beside what was said."""
 
 import json
 import os
@@ -10,7 +11,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from layerdiffusion.core import BadInput, refusal
+from layerdiffusion.core import refusal
 from layerdiffusion.fine_tuning import (
     apply_difference,
     change_of,
@@ -23,7 +24,7 @@ from layerdiffusion.fine_tuning import (
     weight_difference,
 )
 from layerdiffusion.pipeline import EditConfig, LayerDiffusion, load_edit
-from layerdiffusion.saving import export, lora
+from layerdiffusion.saving import export
 
 TEXT, SEEDS = "a dog jumping in a forest", [3, 5]
 SHORT = dict(object_picture="input", embedding_steps=1, tuning_steps=4, sampling_steps=4, iterative_guidance=False)
@@ -187,7 +188,8 @@ def test_the_best_of_a_rank(whole):
 
 
 def test_rank_on_the_command_line(whole, tmp_path, monkeypatch, capsys):
-    "The file is small, the line says what is left out, edit.json too, and it is drawn again; without a rank all is kept."
+    """The file is small, the line says what is left out, edit.json too, and it is drawn again; without a rank all is
+    kept."""
     from layerdiffusion.cli import main
 
     monkeypatch.chdir(tmp_path)
@@ -195,7 +197,24 @@ def test_rank_on_the_command_line(whole, tmp_path, monkeypatch, capsys):
         "edit",
         "example:dog",
         TEXT,
-        *["--point", "32,36", "--object-picture", "input", "--embedding-steps", "1", "--tuning-steps", "1", "--steps", "2", "--seeds", "0", "--device", "cpu", "--offline", "--out"],
+        *[
+            "--point",
+            "32,36",
+            "--object-picture",
+            "input",
+            "--embedding-steps",
+            "1",
+            "--tuning-steps",
+            "1",
+            "--steps",
+            "2",
+            "--seeds",
+            "0",
+            "--device",
+            "cpu",
+            "--offline",
+            "--out",
+        ],
     ]
     assert main([*call, "small", "--rank", "4"]) == 0
     line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("Rank"))
@@ -215,7 +234,8 @@ def test_rank_on_the_command_line(whole, tmp_path, monkeypatch, capsys):
 
 
 def test_memory_kept_is_bounded(monkeypatch):
-    "By bytes: the one not asked for the longest goes first, the newest stays whatever its size, and shared memory counts once."
+    """By bytes: the one not asked for the longest goes first, the newest stays whatever its size, and shared memory
+    counts once."""
     from layerdiffusion import pipeline
     from layerdiffusion.pipeline import Kept, held
 
@@ -296,8 +316,9 @@ def test_a_tuned_unet_stays_half(half, whole, thin):
 
 
 def test_small_changes_are_seen_in_half_precision(half, method):
-    "At the paper's rate: pictures as near to those of exact weights as half precision is without any tuning, and far nearer than rounding to the nearest brings them."
-    unet, x = half.models.unet, torch.randn(1, 16, 8, 8, generator=torch.Generator().manual_seed(0))
+    """At the paper's rate: pictures as near to those of exact weights as half precision is without any tuning, and far
+    nearer than rounding to the nearest brings them."""
+    unet, _x = half.models.unet, torch.randn(1, 16, 8, 8, generator=torch.Generator().manual_seed(0))
     edit = make(half, tuning_lr=2e-6, tuning_steps=40, sampling_steps=8)
     nearest, exact, plain = (
         apply_difference(unet, change, torch.float32) for change in (edit.difference, edit.difference, {})
@@ -305,7 +326,8 @@ def test_small_changes_are_seen_in_half_precision(half, method):
     for p in nearest.parameters():
         p.data = p.data.bfloat16()
     tuned = apply_difference(unet, edit.difference)
-    draw = lambda unet: half.paint(unet, edit.embeddings, (64, 64), SEEDS, edit.config)
+    def draw(unet):
+        return half.paint(unet, edit.embeddings, (64, 64), SEEDS, edit.config)
     reference = draw(exact)
     moved, without = off(draw(plain), reference), off(draw(plain), draw(unet))
     assert off(draw(tuned), reference) < 2 * without + 0.05 * moved
@@ -322,7 +344,8 @@ from layerdiffusion import EditConfig, LayerDiffusion
 from layerdiffusion.memory import LEVELS, predict, settings_for
 from layerdiffusion.sd import use
 method = LayerDiffusion.from_pretrained(folder, "cpu", "mini", precision=precision)
-config = EditConfig(tuned_parameters=kind, tuning_lr=1e-5, object_picture="input", embedding_steps=2, tuning_steps=2, sampling_steps=2)
+short = dict(object_picture="input", embedding_steps=2, tuning_steps=2, sampling_steps=2)
+config = EditConfig(tuned_parameters=kind, tuning_lr=1e-5, **short)
 config = method.settings(settings_for(level, config, use(method.models, LEVELS[level]).card))
 said = predict(method.models, level, config, seeds=1)
 image, mask = torch.rand(3, 256, 256), torch.zeros(1, 256, 256)
@@ -335,7 +358,8 @@ def peak(work):
 (*words, _), embed = peak(lambda: method.embed(scene, config))
 (change, _), tune = peak(lambda: method.tune(scene, words, config))
 _, sample = peak(lambda: method.sample(words, change, scene.size, [0], config))
-print(json.dumps(dict(embed=said["embed"] / embed, tune=said["tune"] / tune, sample=max(said["draw"], said["decode"]) / sample)))
+drawn = max(said["draw"], said["decode"]) / sample
+print(json.dumps(dict(embed=said["embed"] / embed, tune=said["tune"] / tune, sample=drawn)))
 """
 
 
@@ -350,7 +374,8 @@ def medium(tmp_path_factory):
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="only Linux counts a peak anew")
 @pytest.mark.parametrize("level, precision, kind", [("full", "fp32", "all"), ("spare", "bf16", "attention")])
 def test_what_a_process_takes_was_said(medium, level, precision, kind):
-    "Within 15 % of the highest resident memory of a process of its own, for each stage, at the level, precision and kind of tuning."
+    """Within 15 % of the highest resident memory of a process of its own, for each stage, at the level, precision and
+    kind of tuning."""
     done = subprocess.run(
         [sys.executable, "-c", MEASURE, str(medium), level, precision, kind],
         capture_output=True,
@@ -363,12 +388,14 @@ def test_what_a_process_takes_was_said(medium, level, precision, kind):
 
 
 def test_nothing_waits_on_a_cpu(method):
-    "Where the CPU is the device, a level that lets parts wait saves nothing by it; on a GPU it does, and SAM counts as long as it stays."
+    """Where the CPU is the device, a level that lets parts wait saves nothing by it; on a GPU it does, and SAM counts
+    as long as it stays."""
     from layerdiffusion.memory import predict, weight_bytes
 
-    on = lambda device, level, sam=None: predict(
-        replace(method.models, device=torch.device(device)), level, seeds=1, sam=sam
-    )
+    def on(device, level, sam=None):
+        return predict(
+            replace(method.models, device=torch.device(device)), level, seeds=1, sam=sam
+        )
     full, spare = on("cpu", "full"), on("cpu", "spare")
     assert (
         all(abs(spare[stage] / full[stage] - 1) < 0.02 for stage in ("draw", "decode"))

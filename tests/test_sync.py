@@ -59,7 +59,8 @@ def test_clean_changes_nothing(copy):
 
 @pytest.mark.parametrize("page", sorted((ROOT / "nbs").glob("*.ipynb")), ids=lambda p: p.stem)
 def test_a_page_has_no_unsaved_changes_when_it_is_opened(page):
-    "Its metadata is what JupyterLab writes on opening it: the installed kernel's, but for the version of Python, which is the reader's."
+    """Its metadata is what JupyterLab writes on opening it: the installed kernel's, but for the version of Python,
+    which is the reader's."""
     from ipykernel.ipkernel import IPythonKernel
     from ipykernel.kernelspec import get_kernel_dict
 

@@ -1,4 +1,5 @@
-"Sentences as people type them: understood as a person would, or refused with the true reason and a way out. Nothing of another tool's is passed on as words."
+"""Sentences as people type them: understood as a person would, or refused with the true reason and a way out. Nothing
+of another tool's is passed on as words."""
 
 import pytest
 
