@@ -1,11 +1,15 @@
 """Scores: whose judge speaks."""
 
 import copy
+from pathlib import Path
+
+import pytest
 
 from layerdiffusion import scores
+from layerdiffusion.core import BadInput
 from layerdiffusion.judge import load_judge
 from layerdiffusion.pipeline import LayerDiffusion
-from layerdiffusion.scores import edit_set, measure
+from layerdiffusion.scores import edit_set, keep_result, load_result, measure
 from layerdiffusion.settings import preset
 
 
@@ -51,3 +55,23 @@ def test_the_scale_knows_no_model(monkeypatch):
 
 
 decoded = scores.decode_latents
+
+
+# Results of slow cells
+
+
+def test_results_are_kept_by_name(tmp_path):
+    for name, value in (("speed", [1.5]), ("move", dict(a="λ")), ("speed", [2.5])):
+        keep_result(name, value, tmp_path)
+    assert load_result("speed", tmp_path) == [2.5] and load_result("move", tmp_path) == dict(a="λ")
+    assert [p.name for p in tmp_path.iterdir()] == ["records.jsonl"]
+    assert len((tmp_path / "records.jsonl").read_text(encoding="utf-8").splitlines()) == 2
+    with pytest.raises(BadInput, match="no result 'bench'; it has move, speed"):
+        load_result("bench", tmp_path)
+
+
+def test_the_records_are_few_files():
+    "At most twenty; loose cells of a run are packed before they are committed."
+    folder = Path(__file__).resolve().parents[1] / "nbs/results"
+    found = [p for p in folder.rglob("*") if p.is_file() and not p.name.startswith(".")]
+    assert 0 < len(found) <= 20
