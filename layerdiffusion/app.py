@@ -438,7 +438,7 @@ class LayerDiffusionApp:
 @patch
 def make_widgets(self: LayerDiffusionApp, text: str | None):
     "Everything that can be touched or read."
-    w, hidden = self.w, dict(layout=dict(display="none"))
+    w = self.w
     self.example = w.ToggleButtons(
         options=[(n, n) for n in list_examples()], value=None, tooltips=[f"The shipped {n}" for n in list_examples()]
     )
@@ -462,6 +462,18 @@ def make_widgets(self: LayerDiffusionApp, text: str | None):
         w.Text(continuous_update=False, tooltip=f"{what}; change it if the sentence was split in the wrong place")
         for what in ("T_a: who, and what it does", "T_b: where")
     )
+    self.make_place()
+    self.make_settings()
+    self.make_results()
+    self.says = {name: w.HTML() for name in ("picture", "text", "place", "run", "save", "stages", "settings")}
+    for each in self.says.values():
+        each.add_class("ld-says")
+
+
+@patch
+def make_place(self: LayerDiffusionApp):
+    "What shows the new place, and what chooses it."
+    w, hidden = self.w, dict(layout=dict(display="none"))
     self.own_place = w.FileUpload(
         accept="image/*", description="Use a picture", tooltip="A picture of the new place from this computer"
     )
@@ -470,6 +482,12 @@ def make_widgets(self: LayerDiffusionApp, text: str | None):
     )
     self.no_place = w.Button(description="Draw it instead", **hidden)
     self.place = w.Image(**hidden)
+
+
+@patch
+def make_settings(self: LayerDiffusionApp):
+    "The preset, the sliders, and the fields of all other settings."
+    w = self.w
     self.preset = w.ToggleButtons(
         options=[(v, k) for k, v in LOOKS.items()],
         value="best",
@@ -484,6 +502,12 @@ def make_widgets(self: LayerDiffusionApp, text: str | None):
         name: field_of(setting, PAPER[name] if setting.default is None else setting.default)
         for name, setting in FOLDED.items()
     }
+
+
+@patch
+def make_results(self: LayerDiffusionApp):
+    "What runs an edit, and what shows and keeps its pictures."
+    w, hidden = self.w, dict(layout=dict(display="none"))
     self.go = w.Button(description="Run", icon="play", button_style="primary", tooltip="Make the edit")
     self.halt = w.Button(
         description="Stop", icon="stop", disabled=True, tooltip="Stop after this step; what was learnt is kept"
@@ -494,22 +518,37 @@ def make_widgets(self: LayerDiffusionApp, text: str | None):
     )
     self.preview, self.sheet, self.lines, self.log = w.HTML(**hidden), w.Box(), w.HTML(), w.Box()
     self.chosen = w.HTML()
-    self.says = {name: w.HTML() for name in ("picture", "text", "place", "run", "save", "stages", "settings")}
-    for each in self.says.values():
-        each.add_class("ld-says")
 
 # %% ../nbs/23_app.ipynb #757547c5
 @patch
 def layout(self: LayerDiffusionApp):
     "Cards in two columns, or one below the other in a narrow window."
-    w, says = self.w, self.says
+    w = self.w
     style = w.HTML(f"<style>{(package_folder() / 'static' / 'app.css').read_text(encoding='utf-8')}</style>")
     self.canvas_box = w.Box()
+    self.result_cards()
+    columns = w.Box([box("ld-stack", *self.given_cards()), box("ld-stack", *self.chosen_cards())])
+    parts = [
+        (columns, "ld-columns"),
+        (self.canvas_box, "ld-canvas"),
+        (self.sheet, "ld-sheet"),
+        (self.log, "ld-sheet"),
+        (self.preview, "ld-preview"),
+        (self.place, "ld-place"),
+        (self.chosen, "ld-chosen"),
+        (self.upload, "ld-upload"),
+        (self.own_place, "ld-upload-place"),
+    ]
+    for part, name in parts:
+        part.add_class(name)
+    return box("ld-app", style, self.title(), columns, self.result_card, self.history_card)
 
-    def dials(at_once):
-        return [s.view for s in self.dials.values() if s.dial.at_once == at_once]
 
-    left = [
+@patch
+def given_cards(self: LayerDiffusionApp) -> list:
+    "What is given: picture, subject and words."
+    says = self.says
+    return [
         self.card_of("1", "Picture", box("ld-flow", self.example, self.upload, self.path), says["picture"]),
         self.card_of("2", "Subject", self.canvas_box),
         self.card_of(
@@ -521,7 +560,17 @@ def layout(self: LayerDiffusionApp):
             says["text"],
         ),
     ]
-    right = [
+
+
+@patch
+def chosen_cards(self: LayerDiffusionApp) -> list:
+    "What is chosen: place and settings, and the run."
+    says = self.says
+
+    def dials(at_once):
+        return [s.view for s in self.dials.values() if s.dial.at_once == at_once]
+
+    return [
         self.card_of(
             "4", "New place", box("ld-flow", self.reroll, self.own_place, self.no_place), self.place, says["place"]
         ),
@@ -538,6 +587,12 @@ def layout(self: LayerDiffusionApp):
         ),
         self.card_of("6", "Run", box("ld-flow", self.go, self.halt), says["run"], says["stages"], self.preview),
     ]
+
+
+@patch
+def result_cards(self: LayerDiffusionApp):
+    "Results and history, hidden at first."
+    says = self.says
     self.result_card = self.card_of(
         "7",
         "Results",
@@ -550,21 +605,6 @@ def layout(self: LayerDiffusionApp):
     self.history_card = self.card_of("8", "History", self.log)
     for card in (self.result_card, self.history_card):
         card.layout.display = "none"
-    columns = w.Box([box("ld-stack", *left), box("ld-stack", *right)])
-    parts = [
-        (columns, "ld-columns"),
-        (self.canvas_box, "ld-canvas"),
-        (self.sheet, "ld-sheet"),
-        (self.log, "ld-sheet"),
-        (self.preview, "ld-preview"),
-        (self.place, "ld-place"),
-        (self.chosen, "ld-chosen"),
-        (self.upload, "ld-upload"),
-        (self.own_place, "ld-upload-place"),
-    ]
-    for part, name in parts:
-        part.add_class(name)
-    return box("ld-app", style, self.title(), columns, self.result_card, self.history_card)
 
 # %% ../nbs/23_app.ipynb #971a64d5
 def box(name: str, *inside):
