@@ -34,9 +34,10 @@ def _declare(group: str) -> Callable:
         label: str = "",  # in the editor; empty: its name
         slider: tuple | None = None,  # (low, high, step) of a slider in the editor, where it has one
         flag: str = "",  # on the command line, where it is called otherwise
+        unset: float | None = None,  # its number where it is None, and the model's card has none either
         **bounds,  # ge, gt, le: as pydantic calls them
     ) -> Any:
-        told = dict(group=group, label=label, slider=slider, flag=flag)
+        told = dict(group=group, label=label, slider=slider, flag=flag, unset=unset)
         return Field(default, description=help, json_schema_extra=told, **bounds)
 
     return declare
@@ -81,7 +82,7 @@ class EditConfig(BaseModel):
         ge=0,
     )
     embedding_lr: float | None = _number(
-        None, "Learning rate of Eq. 2. Unset: the model's own, else the paper's 1e-3.", gt=0
+        None, "Learning rate of Eq. 2. Unset: the model's own, else the paper's 1e-3.", unset=1e-3, gt=0
     )
     tuning_steps: int = _number(
         250,
@@ -91,7 +92,7 @@ class EditConfig(BaseModel):
         ge=0,
     )
     tuning_lr: float | None = _number(
-        None, "Learning rate of Eq. 4-6. Unset: the model's own, else the paper's 2e-6.", gt=0
+        None, "Learning rate of Eq. 4-6. Unset: the model's own, else the paper's 2e-6.", unset=2e-6, gt=0
     )
     sampling_steps: int = _number(
         50,
@@ -108,6 +109,7 @@ class EditConfig(BaseModel):
         "7.5, for the paper does not say.",
         label="Guidance",
         slider=(1.0, 12.0, 0.1),
+        unset=7.5,
         ge=1,
         le=100,
     )
@@ -177,7 +179,7 @@ class EditConfig(BaseModel):
         le=8,
     )
     word_lr: float | None = _beyond(
-        None, "Learning rate of those words. Unset: the model's own, else 5e-3.", gt=0
+        None, "Learning rate of those words. Unset: the model's own, else 5e-3.", unset=5e-3, gt=0
     )
     object_words: Literal["object", "whole"] = _beyond(
         "object", "Eq. 3, 8: e_a is made of the subject's words, T_a, as in the paper, or of the whole text T."
@@ -329,6 +331,7 @@ class Declared:
     high: float
     above: bool  # `low` itself is too small
     slider: tuple | None  # (low, high, step) in the editor
+    unset: float | None  # its number where it is None, and the model's card has none either
 
     @property
     def choices(self) -> tuple:
@@ -375,7 +378,7 @@ def settings_key(
     return dict(version=VERSION) | {k: v for k, v in settings.items() if v != DEFAULTS.get(k, odd)}
 
 # %% ../nbs/08_settings.ipynb #1a8b64a1
-PAPER = dict(embedding_lr=1e-3, word_lr=5e-3, tuning_lr=2e-6, guidance_scale=7.5)
+PAPER = {name: setting.unset for name, setting in SETTINGS.items() if setting.unset is not None}
 
 # %% ../nbs/08_settings.ipynb #83ac60e7
 PRESETS = dict(
