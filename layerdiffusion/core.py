@@ -1067,8 +1067,8 @@ def _canonical(thing):
         return [_canonical(v) for v in thing]
     if is_dataclass(thing):
         return _canonical(asdict(thing))
-    if hasattr(thing, "model_dump"):
-        return _canonical(thing.model_dump(mode="json"))
+    if callable(getattr(thing, "key", None)):
+        return _canonical(thing.key())  # settings: what differs from the defaults
     if hasattr(thing, "detach"):
         return ["tensor", str(thing.dtype), list(thing.shape), _digest(_bytes(thing))]
     if hasattr(thing, "tobytes"):

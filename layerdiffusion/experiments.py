@@ -49,7 +49,7 @@ from .judge import wilson
 from .metrics import Clip, clip_score
 from .scores import edit_set, interval, scorer_of
 from .folders import resolve_model
-from .settings import PRESETS, EditConfig, preset
+from .settings import PRESETS, EditConfig, preset, settings_key
 from .world import stream
 
 # %% ../nbs/18_experiments.ipynb #afcd49d6
@@ -172,7 +172,8 @@ def numbers_of(
 def cell_name(method, task, setting: Setting, seeds: Sequence[int], numbers: dict) -> str:
     "What a cell is called on disk: its content in sixteen digits."
     seen = subject_name(method.models) if numbers.get("subject_scale") else ""
-    return content_hash(SCORES, setting.method, numbers, task.name, list(seeds), method.models.hash, seen)[:16]
+    key = numbers if setting.method in BASELINES else settings_key(numbers)
+    return content_hash(SCORES, setting.method, key, task.name, list(seeds), method.models.hash, seen)[:16]
 
 # %% ../nbs/18_experiments.ipynb #f7d58d63
 def draw_cell(method, task, setting: Setting, seeds: Sequence[int], numbers: dict) -> torch.Tensor:  # (B, 3, H, W), 0-1

@@ -903,8 +903,8 @@ def embed(
         self.small(scene.mask, config),
         self.latents(scene.image if config.eq2_picture == "input" else scene.reference),
     )
-    settings = config.model_dump(
-        include={"embedding_steps", "embedding_lr", "eq2_region", "eq2_conditioning", "loss_scale", "seed"}
+    settings = config.key(
+        ["embedding_steps", "embedding_lr", "eq2_region", "eq2_conditioning", "loss_scale", "seed"]
     )
     if config.eq2_conditioning == "mix":
         settings["alpha"] = config.alpha
@@ -956,7 +956,7 @@ def learn(
         self.small(scene.mask, config),
         self.latents(scene.image),
     )
-    settings = config.model_dump(include={"embedding_steps", "word_lr", "loss_scale", "seed"})
+    settings = config.key(["embedding_steps", "word_lr", "loss_scale", "seed"])
 
     def compute(key):
         vectors, losses = first_vectors(self.models, text, config.learnt_words).requires_grad_(), []

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['EDIT_FILES', 'WRITTEN', 'EditResult', 'lora_rank', 'photo_info', 'fitting_notes', 'whole_folder', 'clear_checkpoints',
-           'check_edit_folder', 'read_edit', 'check_tensors', 'pictures_beside', 'pixels', 'lora', 'drawing',
-           'same_model', 'portable', 'check_export', 'export']
+           'check_edit_folder', 'read_edit', 'whole_settings', 'check_tensors', 'pictures_beside', 'pixels', 'lora',
+           'drawing', 'same_model', 'portable', 'check_export', 'export']
 
 # %% ../nbs/09_saving.ipynb #4055775e
 import copy
@@ -31,6 +31,7 @@ from layerdiffusion.core import (
     BadInput,
     Notice,
     as_path,
+    content_hash,
     load_image,
     make_sheet,
     one_writer,
@@ -45,7 +46,7 @@ from .guidance import turns
 from .masks import dilate, overlay
 from .method import interpolate
 from .sd import Models, encode_text, quiet, timesteps, with_scheduler
-from .settings import LATER, EditConfig
+from .settings import DEFAULTS, EditConfig, settings_key
 
 # %% ../nbs/09_saving.ipynb #2611ab60
 @dataclass
@@ -142,6 +143,7 @@ def settings(self: EditResult, rank: int | None = None) -> dict:
         rank=rank,
         **({} if alpha is None else dict(lora_alpha=alpha)),
         config=self.config.model_dump(),
+        config_hash=content_hash(self.config),
         **self.record,
         seconds={k: round(v, 3) for k, v in self.times.items()},
     )
@@ -407,10 +409,24 @@ def read_edit(path: Path) -> tuple:
         odd = "size"
     if odd:
         raise BadInput(f"{str(path)!r} is damaged: it says that its {odd} is {settings[odd]!r:.60}.")
-    gone = EditConfig.model_fields.keys() - LATER.keys() - settings["config"].keys()
-    if gone:
-        raise BadInput(f"{str(path)!r} is damaged: its settings lack {', '.join(sorted(gone)[:3])}.")
+    settings["config"] = whole_settings(settings, repr(str(path)))
     return tensors, settings
+
+
+def whole_settings(
+    saved: dict,  # what a saved edit says of itself
+    what: str,  # begins the sentence
+) -> dict:
+    "The settings of a saved edit, with the defaults of those that came later; refused where one was lost."
+    settings = DEFAULTS | saved["config"]
+    gone = sorted(DEFAULTS.keys() - saved["config"].keys())
+    if "config_hash" in saved:
+        lost = saved["config_hash"] != content_hash(settings_key(settings))
+    else:
+        lost = gone not in ([], ["negative_prompt"])  # the one that came before there were hashes
+    if lost:
+        raise BadInput(f"{what} is damaged: its settings {'lack ' + ', '.join(gone[:3]) if gone else 'were changed'}.")
+    return settings
 
 
 # what a saved edit says of itself

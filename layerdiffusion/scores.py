@@ -307,7 +307,7 @@ def measure(
     config, kept, rows = config.resolve(method.models.card), read_record(record), []
     seen = [subject_name(method.models)] if config.subject_scale else []
     for task in tasks:
-        key = content_hash(config.model_dump(), task.name, list(seeds), method.models.hash, *seen)
+        key = content_hash(config, task.name, list(seeds), method.models.hash, *seen)
         if key not in kept:
             e = task.edit
             images = method.edit(

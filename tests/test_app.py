@@ -378,3 +378,25 @@ def test_a_drawing_that_does_not_stop(editor):
     editor.job, job = None, type("Job", (), dict(error=None, value=1))()
     editor.ended(job, shown.append)
     assert not shown
+
+
+def test_every_declared_setting_can_be_touched(editor, method):
+    "Sliders and fields are the declared set, with its choices and bounds; what is set is in the order and in both lines."
+    from layerdiffusion.settings import SETTINGS
+
+    touched = {name for name in editor.dials if name in SETTINGS} | set(editor.fields)
+    assert touched | {"seed"} == set(SETTINGS) and not touched & {"seed"}
+    assert {n for n, s in SETTINGS.items() if s.slider} == set(editor.dials) - {"count", "first"}
+    for name, setting in SETTINGS.items():
+        if name in editor.fields and setting.choices:
+            assert tuple(editor.fields[name].options) == setting.choices
+        if name in editor.fields and setting.number and setting.high < float("inf"):
+            assert (editor.fields[name].min, editor.fields[name].max) == (setting.low, setting.high)
+    editor.preset.value = "best"
+    assert editor.order().changes == {}
+    editor.fields["eq8_index"].value, editor.fields["recolour"].value = "timestep", False
+    order = editor.order()
+    assert order.changes == dict(eq8_index="timestep", recolour=False)
+    words = shlex.split(shell_line(order))
+    assert words[words.index("--eq8-index") + 1] == "timestep" and "--no-recolour" in words
+    assert "eq8_index='timestep', recolour=False" in python_lines(order)

@@ -5,6 +5,7 @@ All commands run through `main`, in an empty folder. Nothing here depends on how
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -310,20 +311,7 @@ def same_results(a, b, but=()):
 
 def test_watching_changes_nothing(run):
     """--preview and --look-every show pictures and leave the results as they are."""
-    steps = [
-        "--embedding-steps",
-        "2",
-        "--tuning-steps",
-        "5",
-        "--steps",
-        "3",
-        "--seeds",
-        "0-1",
-        "--device",
-        "cpu",
-        "--mask",
-        "mask.png",
-    ]
+    steps = ["--embedding-steps", "2", "--tuning-steps", "5", "--steps", "3", "--seeds", "0-1", "--device", "cpu", "--mask", "mask.png"]
     assert run("edit", "example:dog", TEXT, *steps, "--out", "a")[0] == 0
     code, out, err = run(
         "edit", "example:dog", TEXT, *steps, "--out", "b", "--preview", "seen/now.png", "--look-every", 2
@@ -436,10 +424,7 @@ def test_examples(run):
 
 def test_help_is_light():
     """Help answers without torch."""
-    check = (
-        "import sys; from layerdiffusion.cli import main; c = main(sys.argv[1:]); "
-        "assert 'torch' not in sys.modules and 'numpy' not in sys.modules; sys.exit(c)"
-    )
+    check = "import sys; from layerdiffusion.cli import main; c = main(sys.argv[1:]); assert 'torch' not in sys.modules and 'numpy' not in sys.modules; sys.exit(c)"
     for args in (["--help"], ["edit", "--help"], ["train-mini", "--help"], ["bench", "-h"]):
         out = subprocess.run([sys.executable, "-c", check, *args], capture_output=True, text=True)
         assert out.returncode == 0, out.stderr
@@ -464,8 +449,7 @@ def test_unexpected_errors_ask_for_a_report(run, monkeypatch):
     [
         MemoryError(),
         RuntimeError(
-            """[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to
-            allocate 640000000000 bytes."""
+            "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 640000000000 bytes."
         ),
     ],
 )
@@ -497,20 +481,7 @@ sys.exit(main())
 @pytest.mark.skipif(os.name == "nt", reason="signals")
 def test_ctrl_c_and_resume(run):
     """Ctrl-C ends with 130 and a sentence; --resume ends with the bytes of a run that was never stopped."""
-    steps = [
-        "--embedding-steps",
-        "30",
-        "--tuning-steps",
-        "1",
-        "--steps",
-        "1",
-        "--seeds",
-        "0",
-        "--device",
-        "cpu",
-        "--mask",
-        "mask.png",
-    ]
+    steps = ["--embedding-steps", "30", "--tuning-steps", "1", "--steps", "1", "--seeds", "0", "--device", "cpu", "--mask", "mask.png"]
     command = [sys.executable, "-c", PRESSED, "edit", "example:dog", TEXT, *steps, "--out", "out"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 130 and "Stopped by Ctrl-C" in done.stderr and "--resume" in done.stderr
@@ -529,23 +500,107 @@ def test_ctrl_c_and_resume(run):
         assert Path("out", name).read_bytes() == Path("whole", name).read_bytes()
 
 
+def test_every_place_has_the_declared_settings():
+    "Options, fields, the tables of the docs: the declared set and its defaults; each in one of three groups."
+    from layerdiffusion.cli import GROUPED, METHOD
+    from layerdiffusion.docs import parameters
+    from layerdiffusion.settings import DEFAULTS, GROUPS, SETTINGS, EditConfig
+
+    assert set(EditConfig.model_fields) - {"preset"} == set(SETTINGS) == set(DEFAULTS)
+    assert [opt.name for opts in GROUPED.values() for opt in opts] == [opt.name for opt in METHOD] == list(SETTINGS)
+    assert list(GROUPED) == list(GROUPS.values()) and all(GROUPED.values())
+    assert {opt.name: (opt.default, opt.help) for opt in METHOD} == {
+        name: (default, help) for name, _, _, help in parameters(EditConfig) for default in [DEFAULTS.get(name)]
+        if name != "preset"
+    }
+
+
 def test_options_allow_what_settings_allow():
-    "Default and bounds of every option are those of the setting of its name."
-    from layerdiffusion.cli import METHOD
-    from layerdiffusion.settings import EditConfig
+    "The ends of a range are accepted by both, a step beyond by neither; choices are the same."
+    from layerdiffusion import BadInput
+    from layerdiffusion.cli import METHOD, in_range
+    from layerdiffusion.settings import SETTINGS, EditConfig
 
     for opt in METHOD:
-        field = EditConfig.model_fields[opt.name]
+        setting = SETTINGS[opt.name]
+        if not setting.number:
+            continue
+        for end, beyond in ((opt.low, opt.low - 1), (opt.high, opt.high + 1)):
+            if abs(end) == float("inf"):
+                continue
+            for value, right in ((end, not (setting.above and end == opt.low)), (beyond, False)):
+                for take in (in_range(opt), lambda value: EditConfig(**{opt.name: value})):  # noqa: B023
+                    try:
+                        take(setting.number(value))
+                    except BadInput:
+                        assert not right, (opt.name, value)
+                    else:
+                        assert right, (opt.name, value)
 
-        def bound(*names, field=field):
-            return next((getattr(m, n) for m in field.metadata for n in names if hasattr(m, n)), None)
 
-        low, high = bound("ge", "gt"), bound("le", "lt")
-        assert opt.default == field.default, opt.name
-        if low is not None:
-            assert low <= opt.low < low + 1e-6, opt.name
-        if high is not None:
-            assert high - 1 <= opt.high <= high, opt.name
+def test_the_help_fits_on_one_screen(run, monkeypatch):
+    "At most 50 lines of 100 columns, about 20 options; --help-all shows every option, in its group."
+    from layerdiffusion.cli import GROUPED, METHOD, PANELS
+
+    monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.setenv("TERMINAL_WIDTH", "100")
+    code, short, _ = run("edit", "--help")
+    assert code == 0 and len(short.splitlines()) <= 50 and max(map(len, short.splitlines())) <= 100
+    assert 15 <= len(set(re.findall("--[a-z-]+", short))) <= 28 and "..." not in short and "…" not in short
+    code, whole, _ = run("edit", "--help-all")
+    assert code == 0
+    assert not [o.flag for opts in PANELS.values() for o in opts if not re.search(rf"{o.flag}(?![a-z-])", whole)]
+    places = [whole.index(f" {panel} ─") for panel in GROUPED] + [len(whole)]
+    for (panel, opts), start, end in zip(GROUPED.items(), places, places[1:]):
+        assert not [o.flag for o in opts if o.flag not in whole[start:end]], panel
+    assert len(METHOD) > 40 and "--eq8-index" not in short
+
+
+@pytest.mark.parametrize(
+    "pairs, words",
+    [
+        (["alpha"], ["--set", "NAME=VALUE", "'alpha'"]),
+        (["alpah=0.3"], ["'alpah'", "near it: alpha"]),
+        (["steps=3"], ["'steps'", "sampling_steps"]),
+        (["alpha=2"], ["alpha is '2'", "less than or equal to 1"]),
+        (["alpha=much"], ["alpha is 'much'", "number"]),
+        (["tuning_lr=0"], ["tuning_lr is '0'", "greater than 0"]),
+        (["eq2_region=sky"], ["'sky'", "'background'"]),
+        (["mask_hard=perhaps"], ["mask_hard", "boolean"]),
+        (["seed=0.5"], ["seed is '0.5'"]),
+        (["alpha=0.3", "alpha=0.4"], ["alpha twice"]),
+        (["eq2_region=branch"], ["eq2_conditioning"]),
+        (["negative_prompt=(hat:1.3)"], ["(hat:1.3)"]),
+        (["preset=best"], ["preset"]),
+        (["=3"], ["''"]),
+    ],
+)
+def test_set_refuses_what_a_setting_refuses(run, pairs, words):
+    before = files()
+    code, _, err = run("edit", "example:dog", TEXT, *[w for pair in pairs for w in ("--set", pair)])
+    assert code == 2 and len(err.strip().splitlines()) == 1 and not [w for w in words if w not in err], err
+    assert files() == before
+
+
+def test_set_and_its_option_are_one_setting(run):
+    "A setting has one value: refused twice, and read the same by both ways."
+    from layerdiffusion.cli import read_sets
+
+    code, _, err = run("edit", "example:dog", TEXT, "--alpha", "0.3", "--set", "alpha=0.4")
+    assert code == 2 and "--alpha and --set alpha" in err
+    assert read_sets(["alpha=.5", "eq8-index=timestep", "tuning_decay=true", "tuning_lr=none", "negative_prompt=a hat"]) == dict(
+        alpha=0.5, eq8_index="timestep", tuning_decay=True, tuning_lr=None, negative_prompt="a hat"
+    )
+
+
+def test_set_is_written_down(run):
+    "A setting of --set, and an option that the short help does not show, are those of the edit."
+    few = ["--set", "embedding_steps=1", "--set", "tuning_steps=1", "--steps", 1, "--seeds", 0, "--device", "cpu"]
+    args = ["--mask", "mask.png", "--object-picture", "input", "--set", "eq8_first=opt", "--no-turns", "--out", "out"]
+    assert run("edit", "example:dog", TEXT, *few, *args)[0] == 0
+    config = json.loads(Path("out/edit.json").read_text())["config"]
+    wanted = dict(embedding_steps=1, tuning_steps=1, eq8_first="opt", iterative_guidance=False, object_picture="input")
+    assert config | wanted == config
 
 
 def test_resume_takes_the_edit_of_these_words(tmp_path, monkeypatch, capsys):
@@ -608,8 +663,7 @@ def test_version_however_it_is_asked():
 
 
 def test_export(run):
-    """An edit's folder becomes a U-Net, and a LoRA that diffusers finds by the folder alone; files of somebody else
-    stay."""
+    "An edit's folder becomes a U-Net, and a LoRA that diffusers finds by the folder alone; files of somebody else stay."
     from diffusers import UNet2DConditionModel, StableDiffusionPipeline
 
     assert (

@@ -373,7 +373,9 @@ DAMAGED = [
     ),
     ("whole numbers", first_weight(lambda t, n: t.update({n: t[n].to(torch.int8)})), "no change of this model's U-Net"),
     ("settings of no kind", lambda t, s: s.update(config=5), "config is 5"),
-    ("a setting gone", lambda t, s: s["config"].pop("alpha"), "lack alpha"),
+    ("a setting gone", lambda t, s: s["config"].pop("tuning_steps"), "lack tuning_steps"),
+    ("another setting", lambda t, s: s["config"].update(alpha=0.3), "settings were changed"),
+    ("a setting gone, of old", lambda t, s: (s["config"].pop("alpha"), s.pop("config_hash")), "lack alpha"),
     ("no settings", lambda t, s: s.update(config={}), "lack alpha"),
     ("a size of text", lambda t, s: s.update(size="large"), "size is 'large'"),
     ("half a size", lambda t, s: s.update(size=[64]), r"size is \[64\]"),
@@ -397,6 +399,22 @@ def test_a_damaged_edit_is_refused(method, edit, tmp_path, name, change, said):
     save_file(tensors, file, {"edit": json.dumps(settings)})
     with pytest.raises(BadInput, match=f"damaged.*{said}"):
         load_edit(file, method)
+
+
+def test_an_edit_from_before_a_setting_loads(method, edit, tmp_path):
+    "A setting that came later has its default, under which nothing changes; with a hash of the settings or, of old, without."
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    for without in (["lambda_prior"], ["negative_prompt", "config_hash"]):
+        file = edit.save(tmp_path / without[0]) / "edit.safetensors"
+        with safe_open(file, "pt") as f:
+            settings = json.loads(f.metadata()["edit"])
+        for name in without:
+            (settings if name == "config_hash" else settings["config"]).pop(name)
+        save_file(load_file(file), file, {"edit": json.dumps(settings)})
+        again = load_edit(file, method)
+        assert again.config == edit.config and torch.equal(again.images, edit.images)
 
 
 def test_a_rank_beyond_every_matrix_costs_nothing(method, edit, tmp_path):

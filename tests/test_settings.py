@@ -9,7 +9,7 @@ import torch
 from layerdiffusion import BadInput, EditConfig, LayerDiffusion, load_edit, preset
 from layerdiffusion.cli import main
 from layerdiffusion.core import content_hash
-from layerdiffusion.settings import LATER, PRESETS
+from layerdiffusion.settings import PRESETS
 
 TEXT = "a dog jumping in a forest"
 SHORT = dict(object_picture="input", embedding_steps=1, tuning_steps=1, sampling_steps=2)
@@ -54,8 +54,7 @@ def numbers(config):
     ],
 )
 def test_a_preset_means_the_same_everywhere(name, changes):
-    """With its model's card or without, as keywords or as an object, written down and read again: the same settings;
-    what was asked for is never replaced."""
+    "With its model's card or without, as keywords or as an object, written down and read again: the same settings; what was asked for is never replaced."
     want = numbers(preset(name, CARD, **changes))
     assert want | changes == want and want["guidance_scale"] == changes.get(
         "guidance_scale", dict(best=1.0, paper=3.0)[name]
@@ -116,26 +115,7 @@ def test_python_and_command_line_run_the_same(method, tmp_path, monkeypatch, cap
                 "edit",
                 "example:dog",
                 TEXT,
-                *[
-                    "--preset",
-                    "best",
-                    "--target-draws",
-                    "2",
-                    "--tuning-steps",
-                    "1",
-                    "--steps",
-                    "2",
-                    "--alpha",
-                    ".5",
-                    "--seeds",
-                    "0",
-                    "--point",
-                    "32,36",
-                    "--device",
-                    "cpu",
-                    "--out",
-                    "out",
-                ],
+                *["--preset", "best", "--target-draws", "2", "--tuning-steps", "1", "--steps", "2", "--alpha", ".5", "--seeds", "0", "--point", "32,36", "--device", "cpu", "--out", "out"],
             ]
         )
         == 0
@@ -178,33 +158,41 @@ def test_the_advice_of_a_message_works(method):
 # Names of records
 
 
-def test_new_settings_change_no_names(method):
-    "A setting that came later is written down only where it is used, so the names of recorded cells are found again."
-    from layerdiffusion.experiments import EXPERIMENTS, cell_name, load_experiment, numbers_of
+def test_a_new_setting_orphans_nothing(monkeypatch):
+    "A setting that comes later, with a default: keys of settings, of cells and of stages stay as they were."
+    from layerdiffusion import settings as page
+    from layerdiffusion.experiments import Setting, cell_name
 
-    folder = Path(__file__).resolve().parents[1] / "nbs/results/experiments"
-    for of in PRESETS:
-        record = load_experiment("alpha", "paper", of, folder)
-        task = type("Task", (), dict(name=record["edits"][0]))
-        for setting, row in list(zip(EXPERIMENTS["alpha"](of), record["settings"], strict=False))[::5]:
-            cell = cell_name(method, task, setting, record["seeds"], numbers_of(method, setting))
-            if method.models.hash == "other weights":
-                continue
-            assert cell == row["cells"][0], f"{of}, {setting.name}: the recorded cell is called {row['cells'][0]}"
+    models = type("Models", (), dict(hash="0" * 16))
+    method, task = type("Method", (), dict(models=models)), type("Task", (), dict(name="joint 0"))
+    whole = EditConfig(alpha=0.5, tuning_steps=20).resolve({})
+    name = lambda numbers: cell_name(method, task, Setting("x", "paper"), [0, 1], numbers)
+    before = name(whole.model_dump()), page.settings_key(whole.model_dump())
+    monkeypatch.setitem(page.DEFAULTS, "later", 3)
+    assert (name(whole.model_dump() | dict(later=3)), page.settings_key(whole.model_dump() | dict(later=3))) == before
+    assert name(whole.model_dump() | dict(later=4)) != before[0]
+
+
+def test_a_key_is_what_differs_and_a_version(monkeypatch):
+    from layerdiffusion import settings as page
+
+    assert EditConfig().key() == dict(version=page.VERSION) and preset("best").key()["tuning_steps"] == 100
+    assert EditConfig(alpha=0.5, tuning_steps=2).key() == dict(version=page.VERSION, alpha=0.5, tuning_steps=2)
+    assert EditConfig(alpha=0.5, tuning_steps=2).key(["alpha"]) == dict(version=page.VERSION, alpha=0.5)
+    plain, other = EditConfig(), EditConfig(alpha=0.3)
+    before = content_hash(plain)
+    assert before == content_hash(EditConfig(negative_prompt="", alpha=0.7)) != content_hash(other)
+    monkeypatch.setattr(page, "VERSION", page.VERSION + 1)
+    assert content_hash(plain) != before, "a new meaning makes all records anew"
 
 
 def test_what_is_written_down():
-    assert (
-        not LATER.keys() & EditConfig().model_dump().keys()
-        and not LATER.keys() & preset("best").resolve({}).model_dump().keys()
-    )
-    used = EditConfig(negative_prompt="a hat")
-    assert used.model_dump()["negative_prompt"] == "a hat" and content_hash(used) != content_hash(
-        EditConfig()
-    ) == content_hash(EditConfig(negative_prompt=""))
-    assert json.loads(preset("best").model_dump_json())["preset"] == "best" and EditConfig().model_dump(
-        include={"alpha"}
-    ) == dict(alpha=0.7)
+    "All settings, and a preset only while it has values to give."
+    from layerdiffusion.settings import SETTINGS
+
+    assert EditConfig().model_dump().keys() == SETTINGS.keys() == preset("best").resolve({}).model_dump().keys()
+    assert json.loads(preset("best").model_dump_json())["preset"] == "best"
+    assert EditConfig().model_dump(include={"alpha"}) == dict(alpha=0.7)
 
 
 # The negative prompt
@@ -268,10 +256,8 @@ def test_it_is_kept(method, plain, tmp_path):
 
     words = load_file(export(edit, method, tmp_path / "out", "lora") / "embeddings.safetensors")
     assert torch.equal(words["negative_prompt_embeds"], encode_text(method.models, "a hat"))
-    assert (
-        "negative_prompt"
-        not in json.loads((plain.save(tmp_path / "plain") / "edit.json").read_text(encoding="utf-8"))["config"]
-    )
+    saved = json.loads((plain.save(tmp_path / "plain") / "edit.json").read_text(encoding="utf-8"))
+    assert saved["config"]["negative_prompt"] == ""
 
 
 @pytest.mark.parametrize(
@@ -294,24 +280,7 @@ def test_refused_negative_prompts(method, given, words):
 
 def test_negative_prompt_on_the_command_line(method, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    short = [
-        "--embedding-steps",
-        "1",
-        "--tuning-steps",
-        "1",
-        "--steps",
-        "2",
-        "--seeds",
-        "0",
-        "--object-picture",
-        "input",
-        "--point",
-        "32,36",
-        "--device",
-        "cpu",
-        "--out",
-        "out",
-    ]
+    short = ["--embedding-steps", "1", "--tuning-steps", "1", "--steps", "2", "--seeds", "0", "--object-picture", "input", "--point", "32,36", "--device", "cpu", "--out", "out"]
     assert main(["edit", "example:dog", "“" + TEXT + "”", *short, "--negative-prompt", "a hat"]) == 0
     saved = json.loads(Path("out/edit.json").read_text(encoding="utf-8"))
     assert saved["config"]["negative_prompt"] == "a hat" and saved["text"] == TEXT
