@@ -5,10 +5,9 @@
 # %% auto #0
 __all__ = ['KEEP', 'DRAWN', 'held', 'Kept', 'LayerDiffusion', 'give_back', 'Checkpoint', 'snapshot', 'restore', 'Scene', 'cover',
            'read_mask', 'check_world', 'read_object', 'check_placement', 'clock', 'check_seeds', 'Looks',
-           'in_its_folder', 'check_names', 'LayerDiffusionOutput', 'load_edit', 'shorter', 'check_reusable']
+           'in_its_folder', 'check_names', 'load_edit', 'shorter', 'check_reusable']
 
 # %% ../nbs/10_pipeline.ipynb #373dfb2c
-import copy
 import ctypes
 import functools
 import inspect
@@ -24,8 +23,6 @@ from typing import Any, Optional, Union
 from collections.abc import Callable, Sequence
 
 import torch
-
-from .folders import read_json, resolve_model
 
 from layerdiffusion.core import (
     BadInput,
@@ -101,13 +98,9 @@ from layerdiffusion.sd import (
     half,
     initial_latents,
     load_models,
-    load_scheduler,
     optimise,
     unet_on_cpu,
     pick_precision,
-    speak_float32,
-    timesteps,
-    use,
     vae_psnr,
     with_scheduler,
 )
@@ -152,51 +145,6 @@ class Kept(OrderedDict):
         while len(self) > 1 and held(tuple(self.values())) > KEEP:
             self.popitem(last=False)
 
-# %% ../nbs/10_pipeline.ipynb #fd564348
-def _precision_name(dtype: torch.dtype) -> str:
-    "The name of a precision that the model can have."
-    for name, known_dtype in PRECISIONS.items():
-        if dtype == known_dtype:
-            return name
-    raise BadInput(f"The precision {dtype!r} is unknown; give {', '.join(str(x) for x in PRECISIONS.values())}.")
-
-
-def _change_precision(models: Models, dtype: torch.dtype):
-    "Bring the weights to another precision, in place; a half precision answers in float32, as when it is loaded."
-    if dtype == models.dtype:
-        return
-    spoken = models.dtype != torch.float32
-    for part in (models.vae, models.unet, models.text_encoder):
-        part.to(dtype=dtype)
-    if dtype != torch.float32 and not spoken:
-        for part in (models.unet, models.text_encoder):
-            speak_float32(part)
-    models.dtype = dtype
-
-
-def _models_of(pipe) -> Models:
-    "The parts of a pipeline of diffusers, frozen, with the sampler that belongs to its folder."
-    parts = {name: getattr(pipe, name, None) for name in ("vae", "unet", "text_encoder", "tokenizer")}
-    missing = [name for name, part in parts.items() if part is None]
-    if missing:
-        raise BadInput(f"{type(pipe).__name__} has no {missing[0]}; from_pipe takes a loaded StableDiffusionPipeline.")
-    if getattr(parts["unet"], "peft_config", None):
-        raise BadInput("The pipeline has a LoRA loaded; fuse it, save_pretrained it, and give that folder.")
-    name = getattr(getattr(pipe, "config", None), "_name_or_path", None)
-    if not name:
-        raise BadInput("The pipeline came from no folder; save_pretrained it, and give from_pretrained that folder.")
-    folder = resolve_model(name, True)
-    card = read_json(folder / "card.json") if (folder / "card.json").exists() else {}
-    name = card.get("name", name)
-    device, dtype = parts["unet"].device, parts["unet"].dtype
-    for part in (parts["vae"], parts["unet"], parts["text_encoder"]):
-        part.to(device=device, dtype=torch.float32).eval().requires_grad_(False)
-    models = Models(str(name), folder, **parts, scheduler=load_scheduler(folder), device=device, dtype=torch.float32,
-                    card=card)
-    _change_precision(models, dtype)
-    return models
-
-
 # %% ../nbs/10_pipeline.ipynb #01055d2a
 class LayerDiffusion:
     "Edits pictures: one loaded model, and what was already computed with it."
@@ -227,13 +175,9 @@ class LayerDiffusion:
         sam: Any = None,  # see `LayerDiffusion`
         precision: str = "auto",  # "auto", "fp32", "bf16" or "fp16", see `pick_precision`; mini gains nothing by half precision, so auto is fp32 there
         offline: bool = False,  # never ask the hub
-        torch_dtype: torch.dtype | None = None,  # the precision as diffusers names it, such as torch.float16
     ) -> "LayerDiffusion":
-        "Load a model by name. Raises `BadInput` for a model, device or precision that there is not."
+        "Load a model by name."
         device = pick_device(device)
-        if torch_dtype is not None and precision != "auto":
-            raise BadInput(f"Both precision={precision!r} and torch_dtype={torch_dtype} were given; give one of them.")
-        precision = precision if torch_dtype is None else _precision_name(torch_dtype)
         method = cls(
             load_models(
                 name,
@@ -245,41 +189,6 @@ class LayerDiffusion:
         )
         method.offline = offline
         return method
-
-    @classmethod
-    @shielded
-    def from_pipe(
-        cls,
-        pipe: Any,  # a loaded `StableDiffusionPipeline` of diffusers; its parts are shared, and frozen
-        sam: Any = None,  # see `LayerDiffusion`
-    ) -> "LayerDiffusion":
-        "Around a pipeline that is loaded. Raises `BadInput` where a part or the model's folder is missing."
-        return cls(_models_of(pipe), sam)
-
-    def to(
-        self,
-        *where: Any,  # a device ("cpu", "cuda", "cuda:1", "mps"), a floating-point `torch.dtype`, or both
-    ) -> "LayerDiffusion":  # itself
-        "Move the model, or change its precision, in place. Raises `BadInput` for what this machine has not."
-        checked = [_precision_name(x) if isinstance(x, torch.dtype) else pick_device(str(x)) for x in where]
-        for x, name in zip(where, checked, strict=True):
-            if isinstance(x, torch.dtype):
-                _change_precision(self.models, x)
-                self.cache.clear()  # what is kept was computed in the other precision
-                self.unfinished.clear()
-            else:
-                self.models.device = torch.device(name)
-                use(self.models, self.models.how)
-        return self
-
-    def enable_model_cpu_offload(self) -> "LayerDiffusion":  # itself
-        "Let each part wait on the CPU until a CUDA device needs it. Raises `BadInput` on a machine without CUDA."
-        if not torch.cuda.is_available():
-            raise BadInput("This machine has no CUDA device to offload from; leave out enable_model_cpu_offload().")
-        if self.models.device.type != "cuda":
-            self.to("cuda")
-        use(self.models, replace(self.models.how, offload=True))
-        return self
 
     def own(self, part: str, file: str, other: str) -> str:
         "The SAM or CLIP in the model's folder; without one, mini beside mini, else another."
@@ -1206,31 +1115,6 @@ class Looks:
         with half(self.method.models):
             event.image = self.method.paint(self.unet, **self.draw)
 
-# %% ../nbs/10_pipeline.ipynb #08be3859
-@patch
-def _scene(self: LayerDiffusion, image, text, given: dict, config: EditConfig, callback=None) -> Scene:
-    "A scene as it was prepared, or one made of a picture; another text for a scene keeps its photo and subject."
-    if not isinstance(image, Scene):
-        if text is None:
-            raise BadInput("There is no text; say what the picture shall show, such as 'a dog jumping in a forest'.")
-        return self.prepare(image, text, **given, config=config, callback=callback)
-    plain = dict(move=(0.0, 0.0), scale=1.0)
-    wanted = [k for k, v in given.items() if v is not None and (k not in plain or v != plain[k])]
-    if text is None or plain_words(text, "The target text") == image.text:
-        if wanted:
-            raise BadInput(f"The scene is prepared, so {wanted[0]} would change nothing; give it to prepare(...).")
-        if image.source is None and (config.learnt_words or config.eq4_words == "source"):
-            raise BadInput("The scene was prepared without its source text; give prepare(...) the same settings.")
-        return image
-    if given["mask"] is None and given["point"] is None and given["box"] is None:
-        given = given | dict(mask=image.mask)
-    split = split_text(text, given["object"], given["background"])
-    same_place = given["reference"] is None and split.background == image.split.background
-    place = dict(reference=image.reference, reference_mask=image.reference_mask) if same_place else {}
-    scene = self.prepare(image.image, text, **given | {k: v for k, v in place.items() if k in given}, config=config, callback=callback)
-    return replace(scene, info=image.info, **place)
-
-
 # %% ../nbs/10_pipeline.ipynb #38a55785
 def in_its_folder(edit: Callable) -> Callable:
     "An edit that has its folder to itself, and leaves there what it learnt when it ends before its pictures are drawn."
@@ -1257,8 +1141,8 @@ def in_its_folder(edit: Callable) -> Callable:
 @in_its_folder
 def edit(
     self: LayerDiffusion,
-    image,  # a `Scene` from `prepare`, or a file, `example:dog`, a Pillow picture, a tensor (3, H, W) of floats in 0-1 or an array (H, W, 3) of bytes
-    text: str | None = None,  # T, what the picture shall show; None: that of the scene
+    image,  # a file, `example:dog`, a Pillow picture, a tensor (3, H, W) of floats in 0-1 or an array (H, W, 3) of bytes
+    text: str,  # T, what the picture shall show
     *,
     mask=None,  # the subject: a file, an array or tensor as large as `image`, or SAM's own dict; None: ask SAM
     point=None,  # a click on it, (x, y) in pixels of `image`, or several
@@ -1288,7 +1172,9 @@ def edit(
     check_names(settings, LayerDiffusion.edit)
     check_callback(callback)
     config, seeds = self.settings(config, preset, **settings), check_seeds(seeds)
-    given = dict(
+    scene = self.prepare(
+        image,
+        text,
         mask=mask,
         point=point,
         point_labels=point_labels,
@@ -1301,8 +1187,9 @@ def edit(
         move=move,
         scale=scale,
         source=source,
+        config=config,
+        callback=callback,
     )
-    scene = self._scene(image, text, given, config, callback)
     if folder and not resume:
         clear_checkpoints(folder)
     times = dict(scene.times)
@@ -1388,92 +1275,6 @@ def pack(
         info=scene.info,
         **own,
     )
-
-# %% ../nbs/10_pipeline.ipynb #e8cbce3c
-@dataclass
-class LayerDiffusionOutput:
-    "What a call gives: pictures as diffusers' pipelines give them, and the whole edit they belong to."
-    images: Any  # a list of Pillow pictures, a tensor (B, 3, H, W) or an array (B, H, W, 3), both 0-1
-    edit: EditResult  # with seeds, settings and what was learnt; `edit.save(folder)` keeps it
-
-
-def _seed_of(generator: torch.Generator) -> int:
-    "The seed of a fresh generator; of a used one, a draw. The generator moves on."
-    fresh = torch.Generator(generator.device).manual_seed(generator.initial_seed())
-    unused = torch.equal(fresh.get_state(), generator.get_state())
-    drawn = torch.randint(2**63 - 1, (), generator=generator, device=generator.device).item()
-    return generator.initial_seed() % 2**63 if unused else int(drawn)
-
-
-def _seeds_of(generator, count: int) -> list:
-    "Seeds of one generator for `count` pictures, or of a list of generators, one picture each."
-    many = list(generator) if isinstance(generator, (list, tuple)) else [generator] * count
-    if not many or not all(isinstance(g, torch.Generator) for g in many):
-        raise BadInput(f"generator is {generator!r}; give a torch.Generator, or a list of them, one for each picture.")
-    return [_seed_of(g) for g in many]
-
-
-def _as_output(images: torch.Tensor, output_type: str):
-    "Pictures (B, 3, H, W) in the form that was asked for."
-    if output_type == "pt":
-        return images
-    return images.permute(0, 2, 3, 1).numpy() if output_type == "np" else [to_pil(x) for x in images]
-
-
-@patch
-def _step_end(self: LayerDiffusion, on_step_end: Callable, config: EditConfig) -> Callable:
-    "A callback of events that calls one of diffusers' kind after each step of the drawing."
-    scheduler = copy.deepcopy(with_scheduler(self.models, config.scheduler).scheduler)
-    at = timesteps(scheduler, config.sampling_steps)
-
-    def callback(event):
-        if event.stage != "drawing":
-            return
-        new = (on_step_end(self, event.step - 1, at[event.step - 1], {"latents": event.latents}) or {}).get("latents")
-        if new is None or new is event.latents:
-            return
-        if not isinstance(new, torch.Tensor) or new.shape != event.latents.shape:
-            raise BadInput(f"callback_on_step_end gave latents that are not of shape {tuple(event.latents.shape)}.")
-        event.latents.copy_(new)
-
-    return callback
-
-
-@patch
-@shielded
-def __call__(
-    self: LayerDiffusion,
-    image,  # a picture (see `edit`), or a `Scene` from `prepare`
-    text: str | None = None,  # what the picture shall show; None: that of the scene
-    *,
-    num_inference_steps: int | None = None,  # 1 to 1000; None: the settings' `sampling_steps`
-    generator: Any = None,  # a `torch.Generator`, or a list with one for each picture
-    seeds: Sequence[int] | None = None,  # one picture each; None: the generator's, else 0, 1, ...
-    num_images_per_prompt: int = 1,  # where neither seeds nor a list of generators say it
-    callback_on_step_end: Callable | None = None,  # (pipe, step, timestep, {"latents"}) -> a dict, after each step
-    output_type: str = "pil",  # "pil", "pt" or "np"
-    callback: Callable[[Event], None] | None = None,  # see `edit`
-    **settings,  # all else that `edit` takes: mask, preset, guidance_scale, negative_prompt, ...
-) -> LayerDiffusionOutput:
-    "`edit` as diffusers' pipelines are called. Raises `BadInput` for what cannot be meant, before anything slow."
-    if output_type not in ("pil", "pt", "np"):
-        raise BadInput(f"output_type is {output_type!r}; it must be 'pil', 'pt' or 'np'.")
-    if generator is not None and seeds is not None:
-        raise BadInput("Both generator and seeds were given; each says which noise to begin with, so give one.")
-    if not isinstance(num_images_per_prompt, Integral) or num_images_per_prompt < 1:
-        raise BadInput(f"num_images_per_prompt is {num_images_per_prompt!r}; it must be a whole number, at least 1.")
-    if num_inference_steps is not None:
-        if "sampling_steps" in settings:
-            raise BadInput("Both num_inference_steps and sampling_steps were given; they are the same, so give one.")
-        settings["sampling_steps"] = num_inference_steps
-    if callback_on_step_end is not None:
-        named = {k: v for k, v in settings.items() if k in ("config", "preset", *EditConfig.model_fields)}
-        callback = join_callbacks(self._step_end(callback_on_step_end, self.settings(**named)), callback)
-    if seeds is None:
-        seeds = range(num_images_per_prompt) if generator is None else _seeds_of(generator, num_images_per_prompt)
-    result = self.edit(image, text, seeds=seeds, callback=callback, **settings)
-    return LayerDiffusionOutput(_as_output(result.images, output_type), result)
-
 
 # %% ../nbs/10_pipeline.ipynb #9b0b7275
 @patch
