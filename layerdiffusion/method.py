@@ -145,7 +145,7 @@ def denoise(unet, scheduler, latents: Tensor, condition: Callable, negative_embe
     for i, t in enumerate(scheduler.timesteps):
         noise_pred = guided_noise(unet, latents, t, condition(i, t), negative_embeds, guidance_scale)
         noisy, latents = latents, scheduler.step(noise_pred, t, latents).prev_sample
-        if watch: watch(i, t, noisy, noise_pred, latents)
+        if watch: latents = watch(i, t, noisy, noise_pred, latents)
     return latents
 
 # %% ../nbs/04_embeddings.ipynb #53f76602
