@@ -1,0 +1,176 @@
+# Made by tests/stubs.py: the classes of the module beside it, whole.
+"""An edit in a folder: its pictures, one file that can draw them again, and every setting in words"""
+__all__ = ['FORMAT', 'OURS', 'WRITTEN', 'DRAW', 'EditResult', 'lora_rank', 'photo_info', 'fitting_notes', 'whole_folder', 'clear_checkpoints', 'saved_before', 'check_folder', 'read_edit', 'check_tensors', 'beside', 'pixels', 'lora', 'draw_script', 'drawing', 'three_embeddings', 'same_model', 'portable', 'check_export', 'save_lora', 'export']
+import copy
+import io
+import json
+import os
+import re
+import shutil
+import time
+import uuid
+import warnings
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, Optional, Union
+from collections.abc import Callable
+import torch
+import torch.nn as nn
+from layerdiffusion.core import UNREADABLE, BadInput, Notice, as_path, load_image, make_sheet, one_writer, pack_exif, shielded, to_pil, write_json
+from .embeddings import Split
+from .fine_tuning import apply_difference, changed, check_rank, left_out, low_rank, thin
+from .guidance import turns
+from .masks import dilate, overlay
+from .method import interpolate
+from .sd import Models, encode_text, quiet, timesteps, with_scheduler
+from .settings import LATER, EditConfig
+
+@dataclass
+class EditResult:
+    """Edited pictures, and all that is needed to make them again."""
+    images: torch.Tensor
+    seeds: list
+    text: str
+    split: Split
+    config: EditConfig
+    embeddings: tuple
+    difference: dict
+    image: torch.Tensor | None = ...
+    mask: torch.Tensor | None = ...
+    reference: torch.Tensor | None = ...
+    object_image: torch.Tensor | None = ...
+    object_mask: torch.Tensor | None = ...
+    vectors: torch.Tensor | None = ...
+    times: dict = field(default_factory=dict)
+    losses: dict = field(default_factory=dict)
+    record: dict = field(default_factory=dict)
+    info: dict = field(default_factory=dict)
+
+    def __repr__(self):
+        ...
+
+    def sheet(self, columns: int=6):
+        """One picture with everything on it: input, mask, reference, the object's own picture and mask where there is one, and a picture for each seed."""
+        ...
+
+    def tensors(self, rank: int | None=None) -> dict:
+        """What must be kept to draw the pictures again; `rank` keeps a low-rank form of the U-Net's change."""
+        ...
+
+    def settings(self, rank: int | None=None) -> dict:
+        """Everything about the edit that is not a tensor."""
+        ...
+
+    def full_resolution(self, photo, grow: float=0.04) -> list:
+        """The photo in its own size, with the edit where the subject was and where it is."""
+        ...
+
+    def save(self, folder: str | Path, rank: int | None=None, photo=None) -> Path:
+        """Write pictures, sheet, edit.safetensors and edit.json."""
+        ...
+
+    def replace_files(self, folder: Path, rank: int | None=None, photo=None) -> Path:
+        """What `save` does once the folder is its own."""
+        ...
+
+def patch(f: Callable) -> None:
+    """Make a function a method of the class of its first argument."""
+    ...
+FORMAT = 'layerdiffusion edit 1'
+
+def lora_rank(difference: dict) -> int | None:
+    """The rank of a difference that is a LoRA, all of it in two factors; None where it is not."""
+    ...
+
+def photo_info(photo) -> dict:
+    """EXIF notes and colour profile of a photo, as keywords for Pillow's `save`."""
+    ...
+
+def fitting_notes(info: dict, kind: str) -> dict:
+    """Those of the notes that such a file can hold, as keywords for Pillow's `save`."""
+    ...
+
+def _smaller(note, kind):
+    """EXIF notes that a kind of file has room for, and what was left out."""
+    ...
+
+def _comes_back(kind, name, note):
+    """Whether a picture of one pixel keeps a note."""
+    ...
+
+@contextmanager
+def whole_folder(folder: Path):
+    """A hidden folder inside `folder` to write to; what is in it goes to `folder` when the `with` ends well, and nowhere when it does not."""
+    ...
+
+def clear_checkpoints(folder: str | Path):
+    """Remove the checkpoints of an edit, and what a killed process left half-written."""
+    ...
+
+def _at_work(hidden: Path) -> bool:
+    """Whether the process that fills a hidden folder is alive; on Windows, whether it may be."""
+    ...
+OURS = '(input|mask|reference|object|object_mask|sheet)\\.png|edit\\.(json|safetensors)|seed-\\d+\\.png|full-\\d+\\.jpg'
+
+def saved_before(folder: Path) -> dict | None:
+    """The settings of the edit that lies in a folder; None where there is none."""
+    ...
+
+def check_folder(folder: str | Path) -> Path:
+    """The folder for an edit, refused where `save` would replace files of somebody else."""
+    ...
+
+def read_edit(path: Path) -> tuple:
+    """Tensors and settings of a saved edit."""
+    ...
+WRITTEN = dict(text=str, object=str, background=str, seeds=list, size=list, config=dict, model=str, model_hash=str)
+
+def check_tensors(tensors: dict, unet: nn.Module, what: str):
+    """Refuse a saved edit whose change does not fit the U-Net, weight for weight."""
+    ...
+
+def beside(path: Path) -> dict:
+    """The pictures that lie beside a saved edit, those that are there."""
+    ...
+
+def pixels(image) -> torch.Tensor:
+    """A picture as it is, without scaling."""
+    ...
+
+def lora(unet: nn.Module, difference: dict, rank: int | None=None) -> dict:
+    """The change of every matrix and convolution as LoRA factors, with alpha = rank; vectors cannot be held."""
+    ...
+DRAW = '\'Draws this edit with diffusers alone: python draw.py [MODEL], where MODEL is the folder or hub name of the model it was made with.\'\nimport json, sys\nfrom pathlib import Path\n\nimport torch\nfrom diffusers import {scheduler}, StableDiffusionPipeline, UNet2DConditionModel\nfrom safetensors.torch import load_file\n\nhere = Path(__file__).parent\nsettings = json.loads((here / "settings.json").read_text())\nwords = load_file(here / "embeddings.safetensors")\nturns = settings["turns"]  # whose embeddings at each step\npipe = StableDiffusionPipeline.from_pretrained(sys.argv[1] if len(sys.argv) > 1 else settings["folder"], safety_checker=None, {unet}\n                                               scheduler={scheduler}.from_pretrained(here / "scheduler"))\n{lora}pipe.set_progress_bar_config(disable=True)\n\ndef next_turn(pipe, i, t, now):\n    embeds = words[turns[min(i + 1, len(turns) - 1)]]\n    return {{"prompt_embeds": torch.cat([words["negative_prompt_embeds"], embeds]) if pipe.do_classifier_free_guidance else embeds}}\n\nfor seed in settings["seeds"]:\n    picture = pipe(prompt_embeds=words[turns[0]], negative_prompt_embeds=words["negative_prompt_embeds"], generator=torch.Generator().manual_seed(seed),\n                   callback_on_step_end=next_turn, callback_on_step_end_tensor_inputs=["prompt_embeds"], **settings["draw"]).images[0]\n    picture.save(here / f"drawn-{{seed}}.png")\n'
+
+def draw_script(kind: str, scheduler) -> str:
+    """The text of draw.py."""
+    ...
+
+def drawing(result: EditResult, models: Models) -> dict:
+    """The settings that draw.py reads."""
+    ...
+
+def three_embeddings(result: EditResult, models: Models) -> dict:
+    """e_opt, the subject's own and those of the negative prompt, named as diffusers names them."""
+    ...
+
+def same_model(record: dict, models: Models, what: str='The edit'):
+    """Refuse weights that an edit was not made with."""
+    ...
+
+def portable(scheduler):
+    """The scheduler, with its schedule written out where its settings alone would give another."""
+    ...
+
+def check_export(folder: str | Path) -> Path:
+    """The folder for an export, refused where files of somebody else would be replaced."""
+    ...
+
+def save_lora(factors: dict, folder: Path):
+    """Write `pytorch_lora_weights.safetensors`, the name under which diffusers finds a LoRA in a folder, with its rank and alpha."""
+    ...
+
+def export(result: EditResult, models, folder: str | Path, kind: Literal['unet', 'lora']='unet', rank: int | None=None) -> Path:
+    """Write an edit so that diffusers alone can draw it."""
+    ...
