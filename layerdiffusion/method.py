@@ -176,7 +176,7 @@ def stack_layers(subject_latents: Tensor, subject_mask: Tensor, reference_latent
     "Eq. 4 and 5 as latents (B, C, h, w) and roots of weights (B, 1, h, w); without `reference_latents` B is 1."
     share = lambda mask: mask.mean().clamp_min(1e-6) if scale == "mask" else 1.
     parts = [w * m.square() / share(m) for w, m in ((lambda_obj, subject_mask), (lambda_bg, 1 - reference_mask))]
-    if reference_latents is None: return subject_latents, sum(parts).sqrt()
+    if reference_latents is None: return subject_latents, (parts[0] + parts[1]).sqrt()
     return torch.cat([subject_latents, reference_latents]), torch.cat(parts).sqrt()
 
 # %% ../nbs/05_fine_tuning.ipynb #86300082

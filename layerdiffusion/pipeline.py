@@ -21,7 +21,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from numbers import Integral, Real
 from pathlib import Path
-from typing import Any, Optional, Union
+from typing import Any, Optional, Union, cast
 from collections.abc import Callable, Sequence
 
 import torch
@@ -154,8 +154,8 @@ class Kept(OrderedDict):
 # %% ../nbs/10_pipeline.ipynb #01055d2a
 def precision_name(dtype: torch.dtype) -> str:  # torch.float32, torch.bfloat16 or torch.float16
     "The name of a precision, such as fp32; `BadInput` for another type of number."
-    for name, known in PRECISIONS.items():
-        if dtype == known:
+    for name, its in PRECISIONS.items():
+        if dtype == its:
             return name
     raise BadInput(f"The torch_dtype {dtype!r} is unknown; give {', '.join(map(str, PRECISIONS.values()))}.")
 
@@ -173,11 +173,13 @@ class LayerDiffusion:
                 f"LayerDiffusion takes loaded models, not {models!r:.60}; LayerDiffusion.from_pretrained(name) loads them."
             )
         self.models = models
+        self._sam: Any = sam
         if sam is None:
             self._sam = self.own("sam", "config.json", "vit_h")
         else:
             self._sam = sam if isinstance(sam, (str, Path)) else load_sam(sam, device=str(models.device))
-        self.offline, self.cache, self.unfinished, self.learnt = False, Kept(), Kept(), {}
+        self.offline, self.cache, self.unfinished = False, Kept(), Kept()
+        self.learnt: dict = {}  # what stages learnt that are done, by their names
         self.say = print  # is told what SAM took for the subject
 
     @classmethod
@@ -279,7 +281,8 @@ class PipeModels(Models):
 
 def _check_pipe(pipe):
     "Refuse what is no Stable Diffusion pipeline, or one whose parts are not where they work."
-    kind, parts = type(pipe).__name__, [getattr(pipe, name, None) for name in _PIPE_PARTS]
+    kind = type(pipe).__name__
+    parts: list[Any] = [getattr(pipe, name, None) for name in _PIPE_PARTS]
     missing = [name for name, part in zip(_PIPE_PARTS, parts, strict=True) if part is None]
     more = [name for name in ("text_encoder_2", "transformer") if getattr(pipe, name, None) is not None]
     if missing or more or type(parts[1]).__name__ != "UNet2DConditionModel":
@@ -328,7 +331,9 @@ def models_of(pipe) -> Models:  # a loaded `StableDiffusionPipeline`
         parts = [_speaking(part) for part in parts]
     with quiet():
         scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False)
-    return PipeModels(name, folder, *parts, pipe.tokenizer, scheduler, pipe.unet.device, pipe.unet.dtype, card)
+    vae, unet, text_encoder = parts
+    where: dict[str, Any] = dict(device=pipe.unet.device, dtype=pipe.unet.dtype, card=card)
+    return PipeModels(name, folder, vae, unet, text_encoder, pipe.tokenizer, scheduler, **where)
 
 
 # %% ../nbs/10_pipeline.ipynb #e86e195f
@@ -425,8 +430,9 @@ class Checkpoint:
 
     def __init__(self, stage: str, key: str, kept: dict, folder=None, text: str = "", say: Callable | None = None):
         self.stage, self.key, self.kept, self.text, self.say = stage, key, kept, text, say
-        self.path = Path(folder) / f"checkpoint-{stage}.safetensors" if folder else None
-        self.live, self.spent, self.cost = None, 0.0, 0.0
+        self.path: Any = Path(folder) / f"checkpoint-{stage}.safetensors" if folder else None
+        self.live: Any = None  # parameters, optimizer and losses, while the stage runs
+        self.spent, self.cost = 0.0, 0.0
         self.begun = self.last = self.now()
 
     def begin(self, params, optimizer, losses) -> int:
@@ -482,7 +488,7 @@ def restore(saved: dict, params, optimizer, losses):
     with torch.no_grad():
         for i, p in enumerate(params):
             p.copy_(saved[f"param.{i}"])
-    state = {}
+    state: dict = {}
     for name, v in saved.items():
         if name.startswith("adam."):
             _, i, k = name.split(".")
@@ -506,9 +512,10 @@ def write(self: Checkpoint, tensors: dict | None = None, **note):  # None: the l
     from safetensors.torch import save_file
 
     begin = self.now()
-    tensors = (
-        snapshot(*self.live, copy=False) if tensors is None else {name: x.contiguous() for name, x in tensors.items()}
-    )
+    if tensors is None:
+        params, optimizer, losses = self.live
+        tensors = snapshot(params, optimizer, losses, copy=False)
+    tensors = {name: x.contiguous() for name, x in tensors.items()}
     write_atomic(self.path, lambda p: save_file(tensors, p, {"key": self.key, "text": self.text} | note))
     self.paid(begin)
 
@@ -537,6 +544,7 @@ def read(self: Checkpoint, done: bool = False) -> dict | None:  # done: the resu
                 return {k: f.get_tensor(k) for k in f.keys()}
     except (OSError, SafetensorError):
         pass
+    return None
 
 
 @patch
@@ -679,7 +687,8 @@ def find_subject(
 ) -> torch.Tensor:
     "The subject's mask (1, H, W) on the fitted picture."
     if mask is not None:
-        return read_mask(mask, *image.shape[-2:], whole=source and source.size)
+        height, width = image.shape[-2:]
+        return read_mask(mask, height, width, source and source.size)
     point, box = (None if x is None else fit_points(x, source, image) for x in (point, box))
     labels = (
         None
@@ -726,7 +735,7 @@ def check_world(models: Models, image: torch.Tensor, least: float = 20.0):
 def prepare(
     self: LayerDiffusion,
     image,  # anything `load_image` reads
-    text: str,  # T
+    text,  # T
     *,
     mask=None,
     point=None,
@@ -754,7 +763,8 @@ def prepare(
     if point_labels is not None and point is None:
         raise BadInput("There are point_labels without a point; give the points, (x, y) each, that they are about.")
     check_names(settings, LayerDiffusion.prepare)
-    config, times = self.settings(config, preset, **settings), {}
+    config = self.settings(config, preset, **settings)
+    times: dict = {}
     text = plain_words(text, "The target text")
     source = None if source is None else plain_words(source, "The source text")
     check_text(self.models, config.negative_prompt)
@@ -842,7 +852,7 @@ def target(
     if config.object_picture == "input" or config.object_picture == "auto" and self.already(shown, split, source):
         return shown, found
     if config.target_draws > 1 or config.subject_scale:
-        settings = dict(
+        settings: dict[str, Any] = dict(
             draws=config.target_draws,
             seed=config.seed,
             subject_scale=config.subject_scale,
@@ -1044,7 +1054,7 @@ def learn(
     if scene.vectors is not None:
         return scene.vectors, []
     text, mask, latents = (
-        with_words(scene.source, config.learnt_words),
+        with_words(cast(str, scene.source), config.learnt_words),
         self.small(scene.mask, config),
         self.latents(scene.image),
     )
@@ -1094,7 +1104,7 @@ def source_words(
     "The words of the photo (1, L, D), with those that were learnt from it."
     vectors = self.learn(scene, config, callback, folder)[0]
     with torch.no_grad(), awake(self.models, "text_encoder"):
-        return encode_with(self.models, with_words(scene.source, config.learnt_words), vectors)
+        return encode_with(self.models, with_words(cast(str, scene.source), config.learnt_words), vectors)
 
 
 @patch
@@ -1105,7 +1115,7 @@ def prior(
     if not config.prior_batch:
         return None
     texts = prior_texts(self.models, subject_phrase(scene.text), count, config.seed)
-    drawn = dict(guidance_scale=config.guidance_scale) | (
+    drawn: dict[str, Any] = dict(guidance_scale=config.guidance_scale) | (
         dict(negative_prompt=config.negative_prompt) if config.negative_prompt else {}
     )
     return self.once(
@@ -1146,7 +1156,7 @@ def tune(
 ) -> tuple:
     "Stage 3, Eq. 3-6: what changes in the U-Net (see `weight_difference`), and the losses."
     config = self.settings(config)
-    embeds, layers = interpolate(*words[:2], config.alpha), self.layers(scene, config)
+    embeds, layers = interpolate(words[0], words[1], config.alpha), self.layers(scene, config)
     if config.eq4_words == "source" or config.eq5_words == "background":
         embeds = torch.cat(
             [
@@ -1256,7 +1266,7 @@ def paint(
 ) -> torch.Tensor:
     "One batch of pictures (B, 3, H, W) by any U-Net."
     models = with_scheduler(replace(self.models, unet=unet), config.scheduler)
-    e_a, e_opt, nothing = words[0], interpolate(*words[:2], config.alpha), encode_text(models, config.negative_prompt)
+    e_a, e_opt, nothing = words[0], interpolate(words[0], words[1], config.alpha), encode_text(models, config.negative_prompt)
     condition = turns(e_a, e_opt, config.eq8_index, config.eq8_first) if config.iterative_guidance else None
     latents = ddim_sample(
         models,
@@ -1264,7 +1274,7 @@ def paint(
         nothing,
         initial_latents(models, seeds, *size),
         config.sampling_steps,
-        config.guidance_scale,
+        cast(float, config.guidance_scale),
         condition,
         callback,
         on_step_end=callback_on_step_end and functools.partial(_step_end, self, callback_on_step_end),
@@ -1275,7 +1285,7 @@ def paint(
 def check_seeds(seeds: Sequence[int]) -> list:
     "A list of different whole numbers from 0."
     try:
-        seeds = [seeds] if isinstance(seeds, Integral) else list(seeds)
+        seeds = [int(seeds)] if isinstance(seeds, Integral) else list(seeds)
     except TypeError:
         raise BadInput(f"The seeds are {seeds!r}; give whole numbers, such as range(8).") from None
     if not seeds:
@@ -1302,7 +1312,7 @@ class Looks:
         sampling_steps: int = 10,
     ):
         self.method, self.every, self.config = method, every, config
-        self.draw = dict(
+        self.draw: dict[str, Any] = dict(
             words=words, size=size, seeds=[seed], config=config.model_copy(update=dict(sampling_steps=sampling_steps))
         )
 
@@ -1402,7 +1412,8 @@ def edit(
         self._sam.to("cpu")
     times = dict(scene.times)
     with clock(times, "embed"):
-        *words, embed_losses = self.embed(scene, config, callback, folder)
+        e_a, e_b, embed_losses = self.embed(scene, config, callback, folder)
+        words = e_a, e_b
     with clock(times, "tune"):
         difference, tune_losses = self.tune(scene, words, config, callback, folder, look_every, seeds[0])
     with clock(times, "sample"):
@@ -1458,7 +1469,7 @@ def settings_for(
     mine = self.settings(scene.config if config is None and preset is None else config, preset, **changes)
     if scene.config is None:
         return mine
-    fixed = () if scene.placed.get("object_given") else ("object_picture", *_IN_SCENE)
+    fixed: tuple[str, ...] = () if scene.placed.get("object_given") else ("object_picture", *_IN_SCENE)
     if scene.config.object_picture == mine.object_picture == "input":
         fixed = ("recolour", "recolour_tone")
     for name in ("reference_mask", *fixed):
@@ -1626,7 +1637,7 @@ DRAWN = (
 @shielded
 def load_edit(
     path: str | Path,  # edit.safetensors or its folder
-    method: LayerDiffusion | None = None,  # a loaded model, `Models` or a name; None: the one named in the file
+    method: Any = None,  # a loaded model, `Models` or a name; None: the one named in the file
     seeds: Sequence[int] | None = None,  # None: those it was saved with
     callback: Callable | None = None,
     draw: bool = True,  # False: no pictures, only what they are drawn with
@@ -1645,7 +1656,7 @@ def load_edit(
         (name for name, dtype in PRECISIONS.items() if str(dtype) == f"torch.{settings.get('precision')}"), "auto"
     )
     if method is None or isinstance(method, (str, Path)):
-        method = LayerDiffusion.from_pretrained(method or settings["model"], precision=precision)
+        method = LayerDiffusion.from_pretrained(str(method or settings["model"]), precision=precision)
     method = method if isinstance(method, LayerDiffusion) else LayerDiffusion(method)
     same_model(settings, method.models, repr(str(path)))
     check_tensors(tensors, method.models.unet, repr(str(path)))

@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from numbers import Integral, Real
 from pathlib import Path
-from typing import Any, Optional, Union
+from typing import Any, Optional, Union, cast
 from collections.abc import Callable, Sequence
 import torch
 from layerdiffusion.core import BadInput, Event, Notice, as_path, content_hash, environment, fit_image, fit_points, join_callbacks
@@ -128,7 +128,7 @@ class LayerDiffusion:
         """The subject's mask (1, H, W) on the fitted picture."""
         ...
 
-    def prepare(self, image, text: str, *, mask=None, point=None, box=None, point_labels=None, reference=None, object: str | None=None, background: str | None=None, object_reference=None, object_mask=None, move: Sequence=(0.0, 0.0), scale: float=1.0, source: str | None=None, preset: str | None=None, config: EditConfig | None=None, callback: Callable | None=None, **settings) -> Scene:
+    def prepare(self, image, text, *, mask=None, point=None, box=None, point_labels=None, reference=None, object: str | None=None, background: str | None=None, object_reference=None, object_mask=None, move: Sequence=(0.0, 0.0), scale: float=1.0, source: str | None=None, preset: str | None=None, config: EditConfig | None=None, callback: Callable | None=None, **settings) -> Scene:
         """Stage 1: read, find the subject, split the words, get the reference.
 
     A scene can be given to several edits. Raises `BadInput` for whatever cannot be read, found or meant.
@@ -423,7 +423,7 @@ def _seeds_of(seeds, generator, count: int | None) -> list:
     ...
 DRAWN = ('alpha', 'iterative_guidance', 'eq8_index', 'eq8_first', 'scheduler', 'sampling_steps', 'guidance_scale', 'negative_prompt')
 
-def load_edit(path: str | Path, method: LayerDiffusion | None=None, seeds: Sequence[int] | None=None, callback: Callable | None=None, draw: bool=True, **changes) -> EditResult:
+def load_edit(path: str | Path, method: Any=None, seeds: Sequence[int] | None=None, callback: Callable | None=None, draw: bool=True, **changes) -> EditResult:
     """Draw a saved edit again: with nothing changed, the same pictures, on the same device in the same precision."""
     ...
 
