@@ -48,7 +48,7 @@ from layerdiffusion.core import (
 from .embeddings import split_text
 from .masks import propose_subject
 from .metrics import Clip, clip_score, subject_likeness
-from .pipeline import LayerDiffusion
+from .pipeline import DRAWN, LayerDiffusion
 from .saving import EditResult, patch
 from .sd import decode_latents, encode_text
 from .settings import GROUPS, PAPER, SETTINGS, Declared, EditConfig, preset

@@ -10,7 +10,6 @@ __all__ = ['Split', 'plain_words', 'split_text', 'subject_phrase', 'subject_acti
 import re
 import unicodedata
 from dataclasses import dataclass
-from typing import Optional
 from collections.abc import Callable
 
 import torch

@@ -10,7 +10,6 @@ __all__ = ['union', 'LowRank', 'trainable', 'with_prior', 'adam', 'fine_tune', '
 # %% ../nbs/05_fine_tuning.ipynb #172ec5de
 import importlib
 import math
-from typing import Optional
 from collections.abc import Callable
 
 import torch

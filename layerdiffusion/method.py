@@ -7,7 +7,7 @@ __all__ = ['edit', 'stream', 'embed_text', 'to_latents', 'to_pictures', 'signal_
 
 # %% ../nbs/01_method.ipynb #b01f5cc5
 import copy, hashlib
-from typing import Callable, Optional, Sequence, Union
+from typing import Callable, Sequence
 import torch
 from torch import Tensor
 from .core import BadInput
@@ -138,14 +138,15 @@ def guided_noise(unet, latents: Tensor, t, prompt_embeds: Tensor, negative_embed
 # %% ../nbs/02_sd.ipynb #b2aa3523
 @torch.no_grad()
 def denoise(unet, scheduler, latents: Tensor, condition: Callable, negative_embeds: Tensor,
-            num_inference_steps: int = 50, guidance_scale: float = 7.5, watch: Callable = lambda *step: None) -> Tensor:
+            num_inference_steps: int = 50, guidance_scale: float = 7.5, watch: Callable | None = None) -> Tensor:
     "Eq. 7: from noise to clean latents (DDIM, η = 0); `condition(i, t)` gives the embeddings of step `i`."
     scheduler = copy.deepcopy(scheduler)
     scheduler.set_timesteps(num_inference_steps)
     for i, t in enumerate(scheduler.timesteps):
         noise_pred = guided_noise(unet, latents, t, condition(i, t), negative_embeds, guidance_scale)
         noisy, latents = latents, scheduler.step(noise_pred, t, latents).prev_sample
-        watch(i, t, noisy, noise_pred, latents)
+        if watch:
+            latents = watch(i, t, noisy, noise_pred, latents)
     return latents
 
 # %% ../nbs/04_embeddings.ipynb #53f76602
@@ -176,7 +177,7 @@ def stack_layers(subject_latents: Tensor, subject_mask: Tensor, reference_latent
     "Eq. 4 and 5 as latents (B, C, h, w) and roots of weights (B, 1, h, w); without `reference_latents` B is 1."
     share = lambda mask: mask.mean().clamp_min(1e-6) if scale == "mask" else 1.
     parts = [w * m.square() / share(m) for w, m in ((lambda_obj, subject_mask), (lambda_bg, 1 - reference_mask))]
-    if reference_latents is None: return subject_latents, sum(parts).sqrt()
+    if reference_latents is None: return subject_latents, (parts[0] + parts[1]).sqrt()
     return torch.cat([subject_latents, reference_latents]), torch.cat(parts).sqrt()
 
 # %% ../nbs/05_fine_tuning.ipynb #86300082

@@ -27,7 +27,6 @@ import signal
 import threading
 import time
 from pathlib import Path
-from typing import Optional
 from collections.abc import Callable
 
 import torch

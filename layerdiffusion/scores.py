@@ -12,7 +12,6 @@ __all__ = ['KINDS', 'SETS', 'LIMIT', 'Task', 'edit_set', 'parts', 'subject_dista
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Optional
 from collections.abc import Callable, Sequence
 
 import torch

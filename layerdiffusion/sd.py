@@ -635,6 +635,7 @@ def ddim_sample(
     condition: Callable[[int, torch.Tensor], torch.Tensor] | None = None,  # (i, t) -> embeddings for step i
     callback: Callable[[Event], None] | None = None,  # called after each step
     stage: str = "drawing",
+    on_step_end: Callable | None = None,  # (i, t, latents) -> latents (B, C, h, w) to go on with
 ) -> torch.Tensor:  # (B, C, h, w), clean
     """Eq. 7: from noise to clean latents (DDIM, η = 0).
 
@@ -649,10 +650,10 @@ def ddim_sample(
     def watch(i, t, noisy, noise_pred, latents):
         if models.device.type == "cpu" or i % 10 == 9 or i + 1 == total:
             _check_numbers(latents, stage, i)
-        if not callback:
-            return
-        x0 = predict_x0(models.scheduler, noisy, noise_pred, t)
-        callback(Event(stage, i + 1, total, None, time.perf_counter() - begin, latents, x0))
+        if callback:
+            x0 = predict_x0(models.scheduler, noisy, noise_pred, t)
+            callback(Event(stage, i + 1, total, None, time.perf_counter() - begin, latents, x0))
+        return on_step_end(i, t, latents) if on_step_end else latents
 
     return denoise(
         models.unet,

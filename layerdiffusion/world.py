@@ -15,7 +15,6 @@ __all__ = ['SPECIES', 'POSES', 'PATTERNS', 'ACCESSORIES', 'SIZES', 'COLOURS', 'P
 import math
 import time
 from dataclasses import dataclass, fields, replace
-from typing import Optional, Union
 from collections.abc import Sequence
 
 import torch
