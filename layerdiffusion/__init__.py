@@ -5,8 +5,8 @@ from importlib import import_module as _import_module
 
 _os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # before torch: threads that wait give way to other programs, see page 48 (making it fast)
 
-_home = dict(LayerDiffusion="pipeline", EditConfig="pipeline", EditResult="pipeline", load_edit="pipeline", preset="settings", BadInput="core",
-             LayerDiffusionError="core", BadPicture="core", BadModel="core", OutOfMemory="core", PromptCanvas="canvas", LayerDiffusionApp="app")
+_home = dict(LayerDiffusion="pipeline", EditConfig="pipeline", EditResult="pipeline", load_edit="pipeline", preset="settings", BadInput="base.core",
+             LayerDiffusionError="base.core", BadPicture="base.core", BadModel="base.core", OutOfMemory="base.core", PromptCanvas="interface.canvas", LayerDiffusionApp="interface.app")
 __all__ = list(_home)
 
 def __getattr__(name):

@@ -1,6 +1,6 @@
 "`python -m layerdiffusion` is the command `layerdiffusion`."
 import sys
 
-from layerdiffusion.cli import main
+from layerdiffusion.interface.cli import main
 
 if __name__ == "__main__": sys.exit(main())

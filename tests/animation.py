@@ -7,9 +7,9 @@ import torch
 from torch.nn.functional import interpolate
 
 from layerdiffusion import LayerDiffusion, preset
-from layerdiffusion.core import to_pil
-from layerdiffusion.masks import overlay
-from layerdiffusion.sd import decode_latents
+from layerdiffusion.base.core import to_pil
+from layerdiffusion.base.masks import overlay
+from layerdiffusion.base.sd import decode_latents
 
 OUT = Path(__file__).resolve().parents[1] / "nbs/edit.webp"
 TEXT, CELL, GAP = "a brown dog jumping in the snow", 176, 6

@@ -10,10 +10,11 @@ import torch
 from PIL import Image, ImageDraw, ImageFilter
 from torchvision.transforms.functional import to_pil_image, to_tensor
 
-from layerdiffusion import mini, world
-from layerdiffusion.masks import load_sam, propose_subject
-from layerdiffusion.sd import load_models
-from layerdiffusion.world import render, sample_scenes, stream
+from layerdiffusion.mini import training as mini
+from layerdiffusion.mini import world
+from layerdiffusion.base.masks import load_sam, propose_subject
+from layerdiffusion.base.sd import load_models
+from layerdiffusion.mini.world import render, sample_scenes, stream
 
 OUT = Path(mini.__file__).parent / "weights" / "mini" / "labels.json"
 SCENES = dict(species=torch.arange(60) % 3, pose=torch.arange(60) // 3 % 4, place=torch.arange(60) * 7 // 2 % 6)

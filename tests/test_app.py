@@ -13,10 +13,11 @@ import torch
 
 pytest.importorskip("anywidget")
 pytest.importorskip("ipywidgets")
-from layerdiffusion import BadInput, LayerDiffusion, app as module
-from layerdiffusion.app import LayerDiffusionApp, Order, asked_for, free_port, python_lines, shell_line, write_page
-from layerdiffusion.cli import main
-from layerdiffusion.core import example_path, fit_image, load_image
+from layerdiffusion import BadInput, LayerDiffusion
+from layerdiffusion.interface import app as module
+from layerdiffusion.interface.app import LayerDiffusionApp, Order, asked_for, free_port, python_lines, shell_line, write_page
+from layerdiffusion.interface.cli import main
+from layerdiffusion.base.core import example_path, fit_image, load_image
 
 TINY = dict(embedding_steps=4, tuning_steps=10, sampling_steps=5, count=2)
 

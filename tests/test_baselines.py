@@ -9,8 +9,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from layerdiffusion import scores
-from layerdiffusion.baselines import (
+from layerdiffusion.evidence import scores
+from layerdiffusion.evidence.baselines import (
     RECIPES,
     baseline_rows,
     imagic,
@@ -23,9 +23,9 @@ from layerdiffusion.baselines import (
     plug_and_play,
     sdedit,
 )
-from layerdiffusion.core import BadInput
-from layerdiffusion.scores import edit_set
-from layerdiffusion.sd import (
+from layerdiffusion.base.core import BadInput
+from layerdiffusion.evidence.scores import edit_set
+from layerdiffusion.base.sd import (
     ddim_sample,
     decode_latents,
     encode_image,

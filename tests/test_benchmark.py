@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from layerdiffusion.benchmark import (
+from layerdiffusion.evidence.benchmark import (
     NAME,
     VERSION,
     as_tensors,
@@ -20,9 +20,9 @@ from layerdiffusion.benchmark import (
     recorded_rows,
     run_benchmark,
 )
-from layerdiffusion.core import BadInput, to_pil
+from layerdiffusion.base.core import BadInput, to_pil
 from layerdiffusion.pipeline import LayerDiffusion
-from layerdiffusion.saving import pixels
+from layerdiffusion.interface.saving import pixels
 
 SHEET = Path(__file__).with_name("benchmark.png")
 
@@ -164,7 +164,7 @@ def test_recorded_methods_are_rows():
 )
 def test_answers_that_are_no_pictures(made, said):
     "A stranger's method is told, not scored."
-    from layerdiffusion.core import BadInput
+    from layerdiffusion.base.core import BadInput
 
     with pytest.raises(BadInput, match=said):
         as_tensors(made(), 1)
@@ -172,7 +172,7 @@ def test_answers_that_are_no_pictures(made, said):
 
 
 def test_a_run_without_tasks_and_with_odd_seeds(tmp_path):
-    from layerdiffusion.core import BadInput
+    from layerdiffusion.base.core import BadInput
 
     with pytest.raises(BadInput, match="list of tasks is empty"):
         run_benchmark(lambda **_: None, "x", tasks=[], method=object())
@@ -184,8 +184,8 @@ def test_a_run_without_tasks_and_with_odd_seeds(tmp_path):
 
 
 def test_metrics_refuse_what_is_not_a_batch():
-    from layerdiffusion.core import BadInput
-    from layerdiffusion.metrics import Clip, clip_score, subject_likeness
+    from layerdiffusion.base.core import BadInput
+    from layerdiffusion.evidence.metrics import Clip, clip_score, subject_likeness
 
     clip, x = Clip("mini"), torch.rand(2, 3, 64, 64)
     for wrong in (x[0], (x * 255).byte()):

@@ -119,7 +119,7 @@ def shot(page, tmp_path, name, of=".ld-app"):
     page.locator(of).first.screenshot(path=folder / f"{name}.png")
 
 
-CELL = 'from layerdiffusion.app import LayerDiffusionApp\napp = LayerDiffusionApp("example:dog")\napp'
+CELL = 'from layerdiffusion.interface.app import LayerDiffusionApp\napp = LayerDiffusionApp("example:dog")\napp'
 
 
 def notebook(path, *cells):
@@ -298,7 +298,7 @@ def test_app_command(browser, tmp_path):
     """`layerdiffusion app`: the same editor as a page of its own, on a wide photo: a finger, the other tools, and the
     keyboard alone."""
     from PIL import Image
-    from layerdiffusion.core import load_image
+    from layerdiffusion.base.core import load_image
 
     (folder := tmp_path / "user").mkdir()
     size = 320, 240
@@ -309,7 +309,7 @@ def test_app_command(browser, tmp_path):
     command = [
         sys.executable,
         "-c",
-        "import sys; from layerdiffusion.cli import main; sys.exit(main())",
+        "import sys; from layerdiffusion.interface.cli import main; sys.exit(main())",
         "app",
         "photo.png",
         "--text",

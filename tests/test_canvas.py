@@ -5,9 +5,9 @@ from dataclasses import asdict
 import pytest
 import torch
 
-from layerdiffusion.canvas import Marks, Prompt, PromptCanvas, Stroke, mask_bytes, read_marks
-from layerdiffusion.core import BadInput, load_image
-from layerdiffusion.masks import find_mask, iou, load_sam, move_mask
+from layerdiffusion.interface.canvas import Marks, Prompt, PromptCanvas, Stroke, mask_bytes, read_marks
+from layerdiffusion.base.core import BadInput, load_image
+from layerdiffusion.base.masks import find_mask, iou, load_sam, move_mask
 from layerdiffusion.pipeline import read_mask
 
 
@@ -175,7 +175,7 @@ def test_the_way_of_moving(prompt):
     "Where the browser draws the moved subject is where `move_mask` puts it: about the feet."
     moved = move_mask(prompt.mask, 0.1, -0.05, 0.5)
     ys, xs = torch.where(moved[0] > 0.5)
-    from layerdiffusion.masks import bounding_box
+    from layerdiffusion.base.masks import bounding_box
 
     x0, _, x1, y1 = bounding_box(prompt.mask)
     feet = (x0 + x1) / 2, y1

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 from PIL import Image, ImageDraw
 
-from layerdiffusion.cli import main
-from layerdiffusion.core import example_path, package_folder
+from layerdiffusion.interface.cli import main
+from layerdiffusion.base.core import example_path, package_folder
 
 TEXT = "a dog jumping in a forest"
 SHORT = ["--embedding-steps", "1", "--tuning-steps", "1", "--steps", "2", "--seeds", "0", "--device", "cpu"]
@@ -424,7 +424,7 @@ def test_examples(run):
 
 def test_help_is_light():
     """Help answers without torch."""
-    check = "import sys; from layerdiffusion.cli import main; c = main(sys.argv[1:]); assert 'torch' not in sys.modules and 'numpy' not in sys.modules; sys.exit(c)"
+    check = "import sys; from layerdiffusion.interface.cli import main; c = main(sys.argv[1:]); assert 'torch' not in sys.modules and 'numpy' not in sys.modules; sys.exit(c)"
     for args in (["--help"], ["edit", "--help"], ["train-mini", "--help"], ["bench", "-h"]):
         out = subprocess.run([sys.executable, "-c", check, *args], capture_output=True, text=True)
         assert out.returncode == 0, out.stderr
@@ -432,7 +432,7 @@ def test_help_is_light():
 
 
 def test_unexpected_errors_ask_for_a_report(run, monkeypatch):
-    import layerdiffusion.cli as cli
+    import layerdiffusion.interface.cli as cli
 
     def breaks(*a):
         raise KeyError("deep inside")
@@ -455,7 +455,7 @@ def test_unexpected_errors_ask_for_a_report(run, monkeypatch):
 )
 def test_memory_that_is_not_there(run, monkeypatch, error):
     "On a CPU too: what to do about it, and no request for a report."
-    import layerdiffusion.cli as cli
+    import layerdiffusion.interface.cli as cli
 
     def breaks(*a):
         raise error
@@ -467,7 +467,7 @@ def test_memory_that_is_not_there(run, monkeypatch, error):
 
 PRESSED = """
 import os, signal, sys
-from layerdiffusion.cli import main
+from layerdiffusion.interface.cli import main
 write, pressed = sys.stderr.write, []
 def press(text):
     "The command presses Ctrl-C itself, as soon as it shows a step: on a quick machine too something is left to do."
@@ -502,8 +502,8 @@ def test_ctrl_c_and_resume(run):
 
 def test_every_place_has_the_declared_settings():
     "Options, fields, the tables of the docs: the declared set and its defaults; each in one of three groups."
-    from layerdiffusion.cli import GROUPED, METHOD
-    from layerdiffusion.docs import parameters
+    from layerdiffusion.interface.cli import GROUPED, METHOD
+    from layerdiffusion.evidence.docs import parameters
     from layerdiffusion.settings import DEFAULTS, GROUPS, SETTINGS, EditConfig
 
     assert set(EditConfig.model_fields) - {"preset"} == set(SETTINGS) == set(DEFAULTS)
@@ -518,7 +518,7 @@ def test_every_place_has_the_declared_settings():
 def test_options_allow_what_settings_allow():
     "The ends of a range are accepted by both, a step beyond by neither; choices are the same."
     from layerdiffusion import BadInput
-    from layerdiffusion.cli import METHOD, in_range
+    from layerdiffusion.interface.cli import METHOD, in_range
     from layerdiffusion.settings import SETTINGS, EditConfig
 
     for opt in METHOD:
@@ -540,7 +540,7 @@ def test_options_allow_what_settings_allow():
 
 def test_the_help_fits_on_one_screen(run, monkeypatch):
     "At most 50 lines of 100 columns, about 20 options; --help-all shows every option, in its group."
-    from layerdiffusion.cli import GROUPED, METHOD, PANELS
+    from layerdiffusion.interface.cli import GROUPED, METHOD, PANELS
 
     monkeypatch.setenv("COLUMNS", "100")
     monkeypatch.setenv("TERMINAL_WIDTH", "100")
@@ -584,7 +584,7 @@ def test_set_refuses_what_a_setting_refuses(run, pairs, words):
 
 def test_set_and_its_option_are_one_setting(run):
     "A setting has one value: refused twice, and read the same by both ways."
-    from layerdiffusion.cli import read_sets
+    from layerdiffusion.interface.cli import read_sets
 
     code, _, err = run("edit", "example:dog", TEXT, "--alpha", "0.3", "--set", "alpha=0.4")
     assert code == 2 and "--alpha and --set alpha" in err
@@ -607,7 +607,7 @@ def test_resume_takes_the_edit_of_these_words(tmp_path, monkeypatch, capsys):
     "Of two that were stopped, and none of another; nothing is touched where none fits."
     import torch
     from safetensors.torch import save_file
-    from layerdiffusion.cli import BadInput, claim, default_folder, stopped_text
+    from layerdiffusion.interface.cli import BadInput, claim, default_folder, stopped_text
 
     monkeypatch.chdir(tmp_path)
     for n, text in enumerate(("a dog lying", "a dog sitting"), 1):
@@ -648,10 +648,10 @@ def test_folders_of_somebody_else(tmp_path, capsys):
 
 
 def test_version_however_it_is_asked():
-    "`layerdiffusion --version`, `python -m layerdiffusion` and `python -m layerdiffusion.cli` are one command."
+    "`layerdiffusion --version`, `python -m layerdiffusion` and `python -m layerdiffusion.interface.cli` are one command."
     import layerdiffusion
 
-    for module in ("layerdiffusion", "layerdiffusion.cli"):
+    for module in ("layerdiffusion", "layerdiffusion.interface.cli"):
         done = subprocess.run(
             [sys.executable, "-m", module, "--version"],
             capture_output=True,

@@ -30,7 +30,7 @@ class OneDevice(TorchDispatchMode):
 
 
 def made(stage, folder):
-    from layerdiffusion.mini import STAGES, build_vae
+    from layerdiffusion.mini.training import STAGES, build_vae
 
     if not (folder / "vae").exists():
         build_vae().save_pretrained(folder / "vae")
@@ -41,7 +41,7 @@ def made(stage, folder):
 @pytest.mark.parametrize("stage", ["vae", "sam", "clip", "judge", "subject"])
 def test_a_step_stays_on_the_device(stage, tmp_path):
     "Scenes from the CPU, pictures, latents, loss and update on the device; nothing is read back."
-    from layerdiffusion.mini import averaging, draw_scenes
+    from layerdiffusion.mini.training import averaging, draw_scenes
 
     objective = made(stage, tmp_path).to("meta")
     ema = averaging(objective)
@@ -66,7 +66,7 @@ def test_the_watch_sees_what_waits():
 
 def test_batches_are_larger_on_an_accelerator(tmp_path):
     "Many individuals, four views of each, and each sees another view of itself."
-    from layerdiffusion.mini import draw_scenes, enlarged
+    from layerdiffusion.mini.training import draw_scenes, enlarged
 
     objective = enlarged(made("subject", tmp_path), "cuda")
     assert objective.batch == 64 and enlarged(made("subject", tmp_path), "cpu").batch == 4
@@ -91,7 +91,7 @@ def test_batches_are_larger_on_an_accelerator(tmp_path):
 
 def test_places_are_the_same_on_both_paths(monkeypatch):
     "Drawn for all and chosen, or each group by itself."
-    from layerdiffusion import world
+    from layerdiffusion.mini import world
 
     scenes = world.sample_scenes(12, world.stream("places"), 1.0)
     one = world.draw_places(scenes, 32)

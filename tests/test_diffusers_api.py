@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from layerdiffusion import BadInput, LayerDiffusion, load_edit
-from layerdiffusion.masks import find_mask
+from layerdiffusion.base.masks import find_mask
 from layerdiffusion.pipeline import EditOutput
 
 TEXT = "a dog jumping in a forest"
@@ -152,7 +152,7 @@ def test_the_callback_is_told_and_may_replace_latents(pipe, scene, plain):
     assert not torch.allclose(
         pipe(scene=scene, seeds=[3], output_type="pt", callback_on_step_end=swap).images, plain, atol=1e-2
     )
-    from layerdiffusion.sd import decode_latents
+    from layerdiffusion.base.sd import decode_latents
 
     end = lambda its, step, t, kwargs: dict(latents=first) if step == 1 else {}
     shown = pipe(scene=scene, seeds=[3], output_type="pt", callback_on_step_end=end).images

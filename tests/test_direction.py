@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from test_equations import Plain, draws
 
 from layerdiffusion import EditConfig, LayerDiffusion, identity, pipeline, preset
-from layerdiffusion.masks import dilate, iou
-from layerdiffusion.scores import edit_set
-from layerdiffusion.sd import load_models
+from layerdiffusion.base.masks import dilate, iou
+from layerdiffusion.evidence.scores import edit_set
+from layerdiffusion.base.sd import load_models
 
 PHOTO_WORDS = "a pink dog lying in a city at night"
 
@@ -92,7 +92,7 @@ def test_as_many_steps_as_asked(method, scene):
 
 def test_the_rate_falls_to_nothing_along_half_a_cosine():
     "With a gradient that never changes, each step of Adam is as long as the rate."
-    from layerdiffusion.sd import optimise
+    from layerdiffusion.base.sd import optimise
 
     at = {decay: [] for decay in (False, True)}
     for decay, path in at.items():
@@ -111,7 +111,7 @@ def test_the_rate_falls_to_nothing_along_half_a_cosine():
 
 def test_the_loss_may_be_scaled_for_the_backward_pass():
     "Half precision needs larger gradients on the way; what is taken off is the same."
-    from layerdiffusion.sd import optimise
+    from layerdiffusion.base.sd import optimise
 
     ends = []
     for scale in (1.0, 8.0):
@@ -178,7 +178,7 @@ def test_the_setting_seed_decides_every_draw_but_the_first_noise(method, scene):
 
 def trained(kind, models, seed=0, rank=8):
     from layerdiffusion.fine_tuning import trainable
-    from layerdiffusion.sd import copy_unet
+    from layerdiffusion.base.sd import copy_unet
 
     return trainable(copy_unet(models.unet), kind, rank, seed)
 
@@ -195,7 +195,7 @@ def test_a_seed_is_a_picture(method, scene):
 
 def test_seeds_of_prior_coat_and_search(models, monkeypatch):
     "The noise each of them begins with."
-    from layerdiffusion.world import stream
+    from layerdiffusion.mini.world import stream
 
     began = []
     monkeypatch.setattr(identity, "ddim_sample", lambda m, e, n, latents, *a, **k: began.append(latents) or latents)
@@ -351,7 +351,7 @@ def test_masks_at_latent_size(method, scene):
 
 def test_subjects_are_sure_central_and_whole():
     "Of two masks that differ in one thing."
-    from layerdiffusion.masks import subject_scores
+    from layerdiffusion.base.masks import subject_scores
 
     def score(x, y, side=24, quality=0.9):
         mask = torch.zeros(1, 64, 64, dtype=torch.bool)
@@ -363,7 +363,7 @@ def test_subjects_are_sure_central_and_whole():
 
 
 def test_moving_goes_right_and_down_and_shrinks_about_the_feet():
-    from layerdiffusion.masks import bounding_box, centre, move_mask, move_subject
+    from layerdiffusion.base.masks import bounding_box, centre, move_mask, move_subject
 
     mask = F.pad(torch.ones(1, 20, 12), (20, 32, 24, 20))
     x, y = centre(mask)
@@ -378,7 +378,7 @@ def test_moving_goes_right_and_down_and_shrinks_about_the_feet():
 
 
 def test_a_layer_lies_over_the_other():
-    from layerdiffusion.masks import composite, fill_hole
+    from layerdiffusion.base.masks import composite, fill_hole
 
     one, zero, mask = torch.ones(3, 4, 4), torch.zeros(3, 4, 4), torch.eye(4)[None]
     assert torch.equal(composite(one, mask, zero), mask.expand(3, -1, -1)) and torch.equal(
@@ -388,7 +388,7 @@ def test_a_layer_lies_over_the_other():
 
 def test_a_subject_does_not_reach_the_border():
     "Of two that are in the middle."
-    from layerdiffusion.masks import subject_scores
+    from layerdiffusion.base.masks import subject_scores
 
     masks = torch.zeros(2, 64, 64, dtype=torch.bool)
     masks[0, 20:44, 20:44] = masks[1, :, 20:44] = True
@@ -399,7 +399,7 @@ def test_a_subject_does_not_reach_the_border():
 def test_of_several_masks_the_surest():
     "SAM gives three for a click."
     import numpy as np
-    from layerdiffusion.masks import find_mask
+    from layerdiffusion.base.masks import find_mask
 
     masks = np.zeros((3, 8, 8), bool)
     for k in range(3):
@@ -833,7 +833,7 @@ def test_reuse_keeps_what_it_is_told(method, scene):
             torch.allclose(kept.get(name, torch.zeros(1)).float(), keep * x.float(), atol=1e-5)
             for name, x in first.difference.items()
         )
-    from layerdiffusion.sd import encode_text
+    from layerdiffusion.base.sd import encode_text
 
     old, new = (encode_text(method.models, text) for text in (first.split.object, "a pink dog jumping"))
     assert (
@@ -894,7 +894,7 @@ def test_the_presets():
 
 def test_a_moving_average_follows_slowly():
     "It goes towards the weights, the slower the larger its decay, and quickly at first."
-    from layerdiffusion.mini import moving_average
+    from layerdiffusion.mini.training import moving_average
 
     def after(decay, n):
         average, current = [torch.zeros(2)], [torch.ones(2)]
@@ -910,7 +910,7 @@ def test_a_moving_average_follows_slowly():
 
 
 def test_the_average_is_of_the_weights_after_each_step(tmp_path):
-    from layerdiffusion.mini import load_checkpoint, train_loop
+    from layerdiffusion.mini.training import load_checkpoint, train_loop
     from torch.optim.swa_utils import AveragedModel
 
     class Line(torch.nn.Module):
@@ -931,14 +931,14 @@ def test_the_average_is_of_the_weights_after_each_step(tmp_path):
 
 @pytest.fixture(scope="module")
 def diffusion(models):
-    from layerdiffusion.mini import DiffusionObjective
+    from layerdiffusion.mini.training import DiffusionObjective
 
     return DiffusionObjective(vae=models.folder / "vae")
 
 
 def test_a_tenth_of_the_captions_are_left_out(diffusion, monkeypatch):
     "So that the model learns what it draws without words, which guidance needs."
-    from layerdiffusion.world import sample_scenes, stream
+    from layerdiffusion.mini.world import sample_scenes, stream
 
     class Seen(Exception):
         pass
@@ -957,7 +957,7 @@ def test_a_tenth_of_the_captions_are_left_out(diffusion, monkeypatch):
 
 
 def test_the_subject_counts_three_times(diffusion, monkeypatch):
-    from layerdiffusion.world import sample_scenes, stream
+    from layerdiffusion.mini.world import sample_scenes, stream
 
     scenes = sample_scenes(2, stream("weights"))
     monkeypatch.setattr(diffusion, "embed", lambda texts: torch.zeros(len(texts), 1, 1), raising=False)
@@ -972,7 +972,7 @@ def test_the_subject_counts_three_times(diffusion, monkeypatch):
 
 def test_the_rate_of_a_training():
     "Up, level, and down to two hundredths."
-    from layerdiffusion.mini import learning_rate
+    from layerdiffusion.mini.training import learning_rate
 
     rate = [learning_rate(share / 100, 1.0) for share in (0, 0.5, 1, 50, 69, 80, 90, 100)]
     assert rate[:5] == pytest.approx([0, 0.5, 1, 1, 1]) and rate[4] > rate[5] > rate[6] > rate[7] == pytest.approx(0.02)
@@ -980,7 +980,7 @@ def test_the_rate_of_a_training():
 
 def test_clicks_and_masks():
     "All clicks but the last are on the subject; one beside it means the rest. A better mask has a smaller loss."
-    from layerdiffusion.mini import mask_loss, random_clicks
+    from layerdiffusion.mini.training import mask_loss, random_clicks
 
     mask = F.pad(torch.ones(30, 1, 10, 10), (27, 27, 27, 27))
     at, truth = random_clicks(mask, torch.Generator().manual_seed(0))

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from layerdiffusion.core import BadInput
-from layerdiffusion.docs import Page, build_site, faults
+from layerdiffusion.base.core import BadInput
+from layerdiffusion.evidence.docs import Page, build_site, faults
 
 ROOT = Path(__file__).resolve().parents[1]
 CHROMIUM = next(

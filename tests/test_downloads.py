@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from layerdiffusion.core import package_folder
+from layerdiffusion.base.core import package_folder
 
 NAME, COMMIT = "somebody/small-diffusion", "0123456789abcdef0123456789abcdef01234567"
 MINI = package_folder() / "weights" / "mini"
@@ -107,7 +107,7 @@ def load(hub, home, offline=False, code=""):
     "A fresh process that loads the model by its name, or does something else."
     code = (
         code
-        or "from layerdiffusion.sd import resolve_model; from layerdiffusion.core import BadInput\n"
+        or "from layerdiffusion.base.sd import resolve_model; from layerdiffusion.base.core import BadInput\n"
         f"try: print(resolve_model({NAME!r}, offline={offline}))\nexcept BadInput as e: print('refused:', e)"
     )
     env = {
@@ -166,7 +166,7 @@ def test_open_clip_tag(hub, tmp_path):
     code = f"""if 1:
         import open_clip
         from open_clip import pretrained
-        from layerdiffusion.core import BadInput
+        from layerdiffusion.base.core import BadInput
         from layerdiffusion.identity import load_clip
         open_clip.add_model_config({str(tmp_path / "small.json")!r})
         open_clip.get_tokenizer = lambda name: None  # mini's words lie in its folder
@@ -195,7 +195,7 @@ def fp16(names):
 
 def resolve(hub, home, name, offline=False):
     code = (
-        "from layerdiffusion.folders import resolve_model, weight_files; from layerdiffusion.core import BadInput\n"
+        "from layerdiffusion.base.folders import resolve_model, weight_files; from layerdiffusion.base.core import BadInput\n"
         f"try: f = resolve_model({name!r}, {offline}); print(f, weight_files(f, 'unet')[1])\n"
         "except BadInput as e: print('refused:', e)"
     )

@@ -124,7 +124,7 @@ def run(args, folder, at=None, send=signal.SIGKILL):
     for fd in (1, 2):
         os.dup2(out, fd)
     from layerdiffusion import pipeline
-    from layerdiffusion.cli import main
+    from layerdiffusion.interface.cli import main
 
     pipeline.Checkpoint.every = 0.2
     if isinstance(at, tuple):
@@ -185,7 +185,7 @@ def mask_file(folder):
 
 def uninterrupted(folder, command):
     "The digest of an edit by an interpreter of its own."
-    code = "import sys; from layerdiffusion.cli import main; sys.exit(main())"
+    code = "import sys; from layerdiffusion.interface.cli import main; sys.exit(main())"
     subprocess.run([sys.executable, "-c", code, *command], cwd=mask_file(folder), check=True, capture_output=True)
     return digest(folder / "out")
 
@@ -291,7 +291,7 @@ def method():
 @pytest.fixture(scope="module")
 def photos():
     "Three pictures of mini's world and their masks."
-    from layerdiffusion.world import render, sample_scenes, stream
+    from layerdiffusion.mini.world import render, sample_scenes, stream
 
     return render(sample_scenes(3, stream("held-out", 12), pose="standing", place="meadow"), 64)[:2]
 
@@ -314,7 +314,7 @@ def anew(method):
 
 
 def hash_of(module):
-    from layerdiffusion.core import content_hash
+    from layerdiffusion.base.core import content_hash
 
     return content_hash(module.state_dict())
 
@@ -421,7 +421,7 @@ def small_model(folder, prediction_type):
     import torch
     from diffusers import AutoencoderKL, PNDMScheduler, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
-    from layerdiffusion.core import package_folder
+    from layerdiffusion.base.core import package_folder
 
     torch.manual_seed(0)
     tokenizer = CLIPTokenizer.from_pretrained(package_folder() / "weights" / "mini" / "tokenizer", model_max_length=77)

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from diffusers import PNDMScheduler
 
 from layerdiffusion import EditConfig, LayerDiffusion
-from layerdiffusion.sd import load_models
-from layerdiffusion.world import make_edit, sample_scenes
+from layerdiffusion.base.sd import load_models
+from layerdiffusion.mini.world import make_edit, sample_scenes
 
 T_A, T_B, SOURCE = "a pink dog standing", "in the snow", "a pink dog lying in a city at night"
 SHORT = dict(embedding_steps=3, embedding_lr=1e-2, tuning_steps=3, tuning_lr=2e-4, sampling_steps=4, guidance_scale=3.0)
@@ -267,7 +267,7 @@ def test_an_edit_is_the_plain_loop(ours, plain, scene, name):
 def test_the_default_draws_both_pictures(method, plain, scene):
     """O_t = SD(T) with SAM's mask of it, O_r = SD(T_b), both from the setting's own seed; the photo is fitted, and
     learnt from nowhere."""
-    from layerdiffusion.masks import propose_subject
+    from layerdiffusion.base.masks import propose_subject
 
     photo, mask, _ = scene
     config = EditConfig(**SHORT | dict(seed=2))

@@ -9,13 +9,14 @@ import pytest
 import torch
 
 import layerdiffusion
-from layerdiffusion import BadInput, BadModel, BadPicture, LayerDiffusion, LayerDiffusionError, OutOfMemory, core
-from layerdiffusion.core import LOADING, check_callback, join_callbacks, load_image
+from layerdiffusion import BadInput, BadModel, BadPicture, LayerDiffusion, LayerDiffusionError, OutOfMemory
+from layerdiffusion.base import core
+from layerdiffusion.base.core import LOADING, check_callback, join_callbacks, load_image
 from layerdiffusion.fine_tuning import trainable
-from layerdiffusion.folders import resolve_model
-from layerdiffusion.masks import load_sam, mask_from_file
-from layerdiffusion.memory import run_in
-from layerdiffusion.sd import load_models, optimise
+from layerdiffusion.base.folders import resolve_model
+from layerdiffusion.base.masks import load_sam, mask_from_file
+from layerdiffusion.base.memory import run_in
+from layerdiffusion.base.sd import load_models, optimise
 from layerdiffusion.settings import EditConfig
 
 
@@ -56,7 +57,7 @@ def test_each_kind_can_be_caught(name, here):
 
 
 def test_out_of_memory_at_the_lowest_level(monkeypatch):
-    from layerdiffusion import memory
+    from layerdiffusion.base import memory
 
     def work(config):
         raise torch.OutOfMemoryError("no")

@@ -14,9 +14,9 @@ import pytest
 import torch
 from PIL import Image
 
-from layerdiffusion import experiments
-from layerdiffusion.core import BadInput
-from layerdiffusion.experiments import (
+from layerdiffusion.evidence import experiments
+from layerdiffusion.base.core import BadInput
+from layerdiffusion.evidence.experiments import (
     EXPERIMENTS,
     PICTURES,
     RECORDS,
@@ -372,7 +372,7 @@ def test_valid_pictures_are_framed():
 def test_turns_or_not_the_unet_is_tuned_once(tmp_path, monkeypatch):
     from layerdiffusion import pipeline
     from layerdiffusion.pipeline import LayerDiffusion
-    from layerdiffusion.scores import edit_set
+    from layerdiffusion.evidence.scores import edit_set
 
     method, tuned = LayerDiffusion.from_pretrained("mini", "cpu"), []
     monkeypatch.setattr(pipeline, "fine_tune", lambda *a, f=pipeline.fine_tune, **k: tuned.append(1) or f(*a, **k))
@@ -395,7 +395,7 @@ def test_ctrl_c_keeps_what_was_drawn(tmp_path):
     command = [
         sys.executable,
         "-c",
-        "import sys; from layerdiffusion.cli import main; sys.exit(main())",
+        "import sys; from layerdiffusion.interface.cli import main; sys.exit(main())",
         "experiment",
         "comparison",
         "--size",

@@ -25,7 +25,7 @@ def short(**changes):
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     "Folders and files, each made once."
-    from layerdiffusion.full_size import build_model, build_sam
+    from layerdiffusion.evidence.full_size import build_model, build_sam
 
     place, there = tmp_path_factory.mktemp("full"), {}
 
@@ -74,8 +74,8 @@ def test_sam_files(made, tmp_path):
     """Both forms hold the same, the name of the file does not matter, and what is missing or wrong is said with the
     place to get it."""
     import torch
-    from layerdiffusion.core import refusal
-    from layerdiffusion.masks import find_mask, load_sam
+    from layerdiffusion.base.core import refusal
+    from layerdiffusion.base.masks import find_mask, load_sam
 
     a, b = load_sam(made("sam.pth")), load_sam(made("sam.safetensors"))
     assert torch.equal(find_mask(a, picture(), point=(25, 30)), find_mask(b, picture(), point=(25, 30)))
@@ -90,8 +90,8 @@ def test_sam_files(made, tmp_path):
 def test_a_file_that_would_run_code_is_refused(tmp_path):
     import os
     import torch
-    from layerdiffusion.core import refusal
-    from layerdiffusion.masks import load_sam
+    from layerdiffusion.base.core import refusal
+    from layerdiffusion.base.masks import load_sam
 
     class Harmful:
         def __reduce__(self):
@@ -129,7 +129,7 @@ def test_adam_keeps_float32_beside_half_weights(made):
     "What moves, its gradient and Adam's two numbers are float32, and the loaded weights stay as they are."
     import torch
     from layerdiffusion.fine_tuning import fine_tune
-    from layerdiffusion.sd import encode_text, load_models
+    from layerdiffusion.base.sd import encode_text, load_models
 
     models, seen = load_models(made("1.4 epsilon"), dtype=torch.bfloat16), []
     before = {k: v.clone() for k, v in models.unet.state_dict().items()}
@@ -154,9 +154,9 @@ def test_adam_keeps_float32_beside_half_weights(made):
 def two_precisions():
     "One edit of mini's world in fp32 and in bf16, with the same seeds, and the scores of its pictures."
     from layerdiffusion import LayerDiffusion
-    from layerdiffusion.core import to_pil
-    from layerdiffusion.judge import load_judge
-    from layerdiffusion.scores import Scorer, edit_set
+    from layerdiffusion.base.core import to_pil
+    from layerdiffusion.mini.judge import load_judge
+    from layerdiffusion.evidence.scores import Scorer, edit_set
 
     edit, results = edit_set("development")[0].edit, []
     for precision in ("fp32", "bf16"):
@@ -203,8 +203,8 @@ def test_numbers_are_looked_at_now_and_then():
     """On a GPU the loop looks at its losses every sixteenth step. That changes no loss and no parameter, and what is no
     number still stops it."""
     import torch
-    from layerdiffusion.core import refusal
-    from layerdiffusion.sd import optimise
+    from layerdiffusion.base.core import refusal
+    from layerdiffusion.base.sd import optimise
 
     def run(**how):
         w, told = torch.full((3,), 2.0, requires_grad=True), []
@@ -234,9 +234,9 @@ def test_numbers_are_looked_at_now_and_then():
 def test_bench(tmp_path):
     """The library and the plain loop do the same with random weights in v1.4's plan, and the table says how far each
     stage is from its limit."""
-    from layerdiffusion import bench
-    from layerdiffusion.core import environment
-    from layerdiffusion.full_size import bench_job
+    from layerdiffusion.evidence import bench
+    from layerdiffusion.base.core import environment
+    from layerdiffusion.evidence.full_size import bench_job
 
     given = bench_job("tiny", tmp_path)
     job, config = (
@@ -251,7 +251,7 @@ def test_bench(tmp_path):
     )
     plain = bench.bare_edit(config, "cpu", given["model"], job, theirs, given["sam"])
     assert library.shape == plain.shape == (2, 3, 64, 64) and (library - plain).abs().mean() < 1e-5
-    from layerdiffusion.sd import load_models
+    from layerdiffusion.base.sd import load_models
 
     flops = bench.stage_flops(load_models(given["model"]), config, 2)
     def run(watch, **more):
@@ -277,8 +277,8 @@ def test_bench(tmp_path):
 
 def test_flops():
     "Counted without numbers: what an edit of v1.4 costs in each step."
-    from layerdiffusion.bench import schedule, stage_flops
-    from layerdiffusion.full_size import sd_models
+    from layerdiffusion.evidence.bench import schedule, stage_flops
+    from layerdiffusion.evidence.full_size import sd_models
 
     config = schedule()
     flops = stage_flops(sd_models(), config, 1)
@@ -295,10 +295,10 @@ def test_everything_is_on_the_gpu():
     import torch
     from diffusers import DDIMScheduler
     from layerdiffusion.fine_tuning import trainable
-    from layerdiffusion.full_size import build_parts, clip_tokenizer, sd_configs
-    from layerdiffusion.memory import shapes_only
+    from layerdiffusion.evidence.full_size import build_parts, clip_tokenizer, sd_configs
+    from layerdiffusion.base.memory import shapes_only
     from layerdiffusion.method import layered_loss, noise_loss, sample_noise_and_t, stack_layers
-    from layerdiffusion.sd import Models, decode_latents, encode_image, encode_text, initial_latents, speak_float32
+    from layerdiffusion.base.sd import Models, decode_latents, encode_image, encode_text, initial_latents, speak_float32
 
     configs, tokenizer = sd_configs("1.4", 0.1, 64), clip_tokenizer()
     scheduler = DDIMScheduler.from_config(configs["scheduler"])

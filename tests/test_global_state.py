@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from layerdiffusion import LayerDiffusion, load_edit
-from layerdiffusion.core import plain_torch, shielded
+from layerdiffusion.base.core import plain_torch, shielded
 from layerdiffusion.embeddings import embedding_objective
 from layerdiffusion.fine_tuning import fine_tune
-from layerdiffusion.sd import encode_image, encode_text, load_models, optimise
+from layerdiffusion.base.sd import encode_image, encode_text, load_models, optimise
 
 TEXT = "a dog jumping in a forest"
 SHORT = dict(embedding_steps=2, tuning_steps=2, sampling_steps=2)
@@ -97,8 +97,8 @@ def state() -> dict:
 
 @pytest.fixture(scope="module")
 def photo():
-    from layerdiffusion.core import load_image
-    from layerdiffusion.saving import pixels
+    from layerdiffusion.base.core import load_image
+    from layerdiffusion.interface.saving import pixels
 
     mask = torch.zeros(1, 64, 64)
     mask[:, 20:50, 20:45] = 1
@@ -207,7 +207,8 @@ def test_set_before_the_first_import(photo):
     code = """
 import torch
 {}
-from layerdiffusion import identity, world
+from layerdiffusion import identity
+from layerdiffusion.mini import world
 torch.set_default_device(None), torch.set_default_dtype(torch.float32)
 tables = identity.DIRECTIONS, world._POSE_TABLE, world._SWING
 print([(str(x.dtype), str(x.device), x.is_inference(), round(x.double().sum().item(), 6)) for x in tables])"""

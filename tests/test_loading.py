@@ -14,8 +14,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from layerdiffusion.core import BadInput, package_folder
-from layerdiffusion.folders import weight_files
+from layerdiffusion.base.core import BadInput, package_folder
+from layerdiffusion.base.folders import weight_files
 
 MINI = package_folder() / "weights" / "mini"
 DPM, LATENTS = "diffusion_pytorch_model", 16
@@ -517,7 +517,7 @@ REFUSED = [
 
 def draw(name):
     "A quick picture by a model."
-    from layerdiffusion.sd import ddim_sample, decode_latents, encode_text, initial_latents, load_models
+    from layerdiffusion.base.sd import ddim_sample, decode_latents, encode_text, initial_latents, load_models
 
     models = load_models(name)
     latents = ddim_sample(
@@ -550,7 +550,7 @@ def test_harmless(folder, picture, capsys, name, change, note):
 @pytest.mark.parametrize("name, change, words", REFUSED, ids=ids(REFUSED))
 def test_refused(folder, tmp_path, monkeypatch, capsys, name, change, words):
     "From Python a BadInput; on the command line exit code 2, that sentence alone, and no file."
-    from layerdiffusion.cli import main
+    from layerdiffusion.interface.cli import main
 
     change(folder)
     before = sorted(folder.rglob("*"))
@@ -603,7 +603,7 @@ def test_the_command_itself(folder, tmp_path):
             "--device",
             "cpu",
         ]
-        command = "import sys; from layerdiffusion.cli import main; sys.exit(main())"
+        command = "import sys; from layerdiffusion.interface.cli import main; sys.exit(main())"
         return subprocess.run(
             [
                 sys.executable,
@@ -668,7 +668,8 @@ NAMES = [
 @pytest.mark.parametrize("name, words", NAMES, ids=[repr(row[0])[:20] for row in NAMES])
 def test_what_is_no_name_of_a_model(name, words, monkeypatch):
     "Refused in one sentence before anybody asks the hub."
-    from layerdiffusion import LayerDiffusion, folders
+    from layerdiffusion import LayerDiffusion
+    from layerdiffusion.base import folders
 
     monkeypatch.setattr(folders, "fetch", lambda *args: pytest.fail("asked the hub"))
     sentence = said(LayerDiffusion.from_pretrained, name, "cpu")
@@ -686,7 +687,7 @@ def test_models_that_are_none():
 @pytest.fixture(scope="module")
 def published(tmp_path_factory):
     "A small file of weights in the shapes that the published SAMs have."
-    from layerdiffusion.full_size import build_sam
+    from layerdiffusion.evidence.full_size import build_sam
 
     return build_sam(tmp_path_factory.mktemp("sam") / "sam.pth", width=0.125, size=64)
 
@@ -703,7 +704,7 @@ def published(tmp_path_factory):
     ],
 )
 def test_sam_out_of_its_wrapping(published, tmp_path, wrap):
-    from layerdiffusion.masks import load_sam
+    from layerdiffusion.base.masks import load_sam
 
     own = torch.load(published, weights_only=True)
     torch.save(wrap(own), tmp_path / "sam.pth")
@@ -740,7 +741,7 @@ SAMS = [
 
 @pytest.mark.parametrize("name, change, words", SAMS, ids=ids(SAMS))
 def test_sam_called_by_its_name(published, tmp_path, name, change, words):
-    from layerdiffusion.masks import load_sam
+    from layerdiffusion.base.masks import load_sam
 
     own = torch.load(published, weights_only=True)
     change(own)
@@ -759,7 +760,7 @@ def test_sam_called_by_its_name(published, tmp_path, name, change, words):
     ],
 )
 def test_sam_folder(tmp_path, change, words):
-    from layerdiffusion.masks import load_sam
+    from layerdiffusion.base.masks import load_sam
 
     copy = shutil.copytree(MINI / "sam", tmp_path / "sam", copy_function=link)
     change(copy)
@@ -804,7 +805,7 @@ def test_clip_folder(tmp_path, change, words):
 
 def test_subject_weights_of_another_model(folder):
     from layerdiffusion.identity import subject_weights
-    from layerdiffusion.sd import load_models
+    from layerdiffusion.base.sd import load_models
 
     models = load_models(folder)
     file = MINI / "subject" / "model.safetensors"

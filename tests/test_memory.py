@@ -14,7 +14,7 @@ TEXT = "a dog jumping in a forest"
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    from layerdiffusion.full_size import build_model
+    from layerdiffusion.evidence.full_size import build_model
 
     return build_model(tmp_path_factory.mktemp("model") / "sd", width=0.1, size=128)
 
@@ -34,7 +34,7 @@ def test_prediction(folder, level, pictures, precision, draws):
     import torch
     from layerdiffusion import EditConfig
     from layerdiffusion.fine_tuning import fine_tune
-    from layerdiffusion.memory import (
+    from layerdiffusion.base.memory import (
         LEVELS,
         count_decode,
         count_draw,
@@ -44,7 +44,7 @@ def test_prediction(folder, level, pictures, precision, draws):
         settings_for,
     )
     from layerdiffusion.method import noise_loss, sample_noise_and_t
-    from layerdiffusion.sd import PRECISIONS, decode_latents, encode_text, load_models, optimise, use
+    from layerdiffusion.base.sd import PRECISIONS, decode_latents, encode_text, load_models, optimise, use
 
     if precision == "bf16" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         pytest.skip("this processor has no bfloat16 of its own, and PyTorch computes it by other means there")
@@ -101,7 +101,7 @@ def test_prediction(folder, level, pictures, precision, draws):
 def v14():
     "v1.4 as it would lie on a GPU, in bf16, without numbers."
     import torch
-    from layerdiffusion.full_size import sd_models
+    from layerdiffusion.evidence.full_size import sd_models
 
     return sd_models("1.4", torch.bfloat16, "cuda")
 
@@ -109,7 +109,7 @@ def v14():
 def test_targets(v14):
     """512 x 512, one picture at a time: everything tuned within 16 GB, the lowest level within 8 GB. Counted, not
     measured."""
-    from layerdiffusion.memory import plan
+    from layerdiffusion.base.memory import plan
 
     assert plan(v14, "spare", seeds=1, free=int(80e9)).peak < 16e9
     low = plan(v14, "auto", seeds=1, free=int(7e9))
@@ -139,7 +139,7 @@ class Full:
 
 def run(full, level="full", **changes):
     from layerdiffusion import LayerDiffusion
-    from layerdiffusion.memory import run_in
+    from layerdiffusion.base.memory import run_in
 
     method, told = LayerDiffusion.from_pretrained("mini", "cpu"), []
     return (
@@ -160,7 +160,7 @@ def test_out_of_memory_goes_on_where_it_was():
     import torch
 
     full = Full(("embeddings", 2), ("tuning", 4))
-    from layerdiffusion import memory
+    from layerdiffusion.base import memory
 
     result, told, method = run(full)
     levels = [name for name in memory.LEVELS if name != "8bit" or memory.has_8bit()]
@@ -182,7 +182,7 @@ def test_out_of_memory_goes_on_where_it_was():
 
 
 def test_out_of_memory_at_the_lowest_level():
-    from layerdiffusion.core import BadInput
+    from layerdiffusion.base.core import BadInput
 
     with pytest.raises(BadInput, match="lowest level"):
         run(Full(("tuning", 1)), "low")
@@ -192,7 +192,7 @@ def test_out_of_memory_at_the_lowest_level():
 def test_low_level(tmp_path, monkeypatch, capsys):
     "The command says what it expects and why, tunes LoRA factors, and what it writes is an ordinary edit."
     import json
-    from layerdiffusion.cli import main
+    from layerdiffusion.interface.cli import main
 
     monkeypatch.chdir(tmp_path)
     assert (
@@ -237,8 +237,8 @@ def test_low_level(tmp_path, monkeypatch, capsys):
 def test_eight_bits(tmp_path):
     "Adam with eight bits, stopped and gone on with, where bitsandbytes is installed; a sentence where it is not."
     import torch
-    from layerdiffusion import memory
-    from layerdiffusion.core import refusal
+    from layerdiffusion.base import memory
+    from layerdiffusion.base.core import refusal
 
     if not memory.has_8bit():
         from layerdiffusion.fine_tuning import adam
@@ -252,7 +252,7 @@ def test_eight_bits(tmp_path):
     from layerdiffusion import LayerDiffusion
 
     method = LayerDiffusion.from_pretrained("mini", "cpu")
-    from layerdiffusion.sd import use
+    from layerdiffusion.base.sd import use
 
     use(method.models, memory.LEVELS["8bit"])
     def edit():
@@ -267,7 +267,7 @@ def test_a_small_change_is_not_rounded_away():
     arrives, in the model's own precision."""
     import torch
     from layerdiffusion.fine_tuning import apply_difference
-    from layerdiffusion.sd import load_models
+    from layerdiffusion.base.sd import load_models
 
     models = load_models("mini", "cpu", torch.bfloat16)
     g, base = torch.Generator().manual_seed(0), models.unet.state_dict()
@@ -307,7 +307,7 @@ def test_out_of_memory_in_the_first_step(monkeypatch):
     "The optimiser's state is half made then; the next level begins anew."
     import torch
     from layerdiffusion import EditConfig, LayerDiffusion
-    from layerdiffusion.memory import run_in
+    from layerdiffusion.base.memory import run_in
 
     method, told, step = LayerDiffusion.from_pretrained("mini", "cpu"), [], torch.optim.Adam.step
 
@@ -333,8 +333,8 @@ def test_out_of_memory_in_the_first_step(monkeypatch):
 def test_learnt_words_where_parts_wait(monkeypatch):
     "The text encoder is awake whenever it is asked, and is asked once a step."
     from layerdiffusion import LayerDiffusion, preset
-    from layerdiffusion.memory import LEVELS
-    from layerdiffusion.sd import use
+    from layerdiffusion.base.memory import LEVELS
+    from layerdiffusion.base.sd import use
 
     method, moved = LayerDiffusion.from_pretrained("mini", "cpu"), []
     use(method.models, LEVELS["spare"])

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from layerdiffusion import LayerDiffusion, method
-from layerdiffusion.sd import load_models
-from layerdiffusion.world import make_edit, sample_scenes
+from layerdiffusion.base.sd import load_models
+from layerdiffusion.mini.world import make_edit, sample_scenes
 
 PACKAGE = Path(method.__file__).parent
 SOURCE = Path(method.__file__).read_text(encoding="utf-8")

@@ -14,7 +14,7 @@ def written(tmp_path_factory):
     "A folder from a run of untrained stages; and the untrained stages."
     import torch
     from torch.optim.swa_utils import AveragedModel
-    from layerdiffusion.mini import STAGES, build_vae, save_checkpoint, write_mini
+    from layerdiffusion.mini.training import STAGES, build_vae, save_checkpoint, write_mini
 
     run, out = tmp_path_factory.mktemp("run"), tmp_path_factory.mktemp("models") / "mine"
     build_vae().half().save_pretrained(run / "vae_folder")
@@ -41,8 +41,8 @@ def test_written_folder_is_read(written):
     import open_clip
     import torch
     from diffusers import StableDiffusionPipeline
-    from layerdiffusion.judge import load_judge
-    from layerdiffusion.masks import load_sam
+    from layerdiffusion.mini.judge import load_judge
+    from layerdiffusion.base.masks import load_sam
 
     out, stages = written
     pipe = StableDiffusionPipeline.from_pretrained(out)
@@ -71,7 +71,7 @@ def test_written_folder_is_read(written):
 
 def test_written_card(written):
     "The shipped card's numbers, the run's level, and what was given."
-    from layerdiffusion.sd import load_models
+    from layerdiffusion.base.sd import load_models
     from layerdiffusion.settings import preset
 
     shipped, models = load_models("mini").card, load_models(written[0])
@@ -83,7 +83,7 @@ def test_written_card(written):
 
 def tiny(folder, during=lambda: None, steps=2):
     "A few steps of a small run; `during` is called in each."
-    from layerdiffusion.mini import VaeObjective, train_loop
+    from layerdiffusion.mini.training import VaeObjective, train_loop
 
     class Tiny(VaeObjective):
         batch = 1
@@ -128,7 +128,7 @@ def test_signals_are_given_back(tmp_path):
 
 def test_verdicts():
     "The full check goes by the number, the quick one by the interval."
-    from layerdiffusion.mini import verdict
+    from layerdiffusion.mini.training import verdict
 
     rows = [dict(value=v, low=v - 0.1, high=v + 0.1, bar=0.9) for v in (1.0, 0.95, 0.85, 0.7)]
     assert [verdict(r) for r in rows] == ["met", "met", "NOT MET", "NOT MET"]
@@ -137,8 +137,8 @@ def test_verdicts():
 
 def test_a_run_goes_on_as_it_began(tmp_path):
     "Another seed or level is another run."
-    from layerdiffusion.core import BadInput
-    from layerdiffusion.mini import train_stage
+    from layerdiffusion.base.core import BadInput
+    from layerdiffusion.mini.training import train_stage
 
     def go(**kw):
         return train_stage("vae", tmp_path, workers=1, **kw)
@@ -157,14 +157,14 @@ def test_a_run_goes_on_as_it_began(tmp_path):
 
 
 def scenes_of(n=12, name="tests", **fixed):
-    from layerdiffusion.world import sample_scenes, stream
+    from layerdiffusion.mini.world import sample_scenes, stream
 
     return sample_scenes(n, stream(name), **fixed)
 
 
 def with_traits(scenes, **traits):
     from dataclasses import replace
-    from layerdiffusion.world import TRAITS
+    from layerdiffusion.mini.world import TRAITS
 
     look = scenes.look.clone()
     for name, value in traits.items():
@@ -175,7 +175,7 @@ def with_traits(scenes, **traits):
 def test_a_ghost_is_no_rabbit():
     "Right in everything, but broken: not valid. A judge without that question is asked as before."
     import torch
-    from layerdiffusion.judge import valid
+    from layerdiffusion.mini.judge import valid
 
     answers = dict(present=torch.ones(3).long(), species=torch.tensor([2, 2, 0]))
     assert valid(answers, species="rabbit").tolist() == [True, True, False]
@@ -186,8 +186,8 @@ def test_a_ghost_is_no_rabbit():
 def test_the_app_ticks_no_ghost(monkeypatch):
     import torch
     from types import SimpleNamespace as Some
-    from layerdiffusion import app
-    from layerdiffusion.judge import QUESTIONS, load_judge
+    from layerdiffusion.interface import app
+    from layerdiffusion.mini.judge import QUESTIONS, load_judge
 
     judge = torch.nn.Module()
     judge.forward = lambda x: {q: torch.eye(n)[[0 if q == "whole" else 1] * len(x)] for q, n in QUESTIONS.items()}
@@ -211,8 +211,8 @@ def test_judges_of_other_times(tmp_path):
     import json
     import torch
     from safetensors.torch import save_file
-    from layerdiffusion.core import BadInput
-    from layerdiffusion.judge import Judge, ask, load_judge, valid
+    from layerdiffusion.base.core import BadInput
+    from layerdiffusion.mini.judge import Judge, ask, load_judge, valid
 
     first = ("present", "species", "pose", "place", "colour", "pattern", "accessory")
     old, folder = Judge((24, 48, 96, 128), hidden=192, questions=first), tmp_path / "judge"
@@ -229,8 +229,8 @@ def test_judges_of_other_times(tmp_path):
 def test_only_what_can_be_seen_is_asked():
     "No rabbit's tail tip, no white saddle on a white coat, no half-there mark, nothing of nobody."
     import torch
-    from layerdiffusion.judge import truths
-    from layerdiffusion.world import MARKS
+    from layerdiffusion.mini.judge import truths
+    from layerdiffusion.mini.world import MARKS
 
     clear = with_traits(
         scenes_of(24, pose="standing", species="cat", colour="black", pattern=0, accessory=0),
@@ -244,7 +244,7 @@ def test_only_what_can_be_seen_is_asked():
         answer, asked = truths(with_traits(clear, **{mark: 0.05}))[mark]
         assert not answer.any() and asked.all(), mark
         assert not truths(with_traits(clear, **{mark: 0.35}))[mark][1].any()
-    from layerdiffusion.world import edit_scenes
+    from layerdiffusion.mini.world import edit_scenes
 
     assert not truths(edit_scenes(clear, species="rabbit"))["tail_tip"][1].any()
     assert not truths(with_traits(edit_scenes(clear, colour="grey"), light=0.57, hue=0.08))["saddle"][1].all()
@@ -258,7 +258,7 @@ def test_only_what_can_be_seen_is_asked():
 def test_parts_are_left_out():
     "Nothing hidden is the picture as ever; everything hidden is the place; a hidden head leaves the hind legs alone."
     import torch
-    from layerdiffusion.world import PARTS, draw_places, draw_subjects
+    from layerdiffusion.mini.world import PARTS, draw_places, draw_subjects
 
     s = scenes_of(4)
     ground = draw_places(s, 64)
@@ -275,10 +275,10 @@ def test_animals_are_broken():
     """Each kind changes the animal, not the place far from it; an empty place stays; the same generator gives the same
     picture."""
     import torch
-    from layerdiffusion.core import BadInput
-    from layerdiffusion.judge import BROKEN, UNSEEN, break_subjects
-    from layerdiffusion.masks import dilate
-    from layerdiffusion.world import render, stream
+    from layerdiffusion.base.core import BadInput
+    from layerdiffusion.mini.judge import BROKEN, UNSEEN, break_subjects
+    from layerdiffusion.base.masks import dilate
+    from layerdiffusion.mini.world import render, stream
 
     s = scenes_of(8, present=torch.arange(8) > 0)
     image, mask, background = render(s)
@@ -300,8 +300,8 @@ def test_the_judge_learns_what_is_broken():
     """The first third of a batch is; right answers about it cost less than wrong ones, and what an animal is called
     there costs nothing."""
     import torch
-    from layerdiffusion.judge import QUESTIONS
-    from layerdiffusion.mini import JudgeObjective, draw_scenes
+    from layerdiffusion.mini.judge import QUESTIONS
+    from layerdiffusion.mini.training import JudgeObjective, draw_scenes
 
     o = JudgeObjective()
     o.batch = 24
@@ -333,9 +333,9 @@ def test_the_judge_learns_what_is_broken():
 def test_clicks_and_boxes():
     "A click is where it says it is; labels say what is meant; boxes enclose the subject, and stay in the picture."
     import torch
-    from layerdiffusion.masks import bounding_box
-    from layerdiffusion.mini import random_boxes, random_clicks, several_clicks, some_dark
-    from layerdiffusion.world import COLOURS, PLACES, render, stream
+    from layerdiffusion.base.masks import bounding_box
+    from layerdiffusion.mini.training import random_boxes, random_clicks, several_clicks, some_dark
+    from layerdiffusion.mini.world import COLOURS, PLACES, render, stream
 
     s = scenes_of(16)
     mask = (render(s)[1] > 0.5).float()
@@ -364,7 +364,7 @@ def test_clicks_and_boxes():
 
 def test_sam_learns_boxes_and_negative_clicks():
     "Their embeddings get gradients, and the folder says that boxes are known."
-    from layerdiffusion.mini import SAM_CONFIG, SamObjective, draw_scenes
+    from layerdiffusion.mini.training import SAM_CONFIG, SamObjective, draw_scenes
 
     o = SamObjective()
     o.batch = 4
@@ -379,8 +379,8 @@ def test_captions_one_attribute_apart():
     first."""
     import torch
     from dataclasses import fields
-    from layerdiffusion.mini import TOLD, change_one, clear_traits, full_caption, near_groups, neighbours
-    from layerdiffusion.world import MARKS, TRAITS, clear_mark, second_colour, stream
+    from layerdiffusion.mini.training import TOLD, change_one, clear_traits, full_caption, near_groups, neighbours
+    from layerdiffusion.mini.world import MARKS, TRAITS, clear_mark, second_colour, stream
 
     s = clear_traits(scenes_of(8, level=1.0))
     assert all((clear_mark(s, m) >= 0).all() for m in MARKS) and all(
@@ -406,7 +406,7 @@ def test_captions_one_attribute_apart():
 def test_training_begins_from_what_fits(tmp_path):
     import torch
     from safetensors.torch import save_file
-    from layerdiffusion.mini import start_from
+    from layerdiffusion.mini.training import start_from
 
     module = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 3))
     before = module[1].weight.clone()
@@ -423,9 +423,9 @@ def test_labelled_pictures(tmp_path):
     and only that."""
     import json
     import torch
-    from layerdiffusion.core import BadInput
-    from layerdiffusion.judge import QUESTIONS
-    from layerdiffusion.mini import agrees, check_labels, load_labels, save_labels
+    from layerdiffusion.base.core import BadInput
+    from layerdiffusion.mini.judge import QUESTIONS
+    from layerdiffusion.mini.training import agrees, check_labels, load_labels, save_labels
 
     images = (torch.rand(5, 3, 64, 64) * 255).round() / 255
     dog = dict(present=True, whole=True, species="dog", pose="sitting", place="snow")
@@ -470,9 +470,9 @@ def test_the_pinned_pictures(monkeypatch):
     from pathlib import Path
 
     import torch
-    from layerdiffusion.core import package_folder
-    from layerdiffusion.judge import ANSWERS, QUESTIONS
-    from layerdiffusion.mini import agrees, load_labels
+    from layerdiffusion.base.core import package_folder
+    from layerdiffusion.mini.judge import ANSWERS, QUESTIONS
+    from layerdiffusion.mini.training import agrees, load_labels
 
     monkeypatch.syspath_prepend(str(Path(__file__).parent))
     from labelled import KINDS, seen_labels
@@ -498,9 +498,9 @@ def test_the_pinned_pictures(monkeypatch):
 def test_checks_have_their_bars(written):
     """Every row has a bar, an interval and its number of pictures; a judge that was not taught about broken animals has
     no such rows."""
-    from layerdiffusion.judge import BROKEN, UNSEEN, Judge
-    from layerdiffusion.masks import load_sam
-    from layerdiffusion.mini import GATES, check_broken, check_clip, check_judge, check_said, check_sam
+    from layerdiffusion.mini.judge import BROKEN, UNSEEN, Judge
+    from layerdiffusion.base.masks import load_sam
+    from layerdiffusion.mini.training import GATES, check_broken, check_clip, check_judge, check_said, check_sam
 
     out, stages = written
     judge = stages["judge"].judge
@@ -531,8 +531,8 @@ def test_what_is_said_is_counted(monkeypatch):
     """Only marks that are there and named are counted; a judge that sees every mark finds all of them, one that sees
     none finds none."""
     import torch
-    from layerdiffusion import mini
-    from layerdiffusion.judge import QUESTIONS, truths
+    from layerdiffusion.mini import training as mini
+    from layerdiffusion.mini.judge import QUESTIONS, truths
 
     monkeypatch.setattr(mini, "draw", lambda models, texts, *_: torch.zeros(len(texts), 3, 64, 64))
     true = truths(mini.combinations(0.0, 1, size=0))
@@ -554,7 +554,7 @@ def test_what_is_said_is_counted(monkeypatch):
 
 def test_a_loss_that_is_no_number_is_never_saved(tmp_path):
     "The run stops with a sentence, and the checkpoint before it is the one that stays."
-    from layerdiffusion.mini import VaeObjective, train_loop
+    from layerdiffusion.mini.training import VaeObjective, train_loop
 
     class Broken(VaeObjective):
         batch, bad = 1, False

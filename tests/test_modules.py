@@ -110,7 +110,7 @@ def test_ruff(file):
     assert not [f for f in found if not (f[1] == "E501" and f[0] in lines_of_all(file))]
 
 
-@pytest.mark.parametrize("module", ["layerdiffusion", "layerdiffusion.cli"])
+@pytest.mark.parametrize("module", ["layerdiffusion", "layerdiffusion.interface.cli"])
 def test_import_is_light(module):
     heavy = ["torch", "torchvision", "diffusers", "transformers", "segment_anything", "open_clip", *TOOLS]
     done = python(f"import sys, {module}; print([m for m in {heavy} if m in sys.modules])")

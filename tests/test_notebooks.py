@@ -108,7 +108,7 @@ def test_a_mistake_in_a_cell_is_one_sentence():
     "A BadInput shows itself in a notebook as it does in a terminal; another error keeps its traceback."
     from nbclient import NotebookClient
 
-    cells = ["from layerdiffusion.core import load_image", "load_image('nowhere.png')", "1 / 0"]
+    cells = ["from layerdiffusion.base.core import load_image", "load_image('nowhere.png')", "1 / 0"]
     nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(c) for c in cells])
     NotebookClient(
         nb, kernel_name="python3", allow_errors=True, resources=dict(metadata=dict(path=str(ROOT)))

@@ -20,9 +20,9 @@ import torch
 from PIL import Image, ImageDraw
 from safetensors import safe_open
 
-from layerdiffusion import core
-from layerdiffusion.cli import main
-from layerdiffusion.core import LOCK, BadInput, one_writer
+from layerdiffusion.base import core
+from layerdiffusion.interface.cli import main
+from layerdiffusion.base.core import LOCK, BadInput, one_writer
 from layerdiffusion.pipeline import Checkpoint, LayerDiffusion
 from layerdiffusion.settings import EditConfig
 
@@ -192,7 +192,7 @@ def test_an_unknown_error_deletes_nothing(place, whole, capsys, stage, step):
 @pytest.mark.parametrize("where", ["pack", "sheet", "save"])
 def test_an_unknown_error_after_the_drawing(place, whole, capsys, monkeypatch, where):
     "While the results are packed, put on their sheet, written."
-    from layerdiffusion.saving import EditResult
+    from layerdiffusion.interface.saving import EditResult
 
     owner = LayerDiffusion if where == "pack" else EditResult
     with monkeypatch.context() as patch:
@@ -374,7 +374,7 @@ def test_a_full_disk_at_the_end(place, whole, monkeypatch, capsys, name):
 
 
 def test_early_looks_that_cannot_be_written_cost_nothing_else(place, monkeypatch, capsys):
-    from layerdiffusion import cli
+    from layerdiffusion.interface import cli
 
     def full(*args):
         raise BadInput("'out/looks.png' cannot be written: No space left on device.")
@@ -433,7 +433,7 @@ def test_a_full_disk_under_stdout_is_told_on_stderr(place, whole, monkeypatch):
 @pytest.mark.parametrize("stream", [None, Pipe()])
 def test_a_console_without_the_letters(place, whole, monkeypatch, stream):
     "No stream at all, and one of cp1252: a name in Chinese is said as well as it can be."
-    from layerdiffusion.core import example_path
+    from layerdiffusion.base.core import example_path
 
     Path("狗.png").write_bytes(example_path("dog").read_bytes())
     command = [a if a != "example:dog" else "狗.png" for a in COMMAND if a != "out"][: -1 - len(STEPS)] + STEPS
@@ -449,7 +449,7 @@ def test_a_console_without_the_letters(place, whole, monkeypatch, stream):
 def test_head(place, loaded):
     "A real pipe, to a program that reads one line, from a command whose console knows ASCII only."
     Path("狗.png").write_bytes(core.example_path("dog").read_bytes())
-    code = "import sys; from layerdiffusion.cli import main; sys.exit(main())"
+    code = "import sys; from layerdiffusion.interface.cli import main; sys.exit(main())"
     env = dict(os.environ, PYTHONIOENCODING="ascii", PYTHONPATH=str(Path(core.__file__).parents[1]))
     args = ["edit", "狗.png", *COMMAND[2 : -len(STEPS) - 1], "狗", *STEPS]
     life = subprocess.Popen(

@@ -135,7 +135,7 @@ def test_what_is_imported_is_required(told):
 
 def test_entry_points(told):
     assert told["entry_points"] == {
-        "console_scripts": ["layerdiffusion=layerdiffusion.cli:main"],
+        "console_scripts": ["layerdiffusion=layerdiffusion.interface.cli:main"],
         "nbdev": ["layerdiffusion=layerdiffusion._modidx:d"],
     }
 

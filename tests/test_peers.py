@@ -13,9 +13,9 @@ import torch
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     "The shipped folder, where it has four channels; an untrained one of today's shape where it has not."
-    from layerdiffusion.folders import resolve_model
-    from layerdiffusion.mini import DiffusionObjective, build_vae, load_vae, save_diffusion
-    from layerdiffusion.sd import load_models
+    from layerdiffusion.base.folders import resolve_model
+    from layerdiffusion.mini.training import DiffusionObjective, build_vae, load_vae, save_diffusion
+    from layerdiffusion.base.sd import load_models
 
     named = os.environ.get("PEERS_FOLDER") or resolve_model("mini")
     if load_models(named).unet.config.in_channels == 4:
@@ -29,8 +29,8 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def photo():
-    from layerdiffusion.core import to_pil
-    from layerdiffusion.world import render, sample_scenes, stream
+    from layerdiffusion.base.core import to_pil
+    from layerdiffusion.mini.world import render, sample_scenes, stream
 
     image, mask, _ = render(sample_scenes(1, stream("peers"), species="dog", pose="standing"), 64)
     return image[0], mask[0], to_pil(image[0]), to_pil(mask[0].expand(3, -1, -1))
@@ -52,7 +52,7 @@ def sound(images):
 
 def test_plain_pipeline_draws_what_the_library_draws(folder):
     from diffusers import StableDiffusionPipeline
-    from layerdiffusion.sd import ddim_sample, decode_latents, encode_text, initial_latents, load_models
+    from layerdiffusion.base.sd import ddim_sample, decode_latents, encode_text, initial_latents, load_models
 
     models = load_models(folder)
     latents = initial_latents(models, [3])
@@ -84,7 +84,7 @@ def test_legacy_inpainting(folder, photo):
     pipe = quiet(StableDiffusionInpaintPipeline.from_pretrained(folder))
     hole = torch.zeros(1, 64, 64)
     hole[:, 16:48, 36:60] = 1
-    from layerdiffusion.core import to_pil
+    from layerdiffusion.base.core import to_pil
 
     g = torch.Generator().manual_seed(0)
     size = dict(height=64, width=64)

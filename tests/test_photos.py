@@ -12,7 +12,7 @@ TEXT = "a corgi jumping over a log in an autumn forest"
 @pytest.fixture(scope="module")
 def method(tmp_path_factory):
     from layerdiffusion import LayerDiffusion
-    from layerdiffusion.full_size import build_model, build_sam
+    from layerdiffusion.evidence.full_size import build_model, build_sam
 
     place = tmp_path_factory.mktemp("model")
     return LayerDiffusion.from_pretrained(
@@ -80,7 +80,7 @@ def test_a_large_photo(method, tmp_path):
     before, after = np.asarray(Image.open(tmp_path / "photo.jpg")), np.asarray(whole)
     changed = (before != after).any(2)
     assert after.shape == (2000, 3000, 3) and changed[mask].mean() > 0.9
-    from layerdiffusion.masks import dilate
+    from layerdiffusion.base.masks import dilate
 
     near = dilate(result.mask[None], 20)[0, 0]
     near = np.asarray(Image.fromarray((near * 255).byte().numpy()).resize((3000, 2000))) > 0
@@ -108,7 +108,7 @@ def ellipse(width, height):
 
 
 def test_a_profile_for_other_colours_is_left_out(tmp_path):
-    from layerdiffusion.saving import photo_info
+    from layerdiffusion.interface.saving import photo_info
 
     image, info = photo(64, 48, mode="L")
     profile = bytearray(info["icc_profile"])
@@ -118,7 +118,7 @@ def test_a_profile_for_other_colours_is_left_out(tmp_path):
 
 
 def test_command_pastes_back(tmp_path, monkeypatch):
-    from layerdiffusion.cli import main
+    from layerdiffusion.interface.cli import main
 
     monkeypatch.chdir(tmp_path)
     image, info = photo(300, 200)

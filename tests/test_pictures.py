@@ -14,9 +14,9 @@ import pytest
 import torch
 from PIL import Image, ImageCms, ImageFile, PngImagePlugin, features
 
-from layerdiffusion.core import _TURNS, BadInput, Notice, fit_points, load_image
-from layerdiffusion.masks import find_mask, load_sam, look, mask_from_file
-from layerdiffusion.saving import fitting_notes, photo_info
+from layerdiffusion.base.core import _TURNS, BadInput, Notice, fit_points, load_image
+from layerdiffusion.base.masks import find_mask, load_sam, look, mask_from_file
+from layerdiffusion.interface.saving import fitting_notes, photo_info
 
 H, W = 48, 64
 Y, X = np.mgrid[0:H, 0:W]
@@ -836,7 +836,7 @@ def method():
 
 
 def find(method, **given):
-    from layerdiffusion.core import fit_image
+    from layerdiffusion.base.core import fit_image
 
     whole = load_image("example:dog").resize((256, 256))
     return method.find_subject(whole, fit_image(whole, 64), **given)
@@ -872,7 +872,7 @@ def test_sam_objects_in_the_method(method, theirs):
 
 @pytest.fixture
 def run(capfd):
-    from layerdiffusion.cli import main
+    from layerdiffusion.interface.cli import main
 
     def call(*args):
         code = main([str(a) for a in args])
@@ -912,7 +912,7 @@ def test_command_not_point(run):
 @pytest.mark.parametrize("name", ["ones", "sixteen_ones", "voc"])
 def test_command_masks(run, name):
     "A mask of 0 and 1 passes the check on the command line, too."
-    from layerdiffusion.cli import read_request
+    from layerdiffusion.interface.cli import read_request
 
     FILES[name]()
     options = dict(

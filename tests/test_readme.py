@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from layerdiffusion.experiments import compare, load_experiment
+from layerdiffusion.evidence.experiments import compare, load_experiment
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -29,7 +29,7 @@ OURS = [c for c in COMMANDS if c.startswith("layerdiffusion ")]
 
 def run(*words):
     env = {**os.environ, "COLUMNS": "200", "NO_COLOR": "1", "TERM": "dumb"}
-    code = "import sys; from layerdiffusion.cli import main; sys.argv[0] = 'layerdiffusion'; sys.exit(main())"
+    code = "import sys; from layerdiffusion.interface.cli import main; sys.argv[0] = 'layerdiffusion'; sys.exit(main())"
     return subprocess.run(
         [sys.executable, "-c", code, *words], env=env, capture_output=True, text=True, stdin=subprocess.DEVNULL
     )
@@ -99,7 +99,7 @@ def test_numbers_are_of_the_records():
 
 def test_numbers_of_the_unseen_edits():
     "What README says of the unseen edits is counted from their record, as page 15 does."
-    from layerdiffusion.scores import interval
+    from layerdiffusion.evidence.scores import interval
 
     kept = [json.loads(line) for line in (ROOT / "nbs/results/unseen.jsonl").read_text().splitlines()]
     rows = [dict(edit=r["edit"], kind=r["kind"], **s) for r in kept if r["setting"] == "best" for s in r["scores"]]

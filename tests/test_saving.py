@@ -9,10 +9,10 @@ from dataclasses import replace
 import pytest
 import torch
 from safetensors.torch import load_file
-from layerdiffusion.core import BadInput, Event
+from layerdiffusion.base.core import BadInput, Event
 from layerdiffusion.fine_tuning import low_rank
 from layerdiffusion.pipeline import EditConfig, LayerDiffusion, load_edit
-from layerdiffusion.saving import export, pixels
+from layerdiffusion.interface.saving import export, pixels
 from layerdiffusion.settings import preset
 
 SHORT = EditConfig(embedding_steps=3, tuning_steps=8, sampling_steps=8, iterative_guidance=False)
@@ -261,7 +261,7 @@ def test_a_model_brings_its_own_sam_and_clip(method, tmp_path, monkeypatch):
 
 def test_points_and_seeds_of_numpy(method):
     import numpy as np
-    from layerdiffusion.core import fit_points, load_image
+    from layerdiffusion.base.core import fit_points, load_image
     from layerdiffusion.pipeline import check_seeds
 
     image, fitted = load_image("example:dog"), torch.zeros(3, 64, 64)
@@ -276,7 +276,7 @@ def test_points_and_seeds_of_numpy(method):
 
 def test_only_our_own_leavings_are_removed(tmp_path):
     "Hidden folders of processes that are gone, and checkpoints of the stages there are."
-    from layerdiffusion.saving import clear_checkpoints
+    from layerdiffusion.interface.saving import clear_checkpoints
 
     kept = {
         ".20240101",
@@ -476,7 +476,7 @@ def test_a_saved_edit_comes_back_in_its_precision(tmp_path):
 
 def test_what_is_no_picture_and_no_mask(method):
     import numpy as np
-    from layerdiffusion.core import load_image
+    from layerdiffusion.base.core import load_image
     from layerdiffusion.pipeline import read_mask
 
     white = np.full((9, 8, 3), 255, "uint8")

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from layerdiffusion import scores
-from layerdiffusion.core import BadInput
-from layerdiffusion.judge import load_judge
+from layerdiffusion.evidence import scores
+from layerdiffusion.base.core import BadInput
+from layerdiffusion.mini.judge import load_judge
 from layerdiffusion.pipeline import LayerDiffusion
-from layerdiffusion.scores import edit_set, keep_result, load_result, measure
+from layerdiffusion.evidence.scores import edit_set, keep_result, load_result, measure
 from layerdiffusion.settings import preset
 
 
@@ -37,8 +37,8 @@ def test_a_given_judge_is_asked(monkeypatch):
 def test_the_scale_knows_no_model(monkeypatch):
     "Both ends are the world's own drawings, so a worse autoencoder moves what goes through it, and nothing else."
     import torch
-    from layerdiffusion.masks import load_sam
-    from layerdiffusion.sd import load_models
+    from layerdiffusion.base.masks import load_sam
+    from layerdiffusion.base.sd import load_models
 
     models, sam, judge = load_models("mini"), load_sam("mini"), load_judge()
     edit = edit_set("development")[0].edit

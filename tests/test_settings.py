@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from layerdiffusion import BadInput, EditConfig, LayerDiffusion, load_edit, preset
-from layerdiffusion.cli import main
-from layerdiffusion.core import content_hash
+from layerdiffusion.interface.cli import main
+from layerdiffusion.base.core import content_hash
 from layerdiffusion.settings import PRESETS
 
 TEXT = "a dog jumping in a forest"
@@ -161,7 +161,7 @@ def test_the_advice_of_a_message_works(method):
 def test_a_new_setting_orphans_nothing(monkeypatch):
     "A setting that comes later, with a default: keys of settings, of cells and of stages stay as they were."
     from layerdiffusion import settings as page
-    from layerdiffusion.experiments import Setting, cell_name
+    from layerdiffusion.evidence.experiments import Setting, cell_name
 
     models = type("Models", (), dict(hash="0" * 16))
     method, task = type("Method", (), dict(models=models)), type("Task", (), dict(name="joint 0"))
@@ -201,7 +201,7 @@ def test_what_is_written_down():
 def test_the_negative_prompt_is_the_unconditional_text(method, plain):
     "One step of drawing by hand: free + scale · (said − free), where free is under the negative prompt."
     from layerdiffusion.fine_tuning import apply_difference
-    from layerdiffusion.sd import ddim_sample, decode_latents, encode_text, initial_latents
+    from layerdiffusion.base.sd import ddim_sample, decode_latents, encode_text, initial_latents
     from dataclasses import replace
 
     how = dict(iterative_guidance=False, sampling_steps=1)
@@ -250,8 +250,8 @@ def test_it_is_kept(method, plain, tmp_path):
     )
     assert not torch.equal(load_edit(folder, method, negative_prompt="").images, edit.images)
     assert method.reuse(again, "a dog lying in a forest", seeds=[0]).config.negative_prompt == "a hat"
-    from layerdiffusion.saving import export
-    from layerdiffusion.sd import encode_text
+    from layerdiffusion.interface.saving import export
+    from layerdiffusion.base.sd import encode_text
     from safetensors.torch import load_file
 
     words = load_file(export(edit, method, tmp_path / "out", "lora") / "embeddings.safetensors")

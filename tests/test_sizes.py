@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from layerdiffusion.core import refusal
+from layerdiffusion.base.core import refusal
 from layerdiffusion.fine_tuning import (
     apply_difference,
     change_of,
@@ -24,7 +24,7 @@ from layerdiffusion.fine_tuning import (
     weight_difference,
 )
 from layerdiffusion.pipeline import EditConfig, LayerDiffusion, load_edit
-from layerdiffusion.saving import export
+from layerdiffusion.interface.saving import export
 
 TEXT, SEEDS = "a dog jumping in a forest", [3, 5]
 SHORT = dict(object_picture="input", embedding_steps=1, tuning_steps=4, sampling_steps=4, iterative_guidance=False)
@@ -147,7 +147,7 @@ def test_diffusers_finds_a_lora_in_the_folder(method, thin, tmp_path, rank):
 
 def test_an_exported_lora_draws_our_pictures(method, thin, tmp_path):
     "By draw.py, in a process that cannot import this library: ours to the last of 256 steps."
-    from layerdiffusion.saving import pixels
+    from layerdiffusion.interface.saving import pixels
 
     folder = export(thin, method, tmp_path / "lora", "lora")
     code = "import runpy, sys; sys.modules['layerdiffusion'] = None; runpy.run_path(sys.argv.pop(1))"
@@ -190,7 +190,7 @@ def test_the_best_of_a_rank(whole):
 def test_rank_on_the_command_line(whole, tmp_path, monkeypatch, capsys):
     """The file is small, the line says what is left out, edit.json too, and it is drawn again; without a rank all is
     kept."""
-    from layerdiffusion.cli import main
+    from layerdiffusion.interface.cli import main
 
     monkeypatch.chdir(tmp_path)
     call = [
@@ -341,8 +341,8 @@ import json, sys, torch
 torch.set_num_threads(1)
 folder, level, precision, kind = sys.argv[1:]
 from layerdiffusion import EditConfig, LayerDiffusion
-from layerdiffusion.memory import LEVELS, predict, settings_for
-from layerdiffusion.sd import use
+from layerdiffusion.base.memory import LEVELS, predict, settings_for
+from layerdiffusion.base.sd import use
 method = LayerDiffusion.from_pretrained(folder, "cpu", "mini", precision=precision)
 short = dict(object_picture="input", embedding_steps=2, tuning_steps=2, sampling_steps=2)
 config = EditConfig(tuned_parameters=kind, tuning_lr=1e-5, **short)
@@ -366,7 +366,7 @@ print(json.dumps(dict(embed=said["embed"] / embed, tune=said["tune"] / tune, sam
 @pytest.fixture(scope="module")
 def medium(tmp_path_factory):
     "v1.4's plan at a quarter of its width: 53 million parameters in the U-Net."
-    from layerdiffusion.full_size import build_model
+    from layerdiffusion.evidence.full_size import build_model
 
     return build_model(tmp_path_factory.mktemp("medium") / "sd", width=0.25, size=256)
 
@@ -390,7 +390,7 @@ def test_what_a_process_takes_was_said(medium, level, precision, kind):
 def test_nothing_waits_on_a_cpu(method):
     """Where the CPU is the device, a level that lets parts wait saves nothing by it; on a GPU it does, and SAM counts
     as long as it stays."""
-    from layerdiffusion.memory import predict, weight_bytes
+    from layerdiffusion.base.memory import predict, weight_bytes
 
     def on(device, level, sam=None):
         return predict(

@@ -13,7 +13,7 @@ import stubs
 ROOT = Path(__file__).resolve().parents[1]
 USE = """
 from layerdiffusion.pipeline import EditOutput, LayerDiffusion
-from layerdiffusion.saving import EditResult
+from layerdiffusion.interface.saving import EditResult
 
 def use(pipe: LayerDiffusion) -> EditResult:
     made: EditOutput = pipe.to("cpu")("example:dog", "a dog", num_inference_steps=3)

@@ -3,7 +3,7 @@ of another tool's is passed on as words."""
 
 import pytest
 
-from layerdiffusion.core import BadInput
+from layerdiffusion.base.core import BadInput
 from layerdiffusion.embeddings import plain_words, split_text
 from layerdiffusion.settings import EditConfig
 
