@@ -4,7 +4,7 @@ import re
 from configparser import ConfigParser
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 config = ConfigParser(delimiters=["="])
 config.read(Path(__file__).parent / "settings.ini", encoding="utf-8")
@@ -42,8 +42,8 @@ setup(
         "Programming Language :: Python :: 3",
         *(f"Programming Language :: Python :: 3.{k}" for k in range(int(cfg["min_python"].split(".")[1]), 14)),
     ],
-    packages=[name],
-    package_data={name: ["weights/**", "pictures/*", "static/*", "py.typed", "*.pyi"]},
+    packages=find_packages(include=[name, f"{name}.*"]),
+    package_data={name: ["weights/**", "pictures/*", "static/*", "py.typed", "**/*.pyi"]},
     include_package_data=False,
     python_requires=">=" + cfg["min_python"],
     install_requires=cfg["requirements"].split(),

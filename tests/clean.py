@@ -40,7 +40,7 @@ def clean(root: Path):
     subprocess.run(
         [shutil.which("nbdev_clean", path=Path(sys.executable).parent)], cwd=root, check=True, stdin=subprocess.DEVNULL
     )
-    for page in (root / "nbs").glob("*.ipynb"):
+    for page in (root / "nbs").rglob("[!.]*.ipynb"):
         as_jupyter(page)
 
 

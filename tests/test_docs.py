@@ -28,6 +28,7 @@ ARGS = [
     "--disable-component-update",
     "--disable-sync",
 ]
+PAGES = [p for p in (ROOT / "nbs").rglob("*.ipynb") if not any(part[0] in "._" for part in p.relative_to(ROOT).parts)]
 QUIET = "nbs/nbdev.yml", "_proc", "_docs"
 needs_tools = pytest.mark.skipif(
     importlib.util.find_spec("smalldocs") is None, reason="smalldocs is not installed: pip install -e '.[docs]'"
@@ -46,7 +47,7 @@ def menu():
 
 
 def test_every_page_is_in_the_sidebar():
-    assert sorted(menu()) == sorted(p.name for p in (ROOT / "nbs").glob("*.ipynb")), (
+    assert sorted(menu()) == sorted(p.relative_to(ROOT / "nbs").as_posix() for p in PAGES), (
         "each page once, and no page that is not there"
     )
 
@@ -85,7 +86,7 @@ def site(tmp_path_factory):
 def test_links_pictures_and_markup(site):
     "`build_site` has refused faults; here it is known that there was something to ask, and that a fault is seen."
     assert {p.stem for p in site.glob("*.html")} == {
-        re.sub(r"^\d\d_", "", name.removesuffix(".ipynb")) for name in menu()
+        re.sub(r"^\d\d_", "", Path(name).stem) for name in menu()
     }
     page = Page((site / "fine_tuning.html").read_text(encoding="utf-8"))
     assert (

@@ -85,7 +85,7 @@ def test_it_is_short_and_stands_alone():
     lines = SOURCE.splitlines()
     assert len(lines) <= 200 and not [x for x in lines if len(x) > 120 and not x.startswith("__all__")]
     found = [n for n in ast.walk(ast.parse(SOURCE)) if isinstance(n, ast.ImportFrom) and n.level]
-    assert [(n.module, [a.name for a in n.names]) for n in found] == [("core", ["BadInput"])]
+    assert [(n.module, [a.name for a in n.names]) for n in found] == [("base.core", ["BadInput"])]
 
 
 @pytest.mark.parametrize("name", method.__all__)

@@ -11,8 +11,19 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "layerdiffusion"
-MODULES = sorted(p.stem for p in PACKAGE.glob("*.py") if not p.stem.startswith("_"))
-PAGES = {re.sub(r"^\d+_", "", p.stem): p.stem for p in (ROOT / "nbs").glob("*.ipynb") if re.match(r"\d+_", p.name)}
+FILES = sorted(p for p in PACKAGE.rglob("*.py") if not p.stem.startswith("_"))
+MODULES = [".".join(p.relative_to(PACKAGE).with_suffix("").parts) for p in FILES]
+
+
+def page_of(module):
+    "The page that makes a module."
+    line = f"#| default_exp {module}\n"
+    written = json.dumps(line)[1:-1]
+    return next((p for p in NUMBERED if written in p.read_text(encoding="utf-8") or written[:-2] + '"' in p.read_text(encoding="utf-8")), None)
+
+
+NUMBERED = sorted((ROOT / "nbs").glob("[!_.]*/[0-9]*.ipynb"))
+PAGES = {module: page.stem for module in MODULES if (page := page_of(module))}
 TOOLS = [
     "nbdev",
     "fastcore",
@@ -34,7 +45,7 @@ def python(code):
 
 
 def tree(module):
-    return ast.parse((PACKAGE / f"{module}.py").read_text(encoding="utf-8"))
+    return ast.parse((PACKAGE / f"{module.replace('.', '/')}.py").read_text(encoding="utf-8"))
 
 
 def own_imports(module):
@@ -43,11 +54,13 @@ def own_imports(module):
         if isinstance(node, ast.Import):
             names = [a.name for a in node.names]
         elif isinstance(node, ast.ImportFrom):
-            base = ".".join(filter(None, ["layerdiffusion" if node.level else None, node.module]))
+            inside = ["layerdiffusion", *module.split(".")][: -node.level] if node.level else []
+            base = ".".join(filter(None, [*inside, node.module]))
             names = [f"{base}.{a.name}" for a in node.names]
         else:
             continue
-        yield from (n.split(".")[1] for n in names if re.match(r"layerdiffusion\.\w", n) and n.split(".")[1] in PAGES)
+        for name in names:
+            yield from (m for m in MODULES if f"{name}.".startswith(f"layerdiffusion.{m}."))
 
 
 ALONE = f"""
@@ -71,6 +84,26 @@ def test_imports_only_earlier_pages(module):
     "A module imports those whose page has a lower number, or the same one and an earlier name."
     assert module in PAGES, f"{module} has no page in nbs/"
     assert not [m for m in own_imports(module) if PAGES[m] >= PAGES[module]]
+
+
+ROOMS = dict(  # who may import whom; "" is the method and its public class
+    base=["base", ""],
+    interface=["base", "", "interface", "mini", "evidence"],
+    mini=["base", "", "mini"],
+    evidence=["base", "", "mini", "interface", "evidence"],
+)
+ROOMS[""] = ["base", "", "interface.saving", "mini", "evidence"]
+
+
+def room(module):
+    return module.rpartition(".")[0]
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_rooms(module):
+    "A room opens only to those that stand above it."
+    found = {m for m in own_imports(module) if room(m) not in ROOMS[room(module)] and m not in ROOMS[room(module)]}
+    assert not found
 
 
 @pytest.mark.parametrize("module", MODULES)
@@ -119,7 +152,7 @@ def test_import_is_light(module):
 
 def page_imports(module):
     "The import statements of a module's page, those of hidden cells too, as source."
-    page = next((ROOT / "nbs").glob(f"*_{module}.ipynb"))
+    page = page_of(module)
     cells = [
         "".join(c["source"]) for c in json.loads(page.read_text(encoding="utf-8"))["cells"] if c["cell_type"] == "code"
     ]

@@ -14,7 +14,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 NBS = ROOT / "nbs"
-PAGES = sorted(NBS.glob("*.ipynb"))
+PAGES = sorted(p for p in NBS.rglob("*.ipynb") if not re.search(r"(^|/)[._]", p.relative_to(NBS).as_posix()))
 cfg = ConfigParser(delimiters=["="])
 cfg.read(ROOT / "settings.ini")
 FORCED = os.environ.get("NB_FLAGS", "").split()

@@ -107,7 +107,7 @@ def test_requirements(told):
 def test_what_is_imported_is_required(told):
     """Each third-party module named in the library is a requirement; only pictures and forms in a notebook, and the
     website, ask for more."""
-    trees = [ast.parse(p.read_text(encoding="utf-8")) for p in DATA.glob("*.py")]
+    trees = [ast.parse(p.read_text(encoding="utf-8")) for p in DATA.rglob("*.py")]
     nodes = [n for tree in trees for n in ast.walk(tree)]
     names = {a.name for n in nodes if isinstance(n, ast.Import) for a in n.names} | {
         n.module for n in nodes if isinstance(n, ast.ImportFrom) and not n.level

@@ -35,7 +35,7 @@ def nbdev(command, folder):
 
 
 def contents(folder, glob):
-    return {p.name: p.read_bytes() for p in folder.glob(glob)}
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.glob(glob)}
 
 
 def same(new, old):
@@ -44,20 +44,20 @@ def same(new, old):
 
 
 def test_export_changes_nothing(copy):
-    for module in (copy / "layerdiffusion").glob("*.py"):
+    for module in (copy / "layerdiffusion").rglob("*.py"):
         if module.name not in ("__init__.py", "__main__.py"):
             module.unlink()
     nbdev("nbdev_export", copy)
-    same(contents(copy / "layerdiffusion", "*.py"), contents(ROOT / "layerdiffusion", "*.py"))
+    same(contents(copy / "layerdiffusion", "**/*.py"), contents(ROOT / "layerdiffusion", "**/*.py"))
     same(contents(copy, "*.*"), {n: (ROOT / n).read_bytes() for n in ("settings.ini", "setup.py", "pyproject.toml")})
 
 
 def test_clean_changes_nothing(copy):
     clean(copy)
-    same(contents(copy / "nbs", "*.ipynb"), contents(ROOT / "nbs", "*.ipynb"))
+    same(contents(copy / "nbs", "[!_.]*/*.ipynb"), contents(ROOT / "nbs", "[!_.]*/*.ipynb"))
 
 
-@pytest.mark.parametrize("page", sorted((ROOT / "nbs").glob("*.ipynb")), ids=lambda p: p.stem)
+@pytest.mark.parametrize("page", sorted((ROOT / "nbs").glob("[!_.]*/[!.]*.ipynb")), ids=lambda p: p.stem)
 def test_a_page_has_no_unsaved_changes_when_it_is_opened(page):
     """Its metadata is what JupyterLab writes on opening it: the installed kernel's, but for the version of Python,
     which is the reader's."""

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['NUMBERED', 'IMPORT', 'KATEX', 'RAW', 'AWAY', 'LOADED', 'find_checkout', 'need_tools', 'brief', 'as_cell',
-           'parameters', 'parameter_table', 'render_doc', 'drop_numbers', 'localise', 'Page', 'faults', 'build_here',
-           'settings_of', 'check_folder', 'finish', 'build_site', 'serve_site']
+           'parameters', 'parameter_table', 'render_doc', 'flatten', 'drop_numbers', 'localise', 'Page', 'faults',
+           'build_here', 'settings_of', 'check_folder', 'finish', 'build_site', 'serve_site']
 
 # %% ../../nbs/evidence/26_docs.ipynb #15460b5d
 import inspect
@@ -114,6 +114,17 @@ def render_doc(sym, name: str | None = None, title_level: int = 3):
 # %% ../../nbs/evidence/26_docs.ipynb #23baff63
 NUMBERED = re.compile(r"\b\d\d_(\w+\.ipynb)\b")
 
+def flatten(root: Path):
+    "Put the pages of all rooms side by side, in a copy of the checkout; their links follow."
+    nbs, menu = root / "nbs", root / "_quarto.yml"
+    for page in [p for p in nbs.glob("*/*.ipynb") if p.parent.name[0] not in "._"]:
+        page.rename(nbs / page.name)
+    for page in nbs.glob("*.ipynb"):
+        text = page.read_text(encoding="utf-8")
+        text = re.sub(r"\]\((?:\.\./)?(?:\w+/)?(\w+\.ipynb)", r"](\1", text)
+        page.write_text(re.sub(r"\]\(\.\./", "](", text), encoding="utf-8")
+    menu.write_text(re.sub(r"\b\w+/(\w+\.ipynb)", r"\1", menu.read_text(encoding="utf-8")), encoding="utf-8")
+
 def drop_numbers(folder: Path,  # nbdev's processed notebooks, changed in place
                  menu: Path  # the `_quarto.yml` that lists them
                 ):
@@ -135,7 +146,7 @@ def localise(html: str,  # a page
             ) -> str:
     "Links to the published site become relative ones, KaTeX comes from the site itself."
     def relative(m):
-        page, hash, anchor = m[1].partition("#")
+        page, hash, anchor = m[1].rpartition("/")[2].partition("#")
         return f'href="{page or "index.html"}{hash + anchor if anchor in anchors.get(page, [anchor]) else ""}"'
     return KATEX.sub("site_libs/katex/", re.sub(rf'href="{re.escape(host.rstrip("/"))}/?([^"]*)"', relative, html))
 
@@ -270,6 +281,7 @@ def build_site(
         shutil.copytree(root / "nbs", work / "nbs", ignore=shutil.ignore_patterns(".*", "_proc", "_docs", "nbdev.yml"))
         for name in ("settings.ini", "_quarto.yml"):
             shutil.copy(root / name, work)
+        flatten(work)
         env = {
             **os.environ,
             "PYTHONPATH": os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")]),
