@@ -91,7 +91,7 @@ def test_it_is_short_and_stands_alone():
 @pytest.mark.parametrize("name", method.__all__)
 def test_what_is_in_it_runs(name):
     "Each of its functions is used in the package, by another of its own or elsewhere; `edit` is for you."
-    users = [p.read_text(encoding="utf-8") for p in PACKAGE.glob("*.py") if p.name not in ("_modidx.py", "method.py")]
+    users = [p.read_text(encoding="utf-8") for p in PACKAGE.rglob("*.py") if p.name not in ("_modidx.py", "method.py")]
     assert name == "edit" or f"{name}(" in SOURCE.replace(f"def {name}(", "") or any(f"{name}(" in x for x in users)
 
 
@@ -107,5 +107,5 @@ LINES = (
 @pytest.mark.parametrize("line", LINES)
 def test_no_equation_is_written_twice(line):
     "Masked loss, target, guidance, gradients and mix stand here and in no other module; `mini` is what trains a model."
-    holders = [p.stem for p in PACKAGE.glob("*.py") if line in p.read_text(encoding="utf-8")]
+    holders = [p.stem for p in PACKAGE.rglob("*.py") if line in p.read_text(encoding="utf-8")]
     assert [name for name in holders if name != "mini"] == ["method"]

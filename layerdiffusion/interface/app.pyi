@@ -1,0 +1,426 @@
+# Made by tests/stubs.py: the classes of the module beside it, whole.
+"""The whole edit in one window: a picture, a click, a sentence, a sheet of results, and the line that repeats it"""
+__all__ = ['DIALS', 'FOLDED', 'TEXTS', 'QUICK', 'LOOKS', 'STAGES', 'COPY', 'NOWHERE_ELSE', 'Order', 'span', 'short', 'arguments', 'python_lines', 'option_words', 'shell_line', 'sentence', 'Job', 'asked_for', 'scores', 'caption', 'Dial', 'dial_of', 'widgets', 'Slider', 'field_of', 'fold', 'LayerDiffusionApp', 'box', 'free_folder', 'read_upload', 'app_words', 'Shown', 'enlarged', 'figure', 'begin', 'write_page', 'free_port', 'serve']
+import base64
+import contextlib
+import html
+import importlib.util
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import traceback
+import warnings
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+from collections.abc import Callable
+import torch
+from .canvas import Marks, PromptCanvas, picture_bytes
+from layerdiffusion.base.core import BadInput, Event, Preview, join_callbacks, list_examples, load_image, package_folder, to_pil, write_atomic, write_json
+from ..embeddings import split_text
+from ..base.masks import propose_subject
+from ..evidence.metrics import Clip, clip_score, subject_likeness
+from ..pipeline import DRAWN, LayerDiffusion
+from .saving import EditResult, patch
+from ..base.sd import decode_latents, encode_text
+from ..settings import GROUPS, PAPER, SETTINGS, Declared, EditConfig, preset
+
+@dataclass(frozen=True)
+class Order:
+    """All that an edit is made of, as somebody would type it."""
+    image: str
+    text: str
+    parts: dict = field(default_factory=dict)
+    marks: dict = field(default_factory=dict)
+    reference: str | None = ...
+    seeds: tuple = ...
+    preset: str = ...
+    changes: dict = field(default_factory=dict)
+    model: dict = field(default_factory=dict)
+
+    def config(self, card: dict) -> EditConfig:
+        """The settings, for a model's card."""
+        ...
+
+def span(seeds: tuple) -> range:
+    ...
+
+def short(value):
+    """A value as it is typed: 40 for 40.0, a list for a tuple of points."""
+    ...
+
+def arguments(**values) -> str:
+    ...
+
+def python_lines(order: Order, redraw: dict | None=None) -> str:
+    """An edit as Python."""
+    ...
+
+def option_words(name: str, value) -> list:
+    """A setting as it is typed in a terminal."""
+    ...
+
+def shell_line(order: Order, redraw: dict | None=None, folder: str='edits/1') -> str:
+    """An edit for a terminal."""
+    ...
+
+def sentence(error: BaseException) -> str:
+    """What a person should read instead of a traceback."""
+    ...
+
+class Job:
+    """Work in a thread, that stops when it is asked to."""
+
+    def __init__(self, work: Callable, done: Callable):
+        ...
+
+    def start(self) -> 'Job':
+        ...
+
+    def run(self):
+        ...
+
+    def __call__(self, event: Event | None=None):
+        """Between two steps: the place to stop."""
+        ...
+
+    def stop(self, seconds: float=30.0):
+        """Ask it to stop, and wait until it has."""
+        ...
+
+    @property
+    def alive(self) -> bool:
+        ...
+
+def asked_for(text: str) -> dict:
+    """Colour, species, pose and place that a text of mini's world names."""
+    ...
+
+def scores(method: LayerDiffusion, result: EditResult) -> list:
+    """CLIP score, likeness of the subject and the judge's answers."""
+    ...
+
+def caption(seed: int, score: dict | None) -> str:
+    """A picture's seed and scores, as HTML."""
+    ...
+
+@dataclass(frozen=True)
+class Dial:
+    """A slider of the editor."""
+    name: str
+    label: str
+    low: float
+    high: float
+    step: float
+    paper: float | None
+    help: str
+    at_once: bool = ...
+
+def dial_of(setting: Declared) -> Dial:
+    """The slider of a setting, as it was declared."""
+    ...
+DIALS = [Dial('count', 'Pictures', 1, 20, 1, 20, 'How many, one for each seed. The paper draws 20.', True), Dial('first', 'First seed', 0, 100, 1, None, 'Another seed, another noise to begin with, another picture.', True), *(dial_of(setting) for setting in SETTINGS.values() if setting.slider)]
+
+def widgets():
+    """ipywidgets, or the sentence that says how to get it."""
+    ...
+
+class Slider:
+    """A dial as a row: name, slider with the paper's value marked, number."""
+
+    def __init__(self, dial: Dial, value: float):
+        ...
+
+    @property
+    def value(self):
+        ...
+FOLDED = {name: setting for name, setting in SETTINGS.items() if not setting.slider and name != 'seed'}
+
+def field_of(setting: Declared, value):
+    """The widget of a setting that has no slider."""
+    ...
+
+def fold(fields: dict):
+    """The fields in their groups, folded away."""
+    ...
+TEXTS = dict(dog='a brown dog jumping in a forest', cat='an orange cat lying on a beach', rabbit='a grey rabbit sitting in the snow')
+QUICK = dict(target_draws=16, embedding_steps=0, tuning_steps=40, sampling_steps=20)
+LOOKS = {'best': 'Best', 'paper': "The paper's", 'quick': 'Quick look'}
+
+class LayerDiffusionApp:
+    """The editor; shown in a notebook as the last thing of a cell."""
+
+    def __init__(self, image='example:dog', text: str | None=None, model: Any='mini', sam: Any=None, device: str | None=None):
+        ...
+
+    def _ipython_display_(self):
+        ...
+
+    @property
+    def card(self) -> dict:
+        ...
+
+    def make_widgets(self, text: str | None):
+        """Everything that can be touched or read."""
+        ...
+
+    def make_place(self):
+        """What shows the new place, and what chooses it."""
+        ...
+
+    def make_settings(self):
+        """The preset, the sliders, and the fields of all other settings."""
+        ...
+
+    def make_results(self):
+        """What runs an edit, and what shows and keeps its pictures."""
+        ...
+
+    def layout(self):
+        """Cards in two columns, or one below the other in a narrow window."""
+        ...
+
+    def given_cards(self) -> list:
+        """What is given: picture, subject and words."""
+        ...
+
+    def chosen_cards(self) -> list:
+        """What is chosen: place and settings, and the run."""
+        ...
+
+    def result_cards(self):
+        """Results and history, hidden at first."""
+        ...
+
+    def card_of(self, number: str, title: str, *inside):
+        """A card with its step."""
+        ...
+
+    def field(self, label: str, widget):
+        """A label over a field."""
+        ...
+
+    def head(self, title: str, note: str):
+        """A small heading."""
+        ...
+
+    def title(self):
+        """What this is, and what it runs on."""
+        ...
+
+    @contextlib.contextmanager
+    def silence(self):
+        """Inside, widgets are set without anything following from it."""
+        ...
+
+    def tell(self, where: str, what, wrong: bool=False):
+        """Say a sentence under a card."""
+        ...
+
+    def open_picture(self, image, name: str | None=None, said: str=''):
+        """Show a picture on a new canvas."""
+        ...
+
+    def split(self):
+        """Split the sentence, and show both parts."""
+        ...
+
+    def check_words(self):
+        """Say which words the model does not know."""
+        ...
+
+    def parts(self) -> dict:
+        """T_a and T_b, where they are not what the rule says."""
+        ...
+
+    def given(self) -> dict:
+        """Every setting that can be touched, as it stands."""
+        ...
+
+    def turn_to(self, config: EditConfig):
+        """Set sliders and fields to these settings."""
+        ...
+
+    def order(self) -> Order:
+        """What the editor is set to, refused where it cannot be meant."""
+        ...
+
+    def set_preset(self):
+        """Set the sliders to a preset's values for this model."""
+        ...
+
+    def connect(self):
+        """What happens when something is touched."""
+        ...
+
+    def guard(self, act: Callable, where: str='run'):
+        """Do something; whatever goes wrong is said in the card `where`, not raised."""
+        ...
+
+    def start(self, work: Callable, done: Callable, kind: str) -> bool:
+        """Begin a job; one that only redraws gives way."""
+        ...
+
+    def ended(self, job: Job, done: Callable):
+        """In the job's thread, at its end."""
+        ...
+
+    def run(self):
+        """Make the edit; after a stop with the same settings, go on with it."""
+        ...
+
+    def wish(self) -> tuple:
+        """All that the editor is set to; a run that was stopped goes on where it is the same as then."""
+        ...
+
+    @contextlib.contextmanager
+    def hushed(self):
+        """The pipeline need not print what the canvas shows."""
+        ...
+
+    def make(self, order: Order, given: dict, was: list, job: Job) -> tuple:
+        """In the job's thread: the edit, its scores, and warnings."""
+        ...
+
+    def finish(self, made: tuple):
+        """Show what a run made."""
+        ...
+
+    def stop(self):
+        """Stop after the present step."""
+        ...
+
+    def wait(self, seconds: float=600.0):
+        """Until the job has ended; for scripts."""
+        ...
+
+    def refresh(self):
+        """Names and states of the buttons."""
+        ...
+
+    def progress(self, event: Event, line: str, sheet):
+        """A callback's news."""
+        ...
+
+    def watch(self, job: Job) -> Callable:
+        """A callback that shows where a job is, and stops it when it shall."""
+        ...
+
+    def redraw(self):
+        """Draw again with what was learnt."""
+        ...
+
+    def too_old(self) -> bool:
+        """Whether the U-Net of the shown edit was let go."""
+        ...
+
+    def draw_again(self, shown: 'Shown', again: dict, job: Job) -> 'Shown':
+        """In the job's thread: other pictures of the same edit."""
+        ...
+
+    def draw_place(self):
+        """Draw the new place from its words; when there is one, another."""
+        ...
+
+    def use_place(self, name: str | None=None, picture=None):
+        """Take an uploaded picture for the new place, or none."""
+        ...
+
+    def show_place(self, picture, what: str):
+        """Show the new place."""
+        ...
+
+    def no_draft(self):
+        """Forget a drawn place whose words were changed."""
+        ...
+
+    def show(self, shown: 'Shown', keep: bool=False):
+        """Show a result, with its best picture picked, or the same seed as before."""
+        ...
+
+    def cell(self, i: int) -> tuple:
+        """A picture of the sheet with its scores and its button."""
+        ...
+
+    def pick(self, i: int):
+        """Choose a picture."""
+        ...
+
+    def save(self):
+        """Write the shown result, and the picked picture once more by that name."""
+        ...
+
+    def write_lines(self):
+        """The lines that repeat the shown result."""
+        ...
+
+    def show_history(self):
+        """The edits so far, each with a way back."""
+        ...
+
+    def back_to(self, old: 'Shown'):
+        """Show an earlier result, with the settings it was made by."""
+        ...
+
+def box(name: str, *inside):
+    """Widgets in a box with a name for the style sheet."""
+    ...
+
+def free_folder(image: str) -> str:
+    """edits/NAME-1, or the first such folder that is free."""
+    ...
+
+def read_upload(file: dict) -> tuple:
+    """A picture that was uploaded."""
+    ...
+_APP_WORDS = {' (in Python object= and background=)': '', 'give the two parts with --object and --background': 'fill in the two fields below', ', and give the rest to --negative-prompt': '', 'its parts go to --object and --background, what shall not be there to --negative-prompt': 'its parts go into the two fields below', 'what shall not be there goes to --negative-prompt': 'say only what is there', 'options stand outside the sentence, and --help shows those there are': 'leave it out', 'a picture of the place goes to --reference': 'a picture of the place can be uploaded below'}
+
+def app_words(refused: BadInput) -> BadInput:
+    """A sentence about options of the command line, as the editor would say it."""
+    ...
+LayerDiffusionApp.running = property(lambda self: self.job is not None and self.kind == 'run')
+
+@dataclass
+class Shown:
+    """A result with what it was made of."""
+    order: Order
+    result: EditResult
+    scores: list
+    seconds: float
+    canvas: PromptCanvas
+    marks: Marks
+    reference: tuple | None = ...
+    redraw: dict | None = ...
+
+def enlarged(picture, size: int=256) -> bytes:
+    """A picture (tensor or Pillow) as a file, its longer side `size` pixels."""
+    ...
+
+def figure(picture, size: int=320, what: str='') -> str:
+    """A picture as HTML, with no file behind it."""
+    ...
+STAGES = dict(reference='Drawing the new place', target='Looking for a target picture (Eq. 4)', words='Learning words (Eq. 2)', embeddings='Fitting the words (Eq. 2)', tuning='Teaching subject and place (Eq. 4-6)', drawing='Drawing the pictures (Eq. 7, 8)')
+COPY = "navigator.clipboard.writeText(this.parentElement.querySelector('pre').innerText); this.textContent = 'Copied'; setTimeout(() => this.textContent = 'Copy', 1500)"
+NOWHERE_ELSE = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:"
+
+def begin(folder: str, **options):
+    """The one cell of the page: the editor, or the sentence that says why there is none."""
+    ...
+
+def write_page(folder: Path, options: dict) -> Path:
+    """The notebook for Voila, and its settings beside it."""
+    ...
+
+def free_port(port: int | None=None) -> int:
+    """The port that was asked for, or the first free one from 8866."""
+    ...
+
+def serve(theme: str='light', port: int | None=None, browser: bool=True, say: Callable=print, **options):
+    """Serve the editor on this machine until Ctrl-C."""
+    ...
