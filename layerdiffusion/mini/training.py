@@ -618,7 +618,7 @@ def _attention_weights(layer, extra):
 class SubjectObjective(DiffusionObjective):
     "Eq. 1 with half of the pictures seeing the same individual in another view; goes on from a diffusion stage."
 
-    lr, samples, steps_back, seeing, views = 5e-4, 400_000, 1500, 2, 4
+    lr, samples, steps_back, seeing, views, empty = 5e-4, 400_000, 1500, 2, 4, 0.1
 
     def __init__(self, level=0.0, vae=None, start=None):
         super().__init__(level, vae)
@@ -638,7 +638,7 @@ class SubjectObjective(DiffusionObjective):
         same = {f: getattr(scenes, f)[first] for f in ("species", "look", "pattern", "accessory")}
         other = (turn % self.views == self.views - 1) & (scenes.jitter[first, 0] > 0)
         coat = torch.where(other, scenes.colour, scenes.colour[first])
-        scenes = world.replace(scenes, colour=coat, present=torch.ones_like(scenes.present), **same)
+        scenes = world.replace(scenes, colour=coat, present=scenes.present[first], **same)
         x, mask, _ = render(scenes.to(device_of(self)), IMAGE_SIZE)
         alone = torch.where(mask > 0.5, x, torch.full_like(x, 0.5))
         latents, seen = self.encode(torch.cat([x, alone])).chunk(2)
@@ -1434,7 +1434,7 @@ def check_text(models, judge, level, guidance_scale, repeat=4):
         ),
         _rate(
             "place_alone",
-            int((place["place"] == half.place).sum()),
+            int(((place["place"] == half.place) & (place["present"] == 0)).sum()),
             n // 2,
             guidance_scale=guidance_scale,
             nobody_there=float((place["present"] == 0).float().mean()),
