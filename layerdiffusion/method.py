@@ -6,8 +6,9 @@
 __all__ = ['edit', 'stream', 'embed_text', 'to_latents', 'to_pictures', 'signal_and_noise', 'add_noise', 'target', 'masked_error', 'noise_loss', 'sample_noise_and_t', 'gradients', 'each_loss', 'minimise', 'initial_noise', 'guided_noise', 'denoise', 'embedding_loss', 'fit_embeddings', 'interpolate', 'stack_layers', 'layered_loss', 'tune_unet', 'take_turns']
 
 # %% ../nbs/method/01_method.ipynb #b01f5cc5
-import copy, hashlib
-from typing import Callable, Sequence
+import copy
+import hashlib
+from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 from .base.core import BadInput
@@ -33,13 +34,12 @@ def edit(pipe,  # has `.unet`, `.vae`, `.tokenizer`, `.text_encoder`, `.schedule
     unet = tune_unet(pipe.unet, scheduler, e_opt, layers, tuning_steps, tuning_lr, seed)
     start = initial_noise(photo.shape[1:], seeds).to(device) * scheduler.init_noise_sigma
     latents = denoise(unet, scheduler, start, take_turns(e_a, e_opt), nothing, num_inference_steps, guidance_scale)
-    with torch.no_grad(): return to_pictures(pipe.vae, latents)
+    return torch.no_grad()(to_pictures)(pipe.vae, latents)
 
 # %% ../nbs/method/01_method.ipynb #d9226443
 def stream(name: str, index: int = 0) -> torch.Generator:
     "A generator for draw `index` of the stream `name`; different names give unrelated draws."
-    digest = hashlib.sha256(f"{name}:{index}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+    return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(f"{name}:{index}".encode()).digest()[:7], "big"))
 
 # %% ../nbs/base/02_sd.ipynb #7b1465da
 def embed_text(tokenizer, text_encoder, texts: list) -> Tensor:
@@ -61,9 +61,8 @@ def to_pictures(vae, latents: Tensor) -> Tensor:
 # %% ../nbs/base/02_sd.ipynb #913b849d
 def signal_and_noise(scheduler, t: int | Tensor, like: Tensor) -> tuple:
     "The roots of ᾱ and 1 − ᾱ at timestep `t`, one or (B,), shaped to multiply `like`."
-    alpha_bar = scheduler.alphas_cumprod[torch.as_tensor(t, device=scheduler.alphas_cumprod.device)]
-    alpha_bar = alpha_bar.reshape(-1, *[1] * (like.ndim - 1))
-    return tuple(x.sqrt().to(like, non_blocking=like.is_cuda) for x in (alpha_bar, 1 - alpha_bar))
+    a = scheduler.alphas_cumprod[torch.as_tensor(t, device=scheduler.alphas_cumprod.device)]  # ᾱ
+    return tuple(x.sqrt().reshape(-1, *[1] * (like.ndim - 1)).to(like, non_blocking=like.is_cuda) for x in (a, 1 - a))
 
 def add_noise(scheduler, latents: Tensor, noise: Tensor, t: int | Tensor) -> Tensor:
     "x_t, the noisy version of clean latents x_0 (B, C, h, w) at timestep `t`, one or (B,)."
@@ -145,8 +144,7 @@ def denoise(unet, scheduler, latents: Tensor, condition: Callable, negative_embe
     for i, t in enumerate(scheduler.timesteps):
         noise_pred = guided_noise(unet, latents, t, condition(i, t), negative_embeds, guidance_scale)
         noisy, latents = latents, scheduler.step(noise_pred, t, latents).prev_sample
-        if watch:
-            latents = watch(i, t, noisy, noise_pred, latents)
+        latents = watch(i, t, noisy, noise_pred, latents) if watch else latents
     return latents
 
 # %% ../nbs/method/04_embeddings.ipynb #53f76602
@@ -168,17 +166,18 @@ def fit_embeddings(unet, scheduler, e_a: Tensor, e_b: Tensor, latents: Tensor, m
 # %% ../nbs/method/04_embeddings.ipynb #9515c713
 def interpolate(e_a: Tensor, e_b: Tensor, alpha: float = .7) -> Tensor:
     "Eqs. 3 and 9: e_opt = alpha * e_a + (1 - alpha) * e_b, of fitted embeddings (1, L, D); `alpha` is 0 to 1."
-    if not 0 <= alpha <= 1: raise BadInput(f"alpha is {alpha}; it must be between 0 (place only) and 1 (subject only).")
+    if not 0 <= alpha <= 1:
+        raise BadInput(f"alpha is {alpha}; it must be between 0 (place only) and 1 (subject only).")
     return alpha * e_a + (1 - alpha) * e_b
 
 # %% ../nbs/method/05_fine_tuning.ipynb #24391b08
 def stack_layers(subject_latents: Tensor, subject_mask: Tensor, reference_latents: Tensor | None,
                  reference_mask: Tensor, lambda_obj: float = 2., lambda_bg: float = 1., scale: str = "all") -> tuple:
     "Eq. 4 and 5 as latents (B, C, h, w) and roots of weights (B, 1, h, w); without `reference_latents` B is 1."
-    share = lambda mask: mask.mean().clamp_min(1e-6) if scale == "mask" else 1.
-    parts = [w * m.square() / share(m) for w, m in ((lambda_obj, subject_mask), (lambda_bg, 1 - reference_mask))]
-    if reference_latents is None: return subject_latents, (parts[0] + parts[1]).sqrt()
-    return torch.cat([subject_latents, reference_latents]), torch.cat(parts).sqrt()
+    parts = [w * m.square() / (m.mean().clamp_min(1e-6) if scale == "mask" else 1.)
+             for w, m in ((lambda_obj, subject_mask), (lambda_bg, 1 - reference_mask))]
+    return (subject_latents, (parts[0] + parts[1]).sqrt()) if reference_latents is None else (
+        torch.cat([subject_latents, reference_latents]), torch.cat(parts).sqrt())
 
 # %% ../nbs/method/05_fine_tuning.ipynb #86300082
 def layered_loss(unet, scheduler, latents: Tensor, weights: Tensor, noise: Tensor, timesteps: Tensor, prompt_embeds):

@@ -121,7 +121,10 @@ def held(
     x,
     seen: dict | None = None,  # storages that were counted
 ) -> int:  # bytes
-    "The memory of all tensors in a result, be it a tensor, a module, or a list, dict or object of them; what two share counts once."
+    """The memory of all tensors in a result, be it a tensor, a module, or a list, dict or object of them.
+
+    What two share counts once.
+    """
     seen = {} if seen is None else seen
     if isinstance(x, torch.Tensor):
         seen["tensor", x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
@@ -144,7 +147,7 @@ def held(
 
 
 class Kept(OrderedDict):
-    "Results by name, at most `KEEP` bytes of them: the one that was asked for the longest ago goes first, the newest stays."
+    "Results by name, at most `KEEP` bytes of them: the one asked for the longest ago goes first, the newest stays."
 
     def __setitem__(self, key, value):
         super().__setitem__(key, value)
@@ -167,11 +170,12 @@ class LayerDiffusion:
     def __init__(
         self,
         models: Models,  # from `load_models`
-        sam: Any = None,  # a loaded `Sam`, `SamPredictor` or `SamModel`, "mini", a folder, or a file such as sam_vit_h_4b8939.pth; None: the model folder's own, mini beside mini, else vit_h
+        sam: Any = None,  # loaded, "mini", a folder or a file; None: the folder's own, mini beside mini, else vit_h
     ):
         if not isinstance(models, Models):
             raise BadInput(
-                f"LayerDiffusion takes loaded models, not {models!r:.60}; LayerDiffusion.from_pretrained(name) loads them."
+                f"LayerDiffusion takes loaded models, not {models!r:.60}; "
+                "LayerDiffusion.from_pretrained(name) loads them."
             )
         self.models = models
         self._sam: Any = sam
@@ -245,10 +249,11 @@ class LayerDiffusion:
         preset: str | None = None,  # "paper" or "best"; None: "paper"
         **changes,  # settings that shall differ
     ) -> EditConfig:
-        "Every setting of an edit with this model: of a preset or a config, with changes, and with the model's own numbers."
+        "Every setting of an edit with this model: of a preset or a config, with changes and the model's own numbers."
         if config is not None and not isinstance(config, EditConfig):
             raise BadInput(
-                f"config is a {type(config).__name__}; name the settings in the call, as in edit(..., preset='best', alpha=.5), or give an EditConfig."
+                f"config is a {type(config).__name__}; name the settings in the call, as in "
+                "edit(..., preset='best', alpha=.5), or give an EditConfig."
             )
         if config is not None and preset is not None:
             raise BadInput("config holds all settings already; give preset or config, not both.")
@@ -257,7 +262,8 @@ class LayerDiffusion:
         return config.change(**changes).resolve(self.models.card)
 
     def __repr__(self):
-        return f"LayerDiffusion({self.models.name!r}, device={str(self.models.device)!r}, {len(self.cache)} stage results kept)"
+        where, count = str(self.models.device), len(self.cache)
+        return f"LayerDiffusion({self.models.name!r}, device={where!r}, {count} stage results kept)"
 
 # %% ../nbs/method/10_pipeline.ipynb #4767db34
 _PIPE_PARTS = ("vae", "unet", "text_encoder", "tokenizer", "scheduler")
@@ -445,7 +451,8 @@ class Checkpoint:
         self.cost = self.size / self.speed
         if self.path and self.say:
             self.say(
-                f"Keeps    {self.path} while it runs, for --resume: about {self.size / 1e6:,.0f} MB, twice that while it is replaced"
+                f"Keeps    {self.path} while it runs, for --resume: about {self.size / 1e6:,.0f} MB, "
+                "twice that while it is replaced"
             )
         return len(losses)
 
@@ -528,7 +535,7 @@ def keep(self: Checkpoint, tensors: dict | None = None, **note):
         self.write(tensors, **note)
     except BadInput as error:
         self.path = None
-        warnings.warn(f"{error} The run goes on without checkpoints.")
+        warnings.warn(f"{error} The run goes on without checkpoints.", stacklevel=1)
 
 
 @patch
@@ -542,7 +549,8 @@ def read(self: Checkpoint, done: bool = False) -> dict | None:  # done: the resu
         with safe_open(str(self.path), "pt") as f:
             note = f.metadata() or {}
             if note.get("key") == self.key and ("done" in note) == done:
-                return {k: f.get_tensor(k) for k in f.keys()}
+                names = f.keys()  # the file itself is no iterable
+                return {k: f.get_tensor(k) for k in names}
     except (OSError, SafetensorError):
         pass
     return None
@@ -587,7 +595,10 @@ def checkpoint(
 
 @patch
 def leave(self: LayerDiffusion, point: Checkpoint, remember: bool = False) -> str:  # remember: in memory too
-    "Keep a stage that ends before its last step, in its file or else in memory; says where, empty where there is nothing to keep."
+    """Keep a stage that ends before its last step, in its file or else in memory.
+
+    Says where, empty where there is nothing to keep.
+    """
     if not point.whole():
         return ""
     with suppress(RuntimeError):  # of a device that does not answer any more
@@ -605,7 +616,10 @@ def leave(self: LayerDiffusion, point: Checkpoint, remember: bool = False) -> st
 
 @patch
 def follow(self: LayerDiffusion, point: Checkpoint):
-    "A stage is done that others follow: its small result goes into the file where the stage was long, else only if those are stopped."
+    """A stage is done that others follow: its small result goes into the file where the stage was long.
+
+    Else only if those are stopped.
+    """
     self.learnt[point.stage] = point.key, point.text, snapshot(*point.live), {}
     if point.now() - point.begun >= point.every:
         point.keep()
@@ -636,7 +650,7 @@ class Scene:
     times: dict = field(default_factory=dict)  # seconds of each part
     vectors: torch.Tensor | None = None  # (n, D) learnt words, where they are known already
     info: dict = field(default_factory=dict)  # the photo's EXIF notes and colour profile
-    placed: dict = field(default_factory=dict)  # move, scale, and whether the object's picture was given, for the record
+    placed: dict = field(default_factory=dict)  # for the record: move, scale, was the object's picture given
     config: EditConfig | None = None  # what it was prepared with
     model: str = ""  # the hash of the weights that drew and encoded for it
 
@@ -701,8 +715,10 @@ def find_subject(
         if labels and 0 in labels and not self.sam.knows_boxes:
             warnings.warn(
                 Notice(
-                    "This small SAM never learnt clicks beside the subject, so they change next to nothing; give a mask where they matter."
-                )
+                    "This small SAM never learnt clicks beside the subject, so they change next to nothing; "
+                    "give a mask where they matter."
+                ),
+                stacklevel=1,
             )
         with unet_on_cpu(self.models):
             return find_mask(self.sam, image, point=point, box=box, labels=labels, say=self.say)
@@ -725,12 +741,21 @@ def check_world(models: Models, image: torch.Tensor, least: float = 20.0):
     if models.card.get("name") != "mini" or (psnr := vae_psnr(models, image)) >= least:
         return
     warnings.warn(
-        f"mini knows only its drawn world: its autoencoder gives this picture back with {psnr:.0f} dB, so the edit cannot look like it. "
+        f"mini knows only its drawn world: its autoencoder gives this picture back with {psnr:.0f} dB, so the edit "
+        "cannot look like it. "
         "For photos use a full model: --model CompVis/stable-diffusion-v1-4 --sam sam_vit_h_4b8939.pth.",
         stacklevel=3,
     )
 
 # %% ../nbs/method/10_pipeline.ipynb #436a1ca5
+def _check_pointing(mask, point, box, point_labels):
+    "Refuse a mask beside what SAM would make one of, and labels of no points."
+    if mask is not None and (point is not None or box is not None):
+        raise BadInput("Both a mask and a point or box were given; give the mask, or let SAM make one of the others.")
+    if point_labels is not None and point is None:
+        raise BadInput("There are point_labels without a point; give the points, (x, y) each, that they are about.")
+
+
 @patch
 @shielded
 def prepare(
@@ -759,21 +784,15 @@ def prepare(
 
     A scene can be given to several edits. Raises `BadInput` for whatever cannot be read, found or meant.
     """
-    if mask is not None and (point is not None or box is not None):
-        raise BadInput("Both a mask and a point or box were given; give the mask, or let SAM make one of the others.")
-    if point_labels is not None and point is None:
-        raise BadInput("There are point_labels without a point; give the points, (x, y) each, that they are about.")
+    _check_pointing(mask, point, box, point_labels)
     check_names(settings, LayerDiffusion.prepare)
     config = self.settings(config, preset, **settings)
     times: dict = {}
     text = plain_words(text, "The target text")
     source = None if source is None else plain_words(source, "The source text")
     check_text(self.models, config.negative_prompt)
-    placement, given, reference = (
-        check_placement(move, scale),
-        read_object(object_reference, object_mask),
-        None if reference is None else load_image(reference),
-    )
+    placement, given = check_placement(move, scale), read_object(object_reference, object_mask)
+    reference = None if reference is None else load_image(reference)
     split = split_text(text, object, background)
     e_a, e_b = encode_text(self.models, [split.object, split.background]).split(1)
     whole = load_image(image)
@@ -789,24 +808,10 @@ def prepare(
         source = self.describe(photo, text, source, config)
     with clock(times, "reference"):
         place, place_mask = self.background(reference, split, photo, config, callback)
-    return Scene(
-        text,
-        split,
-        photo,
-        found,
-        place,
-        place_mask,
-        subject,
-        subject_mask,
-        e_a,
-        e_b,
-        source,
-        times,
-        info=photo_info(whole),
-        placed=dict(move=list(map(float, move)), scale=float(scale), object_given=object_reference is not None),
-        config=config,
-        model=self.models.hash,
-    )
+    parts = text, split, photo, found, place, place_mask, subject, subject_mask, e_a, e_b, source, times
+    info = photo_info(whole)
+    placed = dict(move=list(map(float, move)), scale=float(scale), object_given=object_reference is not None)
+    return Scene(*parts, info=info, placed=placed, config=config, model=self.models.hash)
 
 # %% ../nbs/method/10_pipeline.ipynb #67d728f7
 @patch
@@ -885,9 +890,12 @@ def in_coat(
     "The photo, its subject in the coat that T_a asks for."
     if not config.recolour:
         return photo
-    coat = lambda words: self.once(
-        "coat", [words, config.seed], lambda _: typical_coat(self.models, self.sam, words, config.seed)
-    )
+
+    def coat(words):
+        return self.once(
+            "coat", [words, config.seed], lambda _: typical_coat(self.models, self.sam, words, config.seed)
+        )
+
     return change_coat(
         photo,
         found,
@@ -937,7 +945,8 @@ def check_placement(move: Sequence, scale: float) -> tuple:
         dx, dy, size = (float(v) for v in (*move, scale))
     except (TypeError, ValueError):
         raise BadInput(
-            f"move is {move!r} and scale {scale!r}; give move=(dx, dy) in shares of the picture, such as (0.2, 0), and a scale such as 0.7."
+            f"move is {move!r} and scale {scale!r}; give move=(dx, dy) in shares of the picture, "
+            "such as (0.2, 0), and a scale such as 0.7."
         ) from None
     if not (abs(dx) <= 1 and abs(dy) <= 1):
         raise BadInput(f"move is ({dx:g}, {dy:g}); both are shares of the picture, from -1 to 1.")
@@ -1002,28 +1011,16 @@ def embed(
     config = self.settings(config)
     if config.learnt_words or config.object_words == "whole":
         return self.whole_words(scene, config, callback, folder)
-    mask, latents = (
-        self.small(scene.mask, config),
-        self.latents(scene.image if config.eq2_picture == "input" else scene.reference),
-    )
-    settings = config.key(
-        ["embedding_steps", "embedding_lr", "eq2_region", "eq2_conditioning", "loss_scale", "seed"]
-    )
+    mask = self.small(scene.mask, config)
+    latents = self.latents(scene.image if config.eq2_picture == "input" else scene.reference)
+    settings = config.key(["embedding_steps", "embedding_lr", "eq2_region", "eq2_conditioning", "loss_scale", "seed"])
     if config.eq2_conditioning == "mix":
         settings["alpha"] = config.alpha
 
     def compute(key):
         params = [e.detach().float().clone().requires_grad_() for e in (scene.e_a, scene.e_b)]
-        loss = embedding_objective(
-            self.models,
-            *params,
-            latents,
-            mask,
-            config.eq2_conditioning,
-            config.eq2_region,
-            config.loss_scale,
-            config.alpha,
-        )
+        how = config.eq2_conditioning, config.eq2_region, config.loss_scale, config.alpha
+        loss = embedding_objective(self.models, *params, latents, mask, *how)
         optimizer, losses = torch.optim.Adam(params, lr=config.embedding_lr), []
         with self.checkpoint("embeddings", key, folder, scene.text) as point:
             start = point.begin(params, optimizer, losses)
@@ -1142,6 +1139,35 @@ def layers(self: LayerDiffusion, scene: Scene, config: EditConfig) -> tuple:
     )
 
 # %% ../nbs/method/10_pipeline.ipynb #3735b75b
+_TUNING = dict(
+    tuning_batch="batch",
+    tuning_decay="decay",
+    tuning_steps="steps",
+    tuning_lr="learning_rate",
+    lambda_obj="lambda_obj",
+    lambda_bg="lambda_bg",
+    loss_scale="scale",
+    tuned_parameters="params",
+    lora_rank="rank",
+    seed="seed",
+    prior_batch="prior_batch",
+    lambda_prior="lambda_prior",
+)  # what `fine_tune` calls the settings
+
+
+def _tuning_words(method: LayerDiffusion, scene: Scene, words: tuple, config: EditConfig, callback, folder):
+    "e_opt (1, L, D), or the words (2, L, D) of Eq. 4 and of Eq. 5 where a setting asks for others."
+    embeds = interpolate(words[0], words[1], config.alpha)
+    if config.eq4_words != "source" and config.eq5_words != "background":
+        return embeds
+    return torch.cat(
+        [
+            method.source_words(scene, config, callback, folder) if config.eq4_words == "source" else embeds,
+            scene.e_b if config.eq5_words == "background" else embeds,
+        ]
+    )
+
+
 @patch
 @shielded
 def tune(
@@ -1157,30 +1183,10 @@ def tune(
 ) -> tuple:
     "Stage 3, Eq. 3-6: what changes in the U-Net (see `weight_difference`), and the losses."
     config = self.settings(config)
-    embeds, layers = interpolate(words[0], words[1], config.alpha), self.layers(scene, config)
-    if config.eq4_words == "source" or config.eq5_words == "background":
-        embeds = torch.cat(
-            [
-                self.source_words(scene, config, callback, folder) if config.eq4_words == "source" else embeds,
-                scene.e_b if config.eq5_words == "background" else embeds,
-            ]
-        )
+    layers = self.layers(scene, config)
+    embeds = _tuning_words(self, scene, words, config, callback, folder)
     prior = self.prior(scene, config, callback)
-    names = dict(
-        tuning_batch="batch",
-        tuning_decay="decay",
-        tuning_steps="steps",
-        tuning_lr="learning_rate",
-        lambda_obj="lambda_obj",
-        lambda_bg="lambda_bg",
-        loss_scale="scale",
-        tuned_parameters="params",
-        lora_rank="rank",
-        seed="seed",
-        prior_batch="prior_batch",
-        lambda_prior="lambda_prior",
-    )
-    settings = {short: getattr(config, name) for name, short in names.items()}
+    settings = {short: getattr(config, name) for name, short in _TUNING.items()}
 
     def compute(key):
         looks = Looks(self, words, scene.size, config, look_every, look_seed) if look_every else None
@@ -1205,12 +1211,8 @@ def tune(
             )
         change = {name: x.cpu() for name, x in weight_difference(self.models.unet, tuned).items()}
         if folder:
-            self.learnt["tuning"] = (
-                key,
-                scene.text,
-                change | {"losses": torch.tensor(losses, dtype=torch.float64)},
-                dict(done="yes"),
-            )
+            kept = change | {"losses": torch.tensor(losses, dtype=torch.float64)}
+            self.learnt["tuning"] = key, scene.text, kept, dict(done="yes")
         return change, losses
 
     if not config.tuning_steps:
@@ -1246,7 +1248,9 @@ def _step_end(pipe: LayerDiffusion, callback: Callable, step: int, t, latents: t
     "The latents (B, C, h, w) to go on with: the same ones, or those that diffusers' `callback_on_step_end` gives."
     said = callback(pipe, step, t, dict(latents=latents))
     if said is not None and not isinstance(said, dict):
-        raise BadInput(f"callback_on_step_end gave a {type(said).__name__}; it gives a dict, such as its callback_kwargs.")
+        raise BadInput(
+            f"callback_on_step_end gave a {type(said).__name__}; it gives a dict, such as its callback_kwargs."
+        )
     given = (said or {}).get("latents", latents)
     if not isinstance(given, torch.Tensor) or given.shape != latents.shape:
         what = str(tuple(given.shape) if isinstance(given, torch.Tensor) else given)
@@ -1267,7 +1271,8 @@ def paint(
 ) -> torch.Tensor:
     "One batch of pictures (B, 3, H, W) by any U-Net."
     models = with_scheduler(replace(self.models, unet=unet), config.scheduler)
-    e_a, e_opt, nothing = words[0], interpolate(words[0], words[1], config.alpha), encode_text(models, config.negative_prompt)
+    e_a, e_opt = words[0], interpolate(words[0], words[1], config.alpha)
+    nothing = encode_text(models, config.negative_prompt)
     condition = turns(e_a, e_opt, config.eq8_index, config.eq8_first) if config.iterative_guidance else None
     latents = ddim_sample(
         models,
@@ -1328,7 +1333,7 @@ class Looks:
         if event.step % self.every and event.step < event.total:
             return
         with torch.no_grad():
-            for mine, theirs in zip(self.mine, self.theirs):
+            for mine, theirs in zip(self.mine, self.theirs, strict=True):
                 mine.copy_(theirs)
         with half(self.method.models):
             event.image = self.method.paint(self.unet, **self.draw)
@@ -1375,14 +1380,14 @@ def edit(
         0.0,
     ),  # where the subject goes, (dx, dy) in shares of the picture's width and height: right and down, -1 to 1
     scale: float = 1.0,  # size of the subject afterwards, about its feet; 1: as it is
-    source: str | None = None,  # what `image` shows, such as "a dog sitting on a beach"; None: CLIP proposes it, where a setting needs it
+    source: str | None = None,  # what `image` shows, in words; None: CLIP proposes it, where a setting needs it
     object: str | None = None,  # T_a; None: split by rule
     background: str | None = None,  # T_b; None: split by rule
     seeds: Sequence[int] = range(8),  # one picture each
     preset: str | None = None,  # "paper" or "best"; None: "paper"
     config: EditConfig | None = None,  # all settings, instead of a preset
     callback: Callable[[Event], None] | None = None,  # called after every step of every stage
-    callback_on_step_end: Callable | None = None,  # called after every step of the drawing, see `LayerDiffusion.__call__`
+    callback_on_step_end: Callable | None = None,  # after every step of the drawing, see `LayerDiffusion.__call__`
     look_every: int = 0,  # tuning steps between two early looks, see `Looks`; 0: none
     folder=None,  # where checkpoints go; None: nowhere
     resume: bool = False,  # go on from checkpoints in `folder`
@@ -1602,7 +1607,8 @@ def __call__(
     if output_type not in _OUTPUTS:
         raise BadInput(f"output_type is {output_type!r}; give 'pil', 'pt' or 'np'.")
     names = inspect.signature(LayerDiffusion.edit).parameters
-    check_names({name: x for name, x in more.items() if name not in names}, LayerDiffusion.__call__, LayerDiffusion.edit)
+    others = {name: x for name, x in more.items() if name not in names}
+    check_names(others, LayerDiffusion.__call__, LayerDiffusion.edit)
     if num_inference_steps is not None and "sampling_steps" in more:
         raise BadInput("num_inference_steps and sampling_steps are one setting; give one of the two.")
     said = dict(sampling_steps=num_inference_steps, guidance_scale=guidance_scale, negative_prompt=negative_prompt)
@@ -1636,6 +1642,23 @@ DRAWN = (
 )  # settings that the drawing reads
 
 
+def _method_for(method: Any, settings: dict) -> LayerDiffusion:
+    "The model to draw a saved edit with: the given one, or the one its file names, in the precision it names."
+    precision = next(
+        (name for name, dtype in PRECISIONS.items() if str(dtype) == f"torch.{settings.get('precision')}"), "auto"
+    )
+    if method is None or isinstance(method, (str, Path)):
+        method = LayerDiffusion.from_pretrained(str(method or settings["model"]), precision=precision)
+    return method if isinstance(method, LayerDiffusion) else LayerDiffusion(method)
+
+
+def _record_again(settings: dict, models: Models) -> dict:
+    "The record of a saved edit that is drawn again."
+    names = ("model", "model_hash", "source", "move", "scale", "object_given", "reused")
+    kept = {k: settings[k] for k in names if k in settings}
+    return dict(precision=str(models.dtype).removeprefix("torch.")) | kept | environment(str(models.device))
+
+
 @shielded
 def load_edit(
     path: str | Path,  # edit.safetensors or its folder
@@ -1651,35 +1674,20 @@ def load_edit(
     tensors, settings = read_edit(path)
     if fixed := [name for name in changes if name in EditConfig.model_fields and name not in DRAWN]:
         raise BadInput(
-            f"{str(path)!r} was made with its {fixed[0]}, and only a new edit has another; a saved one can be drawn with another {', '.join(DRAWN)}."
+            f"{str(path)!r} was made with its {fixed[0]}, and only a new edit has another; "
+            f"a saved one can be drawn with another {', '.join(DRAWN)}."
         )
     config, split = EditConfig(**settings["config"] | changes), Split(settings["object"], settings["background"])
-    precision = next(
-        (name for name, dtype in PRECISIONS.items() if str(dtype) == f"torch.{settings.get('precision')}"), "auto"
-    )
-    if method is None or isinstance(method, (str, Path)):
-        method = LayerDiffusion.from_pretrained(str(method or settings["model"]), precision=precision)
-    method = method if isinstance(method, LayerDiffusion) else LayerDiffusion(method)
+    method = _method_for(method, settings)
     same_model(settings, method.models, repr(str(path)))
     check_tensors(tensors, method.models.unet, repr(str(path)))
     words = tuple(tensors[k].to(method.models.device) for k in ("e_a", "e_b"))
-    change, seeds = (
-        {k[5:]: v for k, v in tensors.items() if k.startswith("unet.")},
-        check_seeds(settings["seeds"] if seeds is None else seeds),
-    )
+    change = {k[5:]: v for k, v in tensors.items() if k.startswith("unet.")}
+    seeds = check_seeds(settings["seeds"] if seeds is None else seeds)
     images = (
         method.sample(words, change, tuple(settings["size"]), seeds, config, callback)
         if draw
         else torch.zeros(0, 3, *settings["size"])
-    )
-    record = (
-        dict(precision=str(method.models.dtype).removeprefix("torch."))
-        | {
-            k: settings[k]
-            for k in ("model", "model_hash", "source", "move", "scale", "object_given", "reused")
-            if k in settings
-        }
-        | environment(str(method.models.device))
     )
     return EditResult(
         images,
@@ -1690,7 +1698,7 @@ def load_edit(
         words,
         change,
         vectors=tensors.get("vectors"),
-        record=record,
+        record=_record_again(settings, method.models),
         **pictures_beside(path),
     )
 
@@ -1708,6 +1716,16 @@ def carry(
     return scene.e_a + learnt, scene.e_b
 
 # %% ../nbs/method/10_pipeline.ipynb #ff405f47
+def _check_reuse(result, keep, draws):
+    "Refuse what is no edit, no share and no number."
+    if not isinstance(result, EditResult):
+        raise BadInput(f"reuse takes an edit, not {result!r}; load_edit(path) reads one from a folder.")
+    if not isinstance(keep, Real) or not 0 <= keep <= 1:
+        raise BadInput(f"keep is {keep!r}; it must be between 0 (the U-Net begins anew) and 1 (with all its change).")
+    if not isinstance(draws, Integral) or draws < 1:
+        raise BadInput(f"draws is {draws!r}; it must be a whole number, at least 1.")
+
+
 @patch
 @shielded
 def reuse(
@@ -1732,12 +1750,7 @@ def reuse(
     look_every: int = 0,  # see `edit`
 ) -> EditResult:
     "Another text or place for a subject that was learnt, by a short tuning instead of a whole edit."
-    if not isinstance(result, EditResult):
-        raise BadInput(f"reuse takes an edit, not {result!r}; load_edit(path) reads one from a folder.")
-    if not isinstance(keep, Real) or not 0 <= keep <= 1:
-        raise BadInput(f"keep is {keep!r}; it must be between 0 (the U-Net begins anew) and 1 (with all its change).")
-    if not isinstance(draws, Integral) or draws < 1:
-        raise BadInput(f"draws is {draws!r}; it must be a whole number, at least 1.")
+    _check_reuse(result, keep, draws)
     check_reusable(result, self.models)
     old, seeds = result.config, check_seeds(seeds)
     config = shorter(old, steps, learning_rate, sampling_steps, draws)
@@ -1804,7 +1817,8 @@ def check_reusable(result: EditResult, models: Models):
     missing = [name for name, x in (("photo", result.image), ("mask", result.mask)) if x is None]
     if missing:
         raise BadInput(
-            f"The edit {result.text!r} came without its {' and '.join(missing)}; input.png and mask.png must lie beside its edit.safetensors."
+            f"The edit {result.text!r} came without its {' and '.join(missing)}; "
+            "input.png and mask.png must lie beside its edit.safetensors."
         )
     if result.config.learnt_words and result.vectors is None:
         raise BadInput(f"The edit {result.text!r} came without its learnt words; make and save it once more.")

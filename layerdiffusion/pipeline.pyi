@@ -32,11 +32,14 @@ from .settings import EditConfig, near
 KEEP = 2 * 10 ** 9
 
 def held(x, seen: dict | None=None) -> int:
-    """The memory of all tensors in a result, be it a tensor, a module, or a list, dict or object of them; what two share counts once."""
+    """The memory of all tensors in a result, be it a tensor, a module, or a list, dict or object of them.
+
+    What two share counts once.
+    """
     ...
 
 class Kept(OrderedDict):
-    """Results by name, at most `KEEP` bytes of them: the one that was asked for the longest ago goes first, the newest stays."""
+    """Results by name, at most `KEEP` bytes of them: the one asked for the longest ago goes first, the newest stays."""
 
     def __setitem__(self, key, value):
         ...
@@ -74,7 +77,7 @@ class LayerDiffusion:
         ...
 
     def settings(self, config: EditConfig | None=None, preset: str | None=None, **changes) -> EditConfig:
-        """Every setting of an edit with this model: of a preset or a config, with changes, and with the model's own numbers."""
+        """Every setting of an edit with this model: of a preset or a config, with changes and the model's own numbers."""
         ...
 
     def __repr__(self):
@@ -109,11 +112,17 @@ class LayerDiffusion:
         ...
 
     def leave(self, point: Checkpoint, remember: bool=False) -> str:
-        """Keep a stage that ends before its last step, in its file or else in memory; says where, empty where there is nothing to keep."""
+        """Keep a stage that ends before its last step, in its file or else in memory.
+
+    Says where, empty where there is nothing to keep.
+    """
         ...
 
     def follow(self, point: Checkpoint):
-        """A stage is done that others follow: its small result goes into the file where the stage was long, else only if those are stopped."""
+        """A stage is done that others follow: its small result goes into the file where the stage was long.
+
+    Else only if those are stopped.
+    """
         ...
 
     def keep_learnt(self, folder):
@@ -356,6 +365,10 @@ def check_world(models: Models, image: torch.Tensor, least: float=20.0):
     """Warn when a mini model's autoencoder cannot represent the picture."""
     ...
 
+def _check_pointing(mask, point, box, point_labels):
+    """Refuse a mask beside what SAM would make one of, and labels of no points."""
+    ...
+
 def read_object(picture, mask) -> tuple | None:
     """The object's own picture and its mask as Pillow pictures of one size; the mask may be None."""
     ...
@@ -367,6 +380,11 @@ def check_placement(move: Sequence, scale: float) -> tuple:
 @contextmanager
 def clock(times: dict, name: str):
     """Measure a `with` block."""
+    ...
+_TUNING = dict(tuning_batch='batch', tuning_decay='decay', tuning_steps='steps', tuning_lr='learning_rate', lambda_obj='lambda_obj', lambda_bg='lambda_bg', loss_scale='scale', tuned_parameters='params', lora_rank='rank', seed='seed', prior_batch='prior_batch', lambda_prior='lambda_prior')
+
+def _tuning_words(method: LayerDiffusion, scene: Scene, words: tuple, config: EditConfig, callback, folder):
+    """e_opt (1, L, D), or the words (2, L, D) of Eq. 4 and of Eq. 5 where a setting asks for others."""
     ...
 
 def _step_end(pipe: LayerDiffusion, callback: Callable, step: int, t, latents: torch.Tensor) -> torch.Tensor:
@@ -423,8 +441,20 @@ def _seeds_of(seeds, generator, count: int | None) -> list:
     ...
 DRAWN = ('alpha', 'iterative_guidance', 'eq8_index', 'eq8_first', 'scheduler', 'sampling_steps', 'guidance_scale', 'negative_prompt')
 
+def _method_for(method: Any, settings: dict) -> LayerDiffusion:
+    """The model to draw a saved edit with: the given one, or the one its file names, in the precision it names."""
+    ...
+
+def _record_again(settings: dict, models: Models) -> dict:
+    """The record of a saved edit that is drawn again."""
+    ...
+
 def load_edit(path: str | Path, method: Any=None, seeds: Sequence[int] | None=None, callback: Callable | None=None, draw: bool=True, **changes) -> EditResult:
     """Draw a saved edit again: with nothing changed, the same pictures, on the same device in the same precision."""
+    ...
+
+def _check_reuse(result, keep, draws):
+    """Refuse what is no edit, no share and no number."""
     ...
 
 def shorter(old: EditConfig, steps: int | None=None, learning_rate: float | None=None, sampling_steps: int | None=None, draws: int=32) -> EditConfig:

@@ -19,6 +19,56 @@ def _narrow(n: int, width: float, by: int = 32) -> int:
     return max(by, round(n * width / by) * by)
 
 
+def _unet_config(second: bool, channels: list, words: int, size: int) -> dict:
+    "The settings of the U-Net."
+    return dict(
+        sample_size=size // 8,
+        in_channels=4,
+        out_channels=4,
+        block_out_channels=channels,
+        layers_per_block=2,
+        cross_attention_dim=words,
+        use_linear_projection=second,
+        attention_head_dim=[next(h for h in range(max(1, c // 64), 0, -1) if c % h == 0) for c in channels]
+        if second
+        else 8,
+    )
+
+
+def _text_config(second: bool, heads: int, words: int) -> dict:
+    "The settings of the text encoder."
+    return dict(
+        vocab_size=49408,
+        hidden_size=words,
+        intermediate_size=4 * words,
+        num_hidden_layers=23 if second else 12,
+        num_attention_heads=heads,
+        max_position_embeddings=77,
+        hidden_act="gelu" if second else "quick_gelu",
+        projection_dim=512 if second else 768,
+        bos_token_id=0,
+        eos_token_id=2,
+        pad_token_id=1,
+    )
+
+
+def _scheduler_config(prediction_type: str) -> dict:
+    "The settings of the noise and its steps."
+    return dict(
+        _class_name="PNDMScheduler",
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        num_train_timesteps=1000,
+        skip_prk_steps=True,
+        set_alpha_to_one=False,
+        clip_sample=False,
+        trained_betas=None,
+        steps_offset=1,
+        prediction_type=prediction_type,
+    )
+
+
 def sd_configs(
     version: str = "1.4",  # "1.4" or "2.1"
     width: float = 1.0,  # share of the published width
@@ -34,18 +84,7 @@ def sd_configs(
     heads = 16 if second else 12
     words, size = heads * _narrow(64, width, 8), size or (768 if second else 512)
     return dict(
-        unet=dict(
-            sample_size=size // 8,
-            in_channels=4,
-            out_channels=4,
-            block_out_channels=channels,
-            layers_per_block=2,
-            cross_attention_dim=words,
-            use_linear_projection=second,
-            attention_head_dim=[next(h for h in range(max(1, c // 64), 0, -1) if c % h == 0) for c in channels]
-            if second
-            else 8,
-        ),
+        unet=_unet_config(second, channels, words, size),
         vae=dict(
             sample_size=size,
             down_block_types=["DownEncoderBlock2D"] * 4,
@@ -55,32 +94,8 @@ def sd_configs(
             latent_channels=4,
             scaling_factor=0.18215,
         ),
-        text_encoder=dict(
-            vocab_size=49408,
-            hidden_size=words,
-            intermediate_size=4 * words,
-            num_hidden_layers=23 if second else 12,
-            num_attention_heads=heads,
-            max_position_embeddings=77,
-            hidden_act="gelu" if second else "quick_gelu",
-            projection_dim=512 if second else 768,
-            bos_token_id=0,
-            eos_token_id=2,
-            pad_token_id=1,
-        ),
-        scheduler=dict(
-            _class_name="PNDMScheduler",
-            beta_start=0.00085,
-            beta_end=0.012,
-            beta_schedule="scaled_linear",
-            num_train_timesteps=1000,
-            skip_prk_steps=True,
-            set_alpha_to_one=False,
-            clip_sample=False,
-            trained_betas=None,
-            steps_offset=1,
-            prediction_type=prediction_type or ("v_prediction" if second else "epsilon"),
-        ),
+        text_encoder=_text_config(second, heads, words),
+        scheduler=_scheduler_config(prediction_type or ("v_prediction" if second else "epsilon")),
     )
 
 # %% ../../nbs/evidence/25_full_size.ipynb #eb505ebf

@@ -604,6 +604,18 @@ def read_points(options: dict) -> dict:
     return dict(point=on + beside or None, point_labels=[1] * len(on) + [0] * len(beside) if beside else None)
 
 
+def _stopped_words(out: Path, text: str) -> str | None:
+    "The words of the edit that was stopped in a folder, refused where others are given; None where there is none."
+    said = stopped_text(out)
+    if said is None:
+        announce(f"Nothing was stopped in {out}: the edit begins anew.")
+    if said and said != text:
+        raise BadInput(
+            f"--resume: the edit that was stopped in {out} has the words {said!r}; give those, or another --out."
+        )
+    return said
+
+
 def read_request(image: str, options: dict, text: str = "") -> dict:
     "Everything about an edit that can be known without a model."
     request = dict(
@@ -618,14 +630,7 @@ def read_request(image: str, options: dict, text: str = "") -> dict:
     request |= dict(
         image=load_image(image), out=as_path(options["out"] or default_folder(image, options["resume"], text), "--out")
     )
-    said = stopped_text(request["out"]) if options["resume"] else None
-    if options["resume"] and said is None:
-        announce(f"Nothing was stopped in {request['out']}: the edit begins anew.")
-    if said and said != text:
-        raise BadInput(
-            f"--resume: the edit that was stopped in {request['out']} has the words {said!r}; give those, or "
-            "another --out."
-        )
+    said = _stopped_words(request["out"], text) if options["resume"] else None
     request |= dict(claim=not options["out"] and said is None)
     if options["object_mask"] and not options["object_reference"]:
         raise BadInput("--object-mask belongs to --object-reference; the subject's mask in IMAGE is --mask.")
