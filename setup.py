@@ -43,7 +43,7 @@ setup(
         *(f"Programming Language :: Python :: 3.{k}" for k in range(int(cfg["min_python"].split(".")[1]), 14)),
     ],
     packages=find_packages(include=[name, f"{name}.*"]),
-    package_data={name: ["weights/**", "pictures/*", "static/*", "py.typed", "**/*.pyi"]},
+    package_data={name: ["weights/**", "pictures/*", "static/*", "py.typed", "*.pyi", "*/*.pyi"]},
     include_package_data=False,
     python_requires=">=" + cfg["min_python"],
     install_requires=cfg["requirements"].split(),

@@ -1,10 +1,11 @@
-"""The pinned list of 60 generated and 60 broken pictures: `python tests/labelled.py FOLDER` draws them anew with a mini folder.
+"""The pinned list of 60 generated and 60 broken pictures: `python tests/labelled.py FOLDER` draws them anew with a
+mini folder.
 
-The labels stand here. They were written by looking at the pictures, before any judge was asked, so a new drawing needs new labels.
+The labels stand here. They were written by looking at the pictures, before any judge was asked, so a new drawing
+needs new labels.
 The pictures are broken by code of its own: it works on finished pictures and masks, and knows no parts of an animal."""
 
 import sys
-from pathlib import Path
 
 import torch
 from PIL import Image, ImageDraw, ImageFilter
@@ -12,24 +13,29 @@ from torchvision.transforms.functional import to_pil_image, to_tensor
 
 from layerdiffusion.mini import training as mini
 from layerdiffusion.mini import world
+from layerdiffusion.base.core import package_folder
 from layerdiffusion.base.masks import load_sam, propose_subject
 from layerdiffusion.base.sd import load_models
 from layerdiffusion.mini.world import render, sample_scenes, stream
 
-OUT = Path(mini.__file__).parent / "weights" / "mini" / "labels.json"
+OUT = package_folder() / "weights" / "mini" / "labels.json"
 SCENES = dict(species=torch.arange(60) % 3, pose=torch.arange(60) // 3 % 4, place=torch.arange(60) * 7 // 2 % 6)
 ALONE = {14: "place", 32: "place", 50: "place", 23: "subject", 41: "subject"}
 KINDS = ["blurred", "faded", "headless", "cut", "doubled", "pasted"]
 
 # What each generated picture shows, in rows of six. A + marks what is broken: no face, a ghost, a see-through one.
 SEEN = """
-dog standing forest, cat standing snow, rabbit standing beach, +dog sitting city, cat sitting desert, rabbit sitting meadow,
+dog standing forest, cat standing snow, rabbit standing beach, +dog sitting city, cat sitting desert,
+rabbit sitting meadow,
 dog lying snow, cat lying forest, rabbit lying city, dog jumping beach, cat jumping meadow, rabbit jumping desert,
-dog standing forest, cat standing snow, dog standing beach, +dog sitting city, cat sitting desert, rabbit sitting meadow,
+dog standing forest, cat standing snow, dog standing beach, +dog sitting city, cat sitting desert,
+rabbit sitting meadow,
 dog lying snow, cat lying forest, rabbit lying city, dog jumping beach, cat jumping meadow, rabbit jumping beach,
-dog standing forest, cat standing snow, rabbit standing beach, dog sitting city, cat sitting desert, rabbit sitting meadow,
+dog standing forest, cat standing snow, rabbit standing beach, dog sitting city, cat sitting desert,
+rabbit sitting meadow,
 dog lying snow, cat lying forest, cat standing city, dog jumping beach, cat jumping meadow, rabbit jumping desert,
-dog standing forest, cat standing snow, rabbit standing beach, dog sitting city, cat sitting desert, rabbit sitting meadow,
+dog standing forest, cat standing snow, rabbit standing beach, dog sitting city, cat sitting desert,
+rabbit sitting meadow,
 dog lying snow, cat lying forest, +rabbit lying city, dog jumping beach, cat jumping meadow, rabbit jumping desert,
 dog standing forest, cat standing snow, dog standing beach, dog sitting city, cat sitting desert, rabbit sitting meadow,
 dog lying snow, cat lying forest, rabbit lying city, dog jumping beach, cat jumping meadow, rabbit jumping desert
@@ -40,7 +46,14 @@ def captions():
     "Sixty captions, long and short, some of the place or of the subject alone; and the guidance of each."
     scenes = sample_scenes(60, stream("labels", 10), 0.0, **SCENES)
     everything = world.SAID + world.SAYABLE
-    said = [("colour",), everything, (), ("colour", *world.MARKS, "second"), ("colour",), world.SAID + tuple(world.BUILD)]
+    said = [
+        ("colour",),
+        everything,
+        (),
+        ("colour", *world.MARKS, "second"),
+        ("colour",),
+        world.SAID + tuple(world.BUILD),
+    ]
     texts = []
     for i in range(60):
         subject = world.say_subject(scenes, i, said[i % 6])
@@ -67,7 +80,9 @@ def seen_labels():
     labels = []
     for row in rows:
         species, pose, place = row.lstrip("+").split()
-        labels.append(dict(made="generated", present=True, whole=row[0] != "+", species=species, pose=pose, place=place))
+        labels.append(
+            dict(made="generated", present=True, whole=row[0] != "+", species=species, pose=pose, place=place)
+        )
     return labels
 
 
@@ -115,7 +130,9 @@ def broken(kind, k, image, ground, mask, other, other_mask):
         return Image.blend(ground, image, 0.18 + 0.04 * (k % 5))
     if kind == "headless":
         left = x1 - 0.36 * wide
-        return without(image, ground, mask, shape([(left, 0), (64, 0), (64, y0 + 0.62 * high), (left, y0 + 0.62 * high)]))
+        return without(
+            image, ground, mask, shape([(left, 0), (64, 0), (64, y0 + 0.62 * high), (left, y0 + 0.62 * high)])
+        )
     if kind == "cut":
         return without(image, ground, mask, shape(halves(mask, k)))
     if kind == "doubled":
@@ -152,11 +169,11 @@ def bases(drawn, labels):
         pairs.append((to_pil_image(drawn[i]), mask, filled(to_pil_image(drawn[i]), mask)))
         found.append(labels[i])
     scenes = sample_scenes(20, stream("labels", 11))
-    for k, (image, mask, ground) in enumerate(zip(*render(scenes, 64))):
+    for k, (image, mask, ground) in enumerate(zip(*render(scenes, 64), strict=False)):
         pairs.append(tuple(map(to_pil_image, (image, (mask > 0.5).float(), ground))))
         asked = {name: world.VALUES[name][int(getattr(scenes, name)[k])] for name in ("species", "pose", "place")}
         found.append(dict(present=True) | asked)
-    images, masks, grounds = zip(*pairs)
+    images, masks, grounds = zip(*pairs, strict=False)
     return images, masks, grounds, found
 
 
@@ -164,5 +181,11 @@ if __name__ == "__main__":
     models, labels = load_models(sys.argv[1], "cpu"), seen_labels()
     drawn = generated(models)
     pictures, marks = all_broken(*bases(drawn, labels))
-    mini.save_labels(OUT, torch.cat([drawn, pictures]), labels + marks, by="tests/labelled.py", weights=models.hash,
-                     labelled_by="the author of page 12, a language model looking at the pictures")
+    mini.save_labels(
+        OUT,
+        torch.cat([drawn, pictures]),
+        labels + marks,
+        by="tests/labelled.py",
+        weights=models.hash,
+        labelled_by="the author of page 12, a language model looking at the pictures",
+    )

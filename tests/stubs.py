@@ -1,7 +1,9 @@
 """Writes `MODULE.pyi` beside each module whose classes grow by `patch`: `python tests/stubs.py`, after nbdev_export.
 
-A page explains a class a method at a time, and `patch` attaches each one. Type checkers and editors do not see that, so the
-stub beside the module has the whole class. `python tests/stubs.py FOLDER` writes the package into an empty folder as it would be
+A page explains a class a method at a time, and `patch` attaches each one. Type checkers and editors do not see
+that, so the
+stub beside the module has the whole class. `python tests/stubs.py FOLDER` writes the package into an empty folder
+as it would be
 with ordinary classes, bodies included: what tests/test_types.py lets mypy check.
 """
 
@@ -67,7 +69,9 @@ def stubs(package: Path) -> dict:
 
 def write_whole(package: Path, folder: Path):
     "The package in another folder, with ordinary classes."
-    copy = shutil.copytree(package, folder / package.name, ignore=shutil.ignore_patterns("weights", "pictures", "*.pyi"))
+    copy = shutil.copytree(
+        package, folder / package.name, ignore=shutil.ignore_patterns("weights", "pictures", "*.pyi")
+    )
     for path in stubs(copy):
         module = path.with_suffix(".py")
         module.write_text(ast.unparse(whole(module.read_text(encoding="utf-8"))) + "\n", encoding="utf-8")

@@ -15,7 +15,15 @@ pytest.importorskip("anywidget")
 pytest.importorskip("ipywidgets")
 from layerdiffusion import BadInput, LayerDiffusion
 from layerdiffusion.interface import app as module
-from layerdiffusion.interface.app import LayerDiffusionApp, Order, asked_for, free_port, python_lines, shell_line, write_page
+from layerdiffusion.interface.app import (
+    LayerDiffusionApp,
+    Order,
+    asked_for,
+    free_port,
+    python_lines,
+    shell_line,
+    write_page,
+)
 from layerdiffusion.interface.cli import main
 from layerdiffusion.base.core import example_path, fit_image, load_image
 
@@ -371,6 +379,7 @@ def test_a_drawing_that_does_not_stop(editor):
 
     class Slow:
         alive = True
+
         def stop(self):
             return None
 
@@ -382,7 +391,8 @@ def test_a_drawing_that_does_not_stop(editor):
 
 
 def test_every_declared_setting_can_be_touched(editor, method):
-    "Sliders and fields are the declared set, with its choices and bounds; what is set is in the order and in both lines."
+    """Sliders and fields are the declared set, with its choices and bounds; what is set is in the order and in
+    both lines."""
     from layerdiffusion.settings import SETTINGS
 
     touched = {name for name in editor.dials if name in SETTINGS} | set(editor.fields)

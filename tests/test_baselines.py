@@ -141,8 +141,10 @@ def test_nothing_is_left_behind(models, edit, name, ends):
 @pytest.mark.parametrize("name", METHODS)
 def test_same_call_same_pictures(models, edit, name):
     method, options = METHODS[name]
+
     def draw(seeds):
         return method(models, edit.image, edit.text, seeds=seeds, num_inference_steps=10, **options)
+
     both = draw([4, 5])
     assert torch.equal(both, draw([4, 5]))
     assert torch.allclose(both[1], draw([5])[0], atol=1e-4)
@@ -186,7 +188,7 @@ def test_places_of_stable_diffusion():
 
 def test_lent_attention_by_hand(models, edit):
     "One layer: the photo's attention map, the edit's own values."
-    path, layer, seen = {500: torch.randn(1, 16, 8, 8)}, injection_layers(models.unet)[1][0], {}
+    path, layer, seen = {500: torch.randn(1, 4, 16, 16)}, injection_layers(models.unet)[1][0], {}
 
     def look(module, args, kwargs, output):
         seen.update(x=args[0] if args else kwargs["hidden_states"], y=output)
@@ -194,7 +196,7 @@ def test_lent_attention_by_hand(models, edit):
     handle = layer.register_forward_hook(look, with_kwargs=True)
     e = encode_text(models, ["", "a dog", "a cat"])
     with torch.no_grad(), lend_features(models.unet, path, e[:1], [], [500]) as unet:
-        unet(torch.randn(2, 16, 8, 8), torch.tensor(500), e[1:])
+        unet(torch.randn(2, 4, 16, 16), torch.tensor(500), e[1:])
     handle.remove()
     x, heads = seen["x"], lambda v: v.unflatten(-1, (layer.heads, -1)).transpose(1, 2)
     with torch.no_grad():
@@ -310,6 +312,7 @@ def test_rows_go_on_after_a_kill(models, monkeypatch, tmp_path):
         return baseline_rows(
             LayerDiffusion(models), tasks, drawn, range(2), file, judge=torch.nn.Linear(1, 1), **options
         )
+
     with pytest.raises(KeyboardInterrupt):
         rows(eta=1)
     assert file.read_text().count("\n") == 2

@@ -39,8 +39,10 @@ def test_the_tasks_are_those_of_version_1():
 
 def small_pictures():
     "All pictures of the tasks, each cell of four pixels by four as its mean: a row for each task."
+
     def shown(e):
         return (e.image, e.mask, e.reference, e.answer, e.answer_mask)
+
     rows = [torch.cat([x.expand(3, -1, -1) for x in shown(t.edit)], 2) for t in benchmark_tasks()]
     return torch.nn.functional.avg_pool2d(torch.cat(rows, 1), 4)
 

@@ -179,7 +179,9 @@ def test_the_way_of_moving(prompt):
 
     x0, _, x1, y1 = bounding_box(prompt.mask)
     feet = (x0 + x1) / 2, y1
+
     def place(x, y):
         return (feet[0] + 0.1 * 64 + (x - feet[0]) * 0.5, feet[1] - 0.05 * 64 + (y - feet[1]) * 0.5)
+
     left, right, bottom = place(x0, 0)[0], place(x1, 0)[0], place(0, y1)[1]
     assert abs(xs.min() - left) <= 1 and abs(xs.max() + 1 - right) <= 1 and abs(ys.max() + 1 - bottom) <= 1

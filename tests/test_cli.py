@@ -311,7 +311,20 @@ def same_results(a, b, but=()):
 
 def test_watching_changes_nothing(run):
     """--preview and --look-every show pictures and leave the results as they are."""
-    steps = ["--embedding-steps", "2", "--tuning-steps", "5", "--steps", "3", "--seeds", "0-1", "--device", "cpu", "--mask", "mask.png"]
+    steps = [
+        "--embedding-steps",
+        "2",
+        "--tuning-steps",
+        "5",
+        "--steps",
+        "3",
+        "--seeds",
+        "0-1",
+        "--device",
+        "cpu",
+        "--mask",
+        "mask.png",
+    ]
     assert run("edit", "example:dog", TEXT, *steps, "--out", "a")[0] == 0
     code, out, err = run(
         "edit", "example:dog", TEXT, *steps, "--out", "b", "--preview", "seen/now.png", "--look-every", 2
@@ -424,7 +437,10 @@ def test_examples(run):
 
 def test_help_is_light():
     """Help answers without torch."""
-    check = "import sys; from layerdiffusion.interface.cli import main; c = main(sys.argv[1:]); assert 'torch' not in sys.modules and 'numpy' not in sys.modules; sys.exit(c)"
+    check = (
+        "import sys; from layerdiffusion.interface.cli import main; c = main(sys.argv[1:]); "
+        "assert 'torch' not in sys.modules and 'numpy' not in sys.modules; sys.exit(c)"
+    )
     for args in (["--help"], ["edit", "--help"], ["train-mini", "--help"], ["bench", "-h"]):
         out = subprocess.run([sys.executable, "-c", check, *args], capture_output=True, text=True)
         assert out.returncode == 0, out.stderr
@@ -449,7 +465,8 @@ def test_unexpected_errors_ask_for_a_report(run, monkeypatch):
     [
         MemoryError(),
         RuntimeError(
-            "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 640000000000 bytes."
+            "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: "
+            "you tried to allocate 640000000000 bytes."
         ),
     ],
 )
@@ -481,7 +498,20 @@ sys.exit(main())
 @pytest.mark.skipif(os.name == "nt", reason="signals")
 def test_ctrl_c_and_resume(run):
     """Ctrl-C ends with 130 and a sentence; --resume ends with the bytes of a run that was never stopped."""
-    steps = ["--embedding-steps", "30", "--tuning-steps", "1", "--steps", "1", "--seeds", "0", "--device", "cpu", "--mask", "mask.png"]
+    steps = [
+        "--embedding-steps",
+        "30",
+        "--tuning-steps",
+        "1",
+        "--steps",
+        "1",
+        "--seeds",
+        "0",
+        "--device",
+        "cpu",
+        "--mask",
+        "mask.png",
+    ]
     command = [sys.executable, "-c", PRESSED, "edit", "example:dog", TEXT, *steps, "--out", "out"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 130 and "Stopped by Ctrl-C" in done.stderr and "--resume" in done.stderr
@@ -510,7 +540,9 @@ def test_every_place_has_the_declared_settings():
     assert [opt.name for opts in GROUPED.values() for opt in opts] == [opt.name for opt in METHOD] == list(SETTINGS)
     assert list(GROUPED) == list(GROUPS.values()) and all(GROUPED.values())
     assert {opt.name: (opt.default, opt.help) for opt in METHOD} == {
-        name: (default, help) for name, _, _, help in parameters(EditConfig) for default in [DEFAULTS.get(name)]
+        name: (default, help)
+        for name, _, _, help in parameters(EditConfig)
+        for default in [DEFAULTS.get(name)]
         if name != "preset"
     }
 
@@ -551,7 +583,7 @@ def test_the_help_fits_on_one_screen(run, monkeypatch):
     assert code == 0
     assert not [o.flag for opts in PANELS.values() for o in opts if not re.search(rf"{o.flag}(?![a-z-])", whole)]
     places = [whole.index(f" {panel} ─") for panel in GROUPED] + [len(whole)]
-    for (panel, opts), start, end in zip(GROUPED.items(), places, places[1:]):
+    for (panel, opts), start, end in zip(GROUPED.items(), places, places[1:], strict=False):
         assert not [o.flag for o in opts if o.flag not in whole[start:end]], panel
     assert len(METHOD) > 40 and "--eq8-index" not in short
 
@@ -588,9 +620,9 @@ def test_set_and_its_option_are_one_setting(run):
 
     code, _, err = run("edit", "example:dog", TEXT, "--alpha", "0.3", "--set", "alpha=0.4")
     assert code == 2 and "--alpha and --set alpha" in err
-    assert read_sets(["alpha=.5", "eq8-index=timestep", "tuning_decay=true", "tuning_lr=none", "negative_prompt=a hat"]) == dict(
-        alpha=0.5, eq8_index="timestep", tuning_decay=True, tuning_lr=None, negative_prompt="a hat"
-    )
+    assert read_sets(
+        ["alpha=.5", "eq8-index=timestep", "tuning_decay=true", "tuning_lr=none", "negative_prompt=a hat"]
+    ) == dict(alpha=0.5, eq8_index="timestep", tuning_decay=True, tuning_lr=None, negative_prompt="a hat")
 
 
 def test_set_is_written_down(run):
@@ -648,7 +680,8 @@ def test_folders_of_somebody_else(tmp_path, capsys):
 
 
 def test_version_however_it_is_asked():
-    "`layerdiffusion --version`, `python -m layerdiffusion` and `python -m layerdiffusion.interface.cli` are one command."
+    """`layerdiffusion --version`, `python -m layerdiffusion` and `python -m layerdiffusion.interface.cli` are one
+    command."""
     import layerdiffusion
 
     for module in ("layerdiffusion", "layerdiffusion.interface.cli"):
@@ -663,7 +696,8 @@ def test_version_however_it_is_asked():
 
 
 def test_export(run):
-    "An edit's folder becomes a U-Net, and a LoRA that diffusers finds by the folder alone; files of somebody else stay."
+    """An edit's folder becomes a U-Net, and a LoRA that diffusers finds by the folder alone; files of somebody
+    else stay."""
     from diffusers import UNet2DConditionModel, StableDiffusionPipeline
 
     assert (

@@ -1,4 +1,5 @@
-"""Training on an accelerator, checked without one: on the `meta` device every tensor has a place, and no number can be read back."""
+"""Training on an accelerator, checked without one: on the `meta` device every tensor has a place, and no number
+can be read back."""
 
 import pytest
 import torch

@@ -72,10 +72,16 @@ def test_num_inference_steps_are_the_drawings(pipe, scene, plain):
 
 def test_guidance_goes_towards_the_text_and_away_from_the_negative(pipe, scene):
     "With guidance 1 the negative text has no say; above, the picture is its distance from it times the scale."
-    draw = lambda **changes: pipe(scene=scene, seeds=[3], num_inference_steps=1, output_type="pt", **changes).edit
+
+    def draw(**changes):
+        return pipe(scene=scene, seeds=[3], num_inference_steps=1, output_type="pt", **changes).edit
+
     found = []
     for scale in (1.0, 2.0, 4.0):
-        last = lambda pipe, step, t, kwargs: found.append(kwargs["latents"])
+
+        def last(pipe, step, t, kwargs):
+            return found.append(kwargs["latents"])
+
         assert draw(guidance_scale=scale, callback_on_step_end=last).config.guidance_scale == scale
     assert torch.allclose(found[2] - found[0], 3 * (found[1] - found[0]), atol=1e-3)
     free, led = draw(guidance_scale=3.0), draw(guidance_scale=3.0, negative_prompt="a cat")
@@ -84,7 +90,10 @@ def test_guidance_goes_towards_the_text_and_away_from_the_negative(pipe, scene):
 
 def test_a_fresh_generator_is_its_seed(pipe, scene, plain):
     "And a list of them a picture each, in this order."
-    fresh = lambda seed: torch.Generator().manual_seed(seed)
+
+    def fresh(seed):
+        return torch.Generator().manual_seed(seed)
+
     one = pipe(scene=scene, generator=fresh(3), output_type="pt")
     two = pipe(scene=scene, generator=[fresh(5), fresh(3)], output_type="pt")
     assert one.edit.seeds == [3] and torch.equal(one.images, plain)
@@ -148,13 +157,18 @@ def test_the_callback_is_told_and_may_replace_latents(pipe, scene, plain):
     same = pipe(scene=scene, seeds=[3], output_type="pt", callback_on_step_end=look)
     assert torch.equal(same.images, plain) and [s[:2] for s in seen] == [(pipe, 0), (pipe, 1)]
     first = seen[0][2]
-    swap = lambda its, step, t, kwargs: dict(latents=-kwargs["latents"] if step == 0 else kwargs["latents"])
+
+    def swap(its, step, t, kwargs):
+        return dict(latents=-kwargs["latents"] if step == 0 else kwargs["latents"])
+
     assert not torch.allclose(
         pipe(scene=scene, seeds=[3], output_type="pt", callback_on_step_end=swap).images, plain, atol=1e-2
     )
     from layerdiffusion.base.sd import decode_latents
 
-    end = lambda its, step, t, kwargs: dict(latents=first) if step == 1 else {}
+    def end(its, step, t, kwargs):
+        return dict(latents=first) if step == 1 else {}
+
     shown = pipe(scene=scene, seeds=[3], output_type="pt", callback_on_step_end=end).images
     assert torch.equal(shown, decode_latents(pipe.models, first))
 

@@ -187,8 +187,10 @@ def test_a_seed_is_a_picture(method, scene):
     "Each seed has its own, whatever the setting's seed, which only the trainings read."
     config, other = short(seed=0), short(seed=9)
     words = scene.e_a, scene.e_b
+
     def draw(seeds, config):
         return method.sample(words, {}, scene.size, seeds, config)
+
     three, again = draw([4, 7, 2], config), draw([7], other)
     assert mean(three[1], again[0]) < 1e-5 and min(mean(three[i], three[k]) for i, k in ((0, 1), (0, 2), (1, 2))) > 0.01
 
@@ -214,7 +216,7 @@ def test_seeds_of_prior_coat_and_search(models, monkeypatch):
         for seed in (1, 1, 2):
             start(seed)
         assert torch.equal(began[0], began[1]) and mean(began[0], began[2]) > 0.1, name
-    assert torch.allclose(began[0], torch.randn(4, 16, 8, 8, generator=stream("target search", 1)))
+    assert torch.allclose(began[0], torch.randn(4, 4, 16, 16, generator=stream("target search", 1)))
 
 
 def test_the_pipeline_gives_its_seed_on(method, scene, monkeypatch):
@@ -261,8 +263,10 @@ def test_new_words_are_fitted_to_the_photos_subject(method, plain, scene):
 
 def test_the_models_own_pictures(method, plain, scene):
     "Their noise loss under their own words, unmasked, times λ_prior, is added; they are the untouched model's."
+
     def config(weight):
         return short(prior_batch=2, lambda_prior=weight, guidance_scale=1.0)
+
     pictures, words = method.prior(scene, config(1.0).resolve(method.models.card), count=3)
     texts = identity.prior_texts(method.models, "a pink dog", 3, 0)
     assert all(text.startswith("a pink dog ") for text in texts) and torch.allclose(
@@ -271,7 +275,7 @@ def test_the_models_own_pictures(method, plain, scene):
     method.prior = lambda *a: (pictures, words)
     g = draws("tuning", 0, 0)
     k = torch.randint(3, (2,), generator=g)
-    noise, t = torch.randn(3, 16, 8, 8, generator=g), torch.randint(1000, (3,), generator=g)
+    noise, t = torch.randn(3, 4, 16, 16, generator=g), torch.randint(1000, (3,), generator=g)
     with torch.no_grad():
         own = (
             sum(
@@ -307,7 +311,7 @@ def first_loss(method, plain, scene, config, *terms):
     "The first loss of the tuning, ours and by hand: `terms` are (weight, latents, mask)."
     opt, g = config.alpha * scene.e_a + (1 - config.alpha) * scene.e_b, draws("tuning", config.seed, 0)
     pictures = list({id(x): x for _, x, _ in terms}.values())
-    noise, t = torch.randn(len(pictures), 16, 8, 8, generator=g), torch.randint(1000, (len(pictures),), generator=g)
+    noise, t = torch.randn(len(pictures), 4, 16, 16, generator=g), torch.randint(1000, (len(pictures),), generator=g)
     with torch.no_grad():
         at = [[x is y for y in pictures].index(True) for _, x, _ in terms]
         hand = sum(
@@ -320,8 +324,10 @@ def first_loss(method, plain, scene, config, *terms):
 def test_who_is_in_the_reference_is_left_out(method, plain, scene, task):
     """M_r is what SAM finds there; Eq. 5 leaves it out, and with `union` the subject's place too. With `empty`
     nobody is there."""
+
     def config(**changes):
         return short(eq45_pictures="each", **changes)
+
     somebody = method.prepare(
         task.image, task.text, mask=scene.mask, reference=task.answer, config=config(reference_mask="sam")
     )
@@ -404,8 +410,10 @@ def test_of_several_masks_the_surest():
     masks = np.zeros((3, 8, 8), bool)
     for k in range(3):
         masks[k, : k + 2, 1:5] = True
+
     def answers(*a, **k):
         return (masks, np.array([0.3, 0.9, 0.5]), None)
+
     predictor = SimpleNamespace(
         set_image=None,
         is_image_set=True,
@@ -422,7 +430,7 @@ def test_the_two_terms_are_the_layers(models, scene):
     from layerdiffusion.method import layered_loss, noise_loss, stack_layers
 
     g = torch.Generator().manual_seed(0)
-    x, noise, t = (torch.randn(2, 16, 8, 8, generator=g) for _ in range(2)), None, torch.tensor([400, 400])
+    x, noise, t = (torch.randn(2, 4, 16, 16, generator=g) for _ in range(2)), None, torch.tensor([400, 400])
     x, noise = x
     m = F.avg_pool2d(scene.mask[None], 8)
     both = stack_layers(x[:1], m, x[1:], m, 3.0, 0.5)
@@ -569,8 +577,10 @@ def test_the_search_stops_where_another_coat_is_wanted(monkeypatch):
 
 def test_quality_counts_as_much_as_it_is_told(monkeypatch):
     "With subject attention SAM's estimate, times target_quality, is taken off the distance."
+
     def dark_is_clear(grey):
         return 1.0 if grey < 0.5 else 0.0
+
     found = {
         weight: Drawn(monkeypatch, dark_is_clear).search(0.53, spreads=(), subject_scale=1.0, target_quality=weight)[0]
         for weight in (0.0, 0.001, 5.0)
@@ -592,8 +602,10 @@ def test_children_are_like_their_parents():
 def test_the_choice():
     "The nearest; the most typical where none is near; clearness is taken off the distance."
     palettes = torch.tensor([0.1, 0.2, 0.4, 0.42]).view(4, 1, 1).expand(-1, 24, 5)
+
     def wanted(v):
         return torch.full((24, 5), v)
+
     assert [identity.choose(palettes, wanted(v)) for v in (0.09, 0.21, 0.41)] == [0, 1, 2] and identity.choose(
         palettes, wanted(0.9)
     ) == 1
@@ -650,8 +662,10 @@ def test_a_coat_that_is_worn_stays(method):
     "Nearer than `least`, or than three times the spread of the draws."
     mask = torch.ones(1, 8, 8)
     image = COAT[:, None, None].expand(3, 8, 8)
+
     def kept(asked, **more):
         return torch.equal(identity.change_coat(image, mask, asked, **more), image)
+
     assert kept((COAT + 0.1, 0.0)) and kept((ASKED, 0.5)) and not kept((ASKED, 0.01)) and kept(None)
 
 
@@ -713,7 +727,7 @@ def inside(subject, count):
 def test_attention_sees_the_subject_and_not_the_rest(models, plain, subject, kind):
     "What lies beside the subject moves nothing, what lies on it moves the answer; and more with a larger scale."
     weights = identity.subject_weights(models) if kind == "trained" else None
-    x, e = torch.randn(1, 16, 8, 8, generator=torch.Generator().manual_seed(0)), plain.words("a dog")
+    x, e = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0)), plain.words("a dog")
 
     def answer(touch=None, scale=1.0):
         seeing = identity.see_subject(models, subject, scale, weights).unet
@@ -802,10 +816,10 @@ def test_a_tuning_can_begin_with_a_difference(models, scene):
     tuned, _ = fine_tune(
         models,
         scene.e_a,
-        torch.zeros(1, 16, 8, 8),
-        torch.ones(1, 1, 8, 8),
+        torch.zeros(1, 4, 16, 16),
+        torch.ones(1, 1, 16, 16),
         None,
-        torch.ones(1, 1, 8, 8),
+        torch.ones(1, 1, 16, 16),
         steps=0,
         start=start,
     )
@@ -825,8 +839,10 @@ def test_reuse_keeps_what_it_is_told(method, scene):
         seeds=[0],
         config=short(tuning_lr=1e-3, embedding_lr=1e-2, embedding_steps=3),
     )
+
     def again(keep):
         return method.reuse(first, "a pink dog jumping in the snow", seeds=[0], steps=0, keep=keep)
+
     for keep in (0.0, 0.5, 1.0):
         kept = again(keep).difference
         assert all(

@@ -54,8 +54,10 @@ def test_every_page_is_in_the_sidebar():
 
 def test_workflows_are_yaml():
     "GitHub's three files parse, run on pushes or at night, and call what exists."
+
     def read(name):
         return yaml.safe_load((ROOT / f".github/workflows/{name}.yml").read_text(encoding="utf-8"))
+
     docs, tests, nightly = map(read, ("docs", "tests", "nightly"))
     assert docs[True] and tests[True] and nightly[True]["schedule"]  # YAML reads the key `on` as true
     assert any(step.get("run") == "python tests/mutants.py" for step in nightly["jobs"]["mutants"]["steps"])
@@ -85,9 +87,7 @@ def site(tmp_path_factory):
 @needs_tools
 def test_links_pictures_and_markup(site):
     "`build_site` has refused faults; here it is known that there was something to ask, and that a fault is seen."
-    assert {p.stem for p in site.glob("*.html")} == {
-        re.sub(r"^\d\d_", "", Path(name).stem) for name in menu()
-    }
+    assert {p.stem for p in site.glob("*.html")} == {re.sub(r"^\d\d_", "", Path(name).stem) for name in menu()}
     page = Page((site / "fine_tuning.html").read_text(encoding="utf-8"))
     assert (
         len(page.links) > 50

@@ -195,7 +195,8 @@ def fp16(names):
 
 def resolve(hub, home, name, offline=False):
     code = (
-        "from layerdiffusion.base.folders import resolve_model, weight_files; from layerdiffusion.base.core import BadInput\n"
+        "from layerdiffusion.base.folders import resolve_model, weight_files; "
+        "from layerdiffusion.base.core import BadInput\n"
         f"try: f = resolve_model({name!r}, {offline}); print(f, weight_files(f, 'unet')[1])\n"
         "except BadInput as e: print('refused:', e)"
     )

@@ -108,7 +108,7 @@ class Plain:
             scheduler = PNDMScheduler.from_config(scheduler.config, skip_prk_steps=True, timestep_spacing="leading")
             scheduler.alphas_cumprod = self.scheduler.alphas_cumprod.clone()
         scheduler.set_timesteps(c.sampling_steps)
-        x = torch.randn(1, 16, 8, 8, generator=torch.Generator().manual_seed(seed))
+        x = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(seed))
         for i, t in enumerate(scheduler.timesteps):
             free, told = unet(x, t, nothing).sample, unet(x, t, said(i, t)).sample
             x = scheduler.step(free + c.guidance_scale * (told - free), t, x).prev_sample
@@ -169,8 +169,10 @@ def scene():
     g = torch.Generator().manual_seed(1)
     before = sample_scenes(1, g, species="dog", colour="pink", pose="lying", place="city")
     edit = make_edit(before, 64, pose="standing", place="snow")
+
     def levels(x):
         return (x * 255).round() / 255
+
     return levels(edit.image), (edit.mask > 0.5).float(), levels(edit.reference)
 
 

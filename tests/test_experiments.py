@@ -102,8 +102,10 @@ def test_a_lost_cell_is_made_again_the_same(done):
     after = rows_in(folder)
     assert alike(after[lost]["scores"], before[lost]["scores"])
     assert {n: r for n, r in after.items() if n != lost} == {n: r for n, r in before.items() if n != lost}
+
     def timeless(r):
         return [{k: v for k, v in row.items() if k != "seconds"} for row in r["settings"]]
+
     assert alike(timeless(again), timeless(record))
 
 
@@ -308,9 +310,8 @@ def test_each_picture_has_a_clip_score(done):
 
 def test_difference_is_of_the_same_edits():
     def rows(name, values):
-        return dict(
-            setting=name, by_edit=dict.fromkeys(("right", "valid", "identity", "background", "clip"), values)
-        )
+        return dict(setting=name, by_edit=dict.fromkeys(("right", "valid", "identity", "background", "clip"), values))
+
     record = dict(
         edits=list("abcdef"),
         settings=[rows("x", [0.9, 0.5, 0.1, 0.6, 0.3, 0.4]), rows("y", [0.8, 0.4, 0.0, 0.5, 0.2, 0.3])],
@@ -333,6 +334,7 @@ def test_difference_is_of_the_same_edits():
 def test_where_nothing_is_left_to_rise():
     def rows(name, value):
         return dict(setting=name, by_edit=dict.fromkeys(("right", "valid", "clip"), [value] * 6))
+
     record = dict(edits=list("abcdef"), settings=[rows("x", 1.0), rows("y", 1.0), rows("z", 0.0)])
     answers = [compare(record, "x", "y"), compare(record, "x", "z", "right"), compare(record, "x", "y", "clip")]
     assert ": all are, with both;" in answers[0] and ": yes;" in answers[1] and ": no;" in answers[2]

@@ -254,8 +254,10 @@ def test_bench(tmp_path):
     from layerdiffusion.base.sd import load_models
 
     flops = bench.stage_flops(load_models(given["model"]), config, 2)
+
     def run(watch, **more):
         return dict(stages=watch.stages, threads=1, config=config.model_dump(), **more)
+
     record = dict(
         start={},
         job=job,
@@ -309,7 +311,7 @@ def test_everything_is_on_the_gpu():
                 parts, tuned = (
                     build_parts(configs),
                     build_parts(configs)["unet"],
-                )  # not `copy_unet`: PyTorch 2.14 frees a copied fake tensor's storage twice, and some later test crashes
+                )  # not `copy_unet`: PyTorch 2.14 frees a copied fake tensor's storage twice
         finally:
             torch.set_default_dtype(torch.float32)
         for part in (*parts.values(), tuned):

@@ -181,7 +181,7 @@ def test_training_alone(name, photo):
     "Eq. 2 in a loop of one's own behind `shielded`, and Eq. 6 by itself, learn the same."
     models = load_models("mini")
     e_a, e_b = encode_text(models, ["a dog jumping", "in a forest"]).split(1)
-    latents, mask = encode_image(models, photo[0]), torch.ones(1, 1, 8, 8)
+    latents, mask = encode_image(models, photo[0]), torch.ones(1, 1, 16, 16)
     mask[..., :4] = 0
 
     @shielded

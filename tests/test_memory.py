@@ -255,8 +255,10 @@ def test_eight_bits(tmp_path):
     from layerdiffusion.base.sd import use
 
     use(method.models, memory.LEVELS["8bit"])
+
     def edit():
         return method.edit("example:dog", TEXT, point=(32, 36), seeds=[0], config=config(), callback=interrupted)
+
     with pytest.raises(torch.OutOfMemoryError):
         edit()
     assert torch.equal(edit().images, whole.images)
@@ -273,11 +275,12 @@ def test_a_small_change_is_not_rounded_away():
     g, base = torch.Generator().manual_seed(0), models.unet.state_dict()
     change = {name: (1e-4 * torch.rand(w.shape, generator=g)).half() for name, w in base.items() if w.ndim > 1}
     drawn = apply_difference(models.unet, change).state_dict()
+
     def share(weights):
-        return (
-            sum((weights[n].float() - base[n].float()).sum() for n in change)
-            / sum(c.float().sum() for c in change.values())
+        return sum((weights[n].float() - base[n].float()).sum() for n in change) / sum(
+            c.float().sum() for c in change.values()
         )
+
     assert abs(share(drawn) - 1) < 0.01
     assert share({n: (base[n].float() + c.float()).bfloat16() for n, c in change.items()}) < 0.9, (
         "else this test says nothing"

@@ -100,8 +100,10 @@ def tiny(folder, during=lambda: None, steps=2):
 def test_signals_are_given_back(tmp_path):
     """Ctrl-C stops at a whole step; afterwards, and after a failure, the handlers are those of before. Another thread
     touches none."""
+
     def handlers():
         return [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
+
     before, seen = handlers(), []
 
     def stop():
@@ -142,6 +144,7 @@ def test_a_run_goes_on_as_it_began(tmp_path):
 
     def go(**kw):
         return train_stage("vae", tmp_path, workers=1, **kw)
+
     go(samples=32, seed=3)
     go(samples=48, seed=3)
     for kw, said in (
@@ -198,8 +201,10 @@ def test_the_app_ticks_no_ghost(monkeypatch):
     monkeypatch.setattr(app, "propose_subject", lambda *_: Some(mask=torch.ones(1, 64, 64)))
     method = Some(models=Some(card=dict(name="mini")), once=lambda name, key, make: make(None), sam=None)
     result = Some(images=torch.zeros(1, 3, 64, 64), text="a grey cat sitting on a beach", image=None, mask=None)
+
     def seen():
         return app.scores(method, result)[0]["seen"]
+
     assert set(seen().values()) == {("broken", False)}
     judge.forward = lambda x: {q: torch.eye(n)[[1] * len(x)] for q, n in QUESTIONS.items()}
     assert all(ok for _, ok in seen().values())
@@ -339,8 +344,10 @@ def test_clicks_and_boxes():
 
     s = scenes_of(16)
     mask = (render(s)[1] > 0.5).float()
+
     def at(m, p):
         return m[p[1].int(), p[0].int()].item()
+
     points, meant = random_clicks(mask, stream("clicks"), 3)
     for m, ps, truths in zip(mask[:, 0], points, meant, strict=False):
         assert [at(m, p) for p in ps[:2]] == [1, 1] and all(at(t, p) == 1 for p, t in zip(ps, truths, strict=False))
@@ -464,7 +471,8 @@ def test_labelled_pictures(tmp_path):
 
 
 def test_the_pinned_pictures(monkeypatch):
-    "Sixty drawn and sixty broken, in a small file, with the labels of tests/labelled.py; shuffled labels are found out."
+    """Sixty drawn and sixty broken, in a small file, with the labels of tests/labelled.py; shuffled labels are
+    found out."""
     import random
     from collections import Counter
     from pathlib import Path
@@ -488,7 +496,10 @@ def test_the_pinned_pictures(monkeypatch):
         assert {label[q] for label in drawn} == {label[q] for label in broken} == set(ANSWERS[q])
     answers = {q: torch.zeros(120).long() for q in QUESTIONS} | dict(
         present=torch.ones(120).long(),
-        **{q: torch.tensor([ANSWERS[q].index(label[q]) for label in labels]) for q in ("whole", "species", "pose", "place")},
+        **{
+            q: torch.tensor([ANSWERS[q].index(label[q]) for label in labels])
+            for q in ("whole", "species", "pose", "place")
+        },
     )
     assert agrees(answers, labels).all()
     shuffled = random.Random(0).sample(labels, len(labels))

@@ -19,7 +19,14 @@ def page_of(module):
     "The page that makes a module."
     line = f"#| default_exp {module}\n"
     written = json.dumps(line)[1:-1]
-    return next((p for p in NUMBERED if written in p.read_text(encoding="utf-8") or written[:-2] + '"' in p.read_text(encoding="utf-8")), None)
+    return next(
+        (
+            p
+            for p in NUMBERED
+            if written in p.read_text(encoding="utf-8") or written[:-2] + '"' in p.read_text(encoding="utf-8")
+        ),
+        None,
+    )
 
 
 NUMBERED = sorted((ROOT / "nbs").glob("[!_.]*/[0-9]*.ipynb"))
@@ -198,7 +205,10 @@ from layerdiffusion.pipeline import LayerDiffusion
 for name in {rooms}: importlib.import_module("layerdiffusion." + name)
 print(sorted(n for n in sys.modules if n.startswith("layerdiffusion.") and n.rpartition(".")[2] in {toys}))
 """
-PAPER_ROOMS = "core folders sd method masks embeddings fine_tuning guidance identity settings saving pipeline memory canvas app cli"
+PAPER_ROOMS = (
+    "core folders sd method masks embeddings fine_tuning guidance identity settings saving pipeline memory "
+    "canvas app cli"
+)
 
 
 def test_the_full_size_user_never_imports_the_toy_world():

@@ -114,5 +114,7 @@ def test_a_mistake_in_a_cell_is_one_sentence():
         nb, kernel_name="python3", allow_errors=True, resources=dict(metadata=dict(path=str(ROOT)))
     ).execute()
     bad, other = (c.outputs[0] for c in nb.cells[1:])
-    assert bad.traceback == ["BadPicture: There is no file 'nowhere.png'; give the path of a PNG, JPEG or WebP picture."]
+    assert bad.traceback == [
+        "BadPicture: There is no file 'nowhere.png'; give the path of a PNG, JPEG or WebP picture."
+    ]
     assert bad.ename == "BadPicture" and len("\n".join(other.traceback).splitlines()) > 3

@@ -35,9 +35,9 @@ def test_weights_are_there():
 
 
 def test_weights_are_small_and_safe():
-    "At most 60 MB in all; tensors only as safetensors, each file whole; the rest is text."
-    assert sum(p.stat().st_size for p in WEIGHTS) <= 60e6
-    assert {p.suffix for p in WEIGHTS} <= {".safetensors", ".json", ".txt", ".md"}
+    "At most 80 MB in all; tensors only as safetensors, each file whole; the rest is text and one labelled sheet."
+    assert sum(p.stat().st_size for p in WEIGHTS) <= 80e6
+    assert {p.suffix for p in WEIGHTS} <= {".safetensors", ".json", ".txt", ".md", ".png"}
     for path in (p for p in WEIGHTS if p.suffix == ".safetensors"):
         with path.open("rb") as f:
             (n,) = struct.unpack("<Q", f.read(8))
@@ -127,8 +127,10 @@ def test_what_is_imported_is_required(told):
             "smalldocs",
         }
     )
+
     def plain(name):
         return re.split(r"[<>=!\[]", name)[0].lower().replace("_", "-")
+
     required, where = {plain(r) for r in told["install_requires"]}, packages_distributions()
     assert not {t for t in tops if not required & {plain(d) for d in where.get(t, [t])}}
 

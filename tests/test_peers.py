@@ -1,7 +1,9 @@
 """Which of diffusers' pipelines run on a mini folder. PEERS_FOLDER=… names another than the shipped one.
 
-Community Imagic is not in diffusers' package: `DiffusionPipeline.from_pretrained(…, custom_pipeline="imagic_stable_diffusion")` fetches its
-code from the hub, so no test can run it offline. It would load (four channels, scaling factor 0.18215), but it computes with epsilon,
+Community Imagic is not in diffusers' package: `DiffusionPipeline.from_pretrained(…,
+custom_pipeline="imagic_stable_diffusion")` fetches its
+code from the hub, so no test can run it offline. It would load (four channels, scaling factor 0.18215), but it
+computes with epsilon,
 and mini predicts v: what it draws would be a smear."""
 
 import os
@@ -88,13 +90,16 @@ def test_legacy_inpainting(folder, photo):
 
     g = torch.Generator().manual_seed(0)
     size = dict(height=64, width=64)
-    out = pipe(TEXT, photo[2], to_pil(hole.expand(3, -1, -1)), num_inference_steps=8, generator=g, output_type="pt", **size)
+    out = pipe(
+        TEXT, photo[2], to_pil(hole.expand(3, -1, -1)), num_inference_steps=8, generator=g, output_type="pt", **size
+    )
     away = (sound(out.images)[0] - photo[0]).abs().mean(0, keepdim=True)
     assert away[:, :, :24].mean() < away[hole > 0].mean()
 
 
 def test_ledits(folder, photo):
-    "LEDITS++ inverts the photo, and adds a word. With DDIM its inversion fails in diffusers itself, whatever the model; so DPM-Solver."
+    """LEDITS++ inverts the photo, and adds a word. With DDIM its inversion fails in diffusers itself, whatever the
+    model; so DPM-Solver."""
     from diffusers import DPMSolverMultistepScheduler, LEditsPPPipelineStableDiffusion
 
     pipe = quiet(LEditsPPPipelineStableDiffusion.from_pretrained(folder))

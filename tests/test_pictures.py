@@ -145,8 +145,10 @@ def test_white_is_zero():
 
 def png(depth, colour, rows):
     "A PNG of big-endian rows, as Pillow does not write it."
+
     def chunk(kind, data):
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
     raw = b"".join(b"\0" + row.astype(">u2" if depth == 16 else "u1").tobytes() for row in rows)
     head = struct.pack(">IIBBBBB", W, H, depth, colour, 0, 0, 0)
     Path("a.png").write_bytes(
@@ -316,6 +318,8 @@ def exif(turn, *others, order="<", kind=3):
 
 def MAKE(order):
     return entry(order, 0x010F, 2, 4, b"Cam\0")
+
+
 ODD = dict(
     none=[],
     resolution_byte=[(0x0128, 1, 1, b"\2")],

@@ -65,7 +65,7 @@ def test_command_exists(command):
     words = shlex.split(command, comments=True)[1:]
     if words[0].startswith("-"):
         return None if run(words[0]).returncode == 0 else pytest.fail(command)
-    help = run(words[0], "--help")
+    help = run(words[0], "--help-all" if words[0] == "edit" else "--help")
     assert help.returncode == 0, help.stderr
     missing = [
         w

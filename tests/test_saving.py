@@ -402,7 +402,8 @@ def test_a_damaged_edit_is_refused(method, edit, tmp_path, name, change, said):
 
 
 def test_an_edit_from_before_a_setting_loads(method, edit, tmp_path):
-    "A setting that came later has its default, under which nothing changes; with a hash of the settings or, of old, without."
+    """A setting that came later has its default, under which nothing changes; with a hash of the settings or, of
+    old, without."""
     from safetensors import safe_open
     from safetensors.torch import save_file
 
@@ -449,6 +450,7 @@ def test_calls_of_another_kind(method, edit, tmp_path):
 def test_calls_that_cannot_be_meant(method, edit):
     def call(**kw):
         return method.edit("example:dog", "a dog jumping in a forest", **kw)
+
     for kw, said in (
         (dict(mask=edit.mask, point=(1, 1)), "Both a mask"),
         (dict(config=dict(alpha=0.5)), "config is a dict"),

@@ -54,7 +54,8 @@ def numbers(config):
     ],
 )
 def test_a_preset_means_the_same_everywhere(name, changes):
-    "With its model's card or without, as keywords or as an object, written down and read again: the same settings; what was asked for is never replaced."
+    """With its model's card or without, as keywords or as an object, written down and read again: the same
+    settings; what was asked for is never replaced."""
     want = numbers(preset(name, CARD, **changes))
     assert want | changes == want and want["guidance_scale"] == changes.get(
         "guidance_scale", dict(best=1.0, paper=3.0)[name]
@@ -115,7 +116,26 @@ def test_python_and_command_line_run_the_same(method, tmp_path, monkeypatch, cap
                 "edit",
                 "example:dog",
                 TEXT,
-                *["--preset", "best", "--target-draws", "2", "--tuning-steps", "1", "--steps", "2", "--alpha", ".5", "--seeds", "0", "--point", "32,36", "--device", "cpu", "--out", "out"],
+                *[
+                    "--preset",
+                    "best",
+                    "--target-draws",
+                    "2",
+                    "--tuning-steps",
+                    "1",
+                    "--steps",
+                    "2",
+                    "--alpha",
+                    ".5",
+                    "--seeds",
+                    "0",
+                    "--point",
+                    "32,36",
+                    "--device",
+                    "cpu",
+                    "--out",
+                    "out",
+                ],
             ]
         )
         == 0
@@ -166,7 +186,10 @@ def test_a_new_setting_orphans_nothing(monkeypatch):
     models = type("Models", (), dict(hash="0" * 16))
     method, task = type("Method", (), dict(models=models)), type("Task", (), dict(name="joint 0"))
     whole = EditConfig(alpha=0.5, tuning_steps=20).resolve({})
-    name = lambda numbers: cell_name(method, task, Setting("x", "paper"), [0, 1], numbers)
+
+    def name(numbers):
+        return cell_name(method, task, Setting("x", "paper"), [0, 1], numbers)
+
     before = name(whole.model_dump()), page.settings_key(whole.model_dump())
     monkeypatch.setitem(page.DEFAULTS, "later", 3)
     assert (name(whole.model_dump() | dict(later=3)), page.settings_key(whole.model_dump() | dict(later=3))) == before
@@ -280,7 +303,24 @@ def test_refused_negative_prompts(method, given, words):
 
 def test_negative_prompt_on_the_command_line(method, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    short = ["--embedding-steps", "1", "--tuning-steps", "1", "--steps", "2", "--seeds", "0", "--object-picture", "input", "--point", "32,36", "--device", "cpu", "--out", "out"]
+    short = [
+        "--embedding-steps",
+        "1",
+        "--tuning-steps",
+        "1",
+        "--steps",
+        "2",
+        "--seeds",
+        "0",
+        "--object-picture",
+        "input",
+        "--point",
+        "32,36",
+        "--device",
+        "cpu",
+        "--out",
+        "out",
+    ]
     assert main(["edit", "example:dog", "“" + TEXT + "”", *short, "--negative-prompt", "a hat"]) == 0
     saved = json.loads(Path("out/edit.json").read_text(encoding="utf-8"))
     assert saved["config"]["negative_prompt"] == "a hat" and saved["text"] == TEXT

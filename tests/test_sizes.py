@@ -100,8 +100,8 @@ def test_a_dense_file_of_an_older_version_is_read(method, thin, tmp_path):
 
 def test_factors_are_the_change(method, thin):
     "What they add is what the tuned U-Net has more, and a U-Net that was changed afterwards is not taken for it."
-    models, x = method.models, torch.randn(1, 16, 8, 8, generator=torch.Generator().manual_seed(0))
-    words, mask = thin.embeddings[0], torch.ones(1, 1, 8, 8)
+    models, x = method.models, torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    words, mask = thin.embeddings[0], torch.ones(1, 1, 16, 16)
     tuned, _ = fine_tune(models, words, x, mask, None, 0 * mask, steps=2, learning_rate=1e-2, params="lora", rank=2)
     found, base = weight_difference(models.unet, tuned), models.unet.state_dict()
     for name in changed(found):
@@ -135,7 +135,7 @@ def test_diffusers_finds_a_lora_in_the_folder(method, thin, tmp_path, rank):
     assert (folder / "pytorch_lora_weights.safetensors").stat().st_size < 250_000
     pipe = StableDiffusionPipeline.from_pretrained(method.models.folder, safety_checker=None)
     pipe.load_lora_weights(folder)
-    x, words = torch.randn(1, 16, 8, 8, generator=torch.Generator().manual_seed(0)), thin.embeddings[0]
+    x, words = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0)), thin.embeddings[0]
     with torch.no_grad():
         theirs, ours, untouched = (
             unet(x, 500, words).sample
@@ -318,7 +318,7 @@ def test_a_tuned_unet_stays_half(half, whole, thin):
 def test_small_changes_are_seen_in_half_precision(half, method):
     """At the paper's rate: pictures as near to those of exact weights as half precision is without any tuning, and far
     nearer than rounding to the nearest brings them."""
-    unet, _x = half.models.unet, torch.randn(1, 16, 8, 8, generator=torch.Generator().manual_seed(0))
+    unet, _x = half.models.unet, torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
     edit = make(half, tuning_lr=2e-6, tuning_steps=40, sampling_steps=8)
     nearest, exact, plain = (
         apply_difference(unet, change, torch.float32) for change in (edit.difference, edit.difference, {})
@@ -326,8 +326,10 @@ def test_small_changes_are_seen_in_half_precision(half, method):
     for p in nearest.parameters():
         p.data = p.data.bfloat16()
     tuned = apply_difference(unet, edit.difference)
+
     def draw(unet):
         return half.paint(unet, edit.embeddings, (64, 64), SEEDS, edit.config)
+
     reference = draw(exact)
     moved, without = off(draw(plain), reference), off(draw(plain), draw(unet))
     assert off(draw(tuned), reference) < 2 * without + 0.05 * moved
@@ -393,9 +395,8 @@ def test_nothing_waits_on_a_cpu(method):
     from layerdiffusion.base.memory import predict, weight_bytes
 
     def on(device, level, sam=None):
-        return predict(
-            replace(method.models, device=torch.device(device)), level, seeds=1, sam=sam
-        )
+        return predict(replace(method.models, device=torch.device(device)), level, seeds=1, sam=sam)
+
     full, spare = on("cpu", "full"), on("cpu", "spare")
     assert (
         all(abs(spare[stage] / full[stage] - 1) < 0.02 for stage in ("draw", "decode"))

@@ -53,9 +53,10 @@ def test_the_stubs_are_of_these_modules():
 def test_a_stub_has_the_methods():
     "Patched ones too, with their arguments, and without bodies."
     source = (
-        "class A:\n    x: int = 3\n\n@patch\n@shielded\ndef f(self: A, n: int = 2) -> str:\n    'Says n.'\n    return 'n'\n"
+        "class A:\n    x: int = 3\n\n@patch\n@shielded\n"
+        "def f(self: A, n: int = 2) -> str:\n    'Says n.'\n    return 'n'\n"
     )
-    assert "def f(self, n: int=2) -> str:\n        \"\"\"Says n.\"\"\"\n        ..." in stubs.stub(source)
+    assert 'def f(self, n: int=2) -> str:\n        """Says n."""\n        ...' in stubs.stub(source)
     assert "return" not in stubs.stub(source) and not stubs.stub("class A: pass\n")
 
 
