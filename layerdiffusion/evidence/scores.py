@@ -49,7 +49,11 @@ def edit_set(
     name: str,  # "development", "held-out", "fresh", "unseen" or "joint"
     size: int = 64,  # px
 ) -> list:  # of `Task`
-    "The edits of a set: 12 to choose settings with, 24 others to measure on, three times, or 15 that change pose and place, for comparisons."
+    """The edits of a set.
+
+    They are 12 to choose settings with, 24 others to measure on, three times, or 15 that change pose and place, for
+    comparisons.
+    """
     if name not in SETS:
         raise BadInput(f"There is no set of edits {name!r}; there are {', '.join(SETS)}.")
     counts = SETS[name]
@@ -63,7 +67,10 @@ def edit_set(
 def _draw_edit(kind, k, g, size):
     "The `k`-th edit of a set."
     pose, species = k % 4, (k + k // 12) % 3
-    other = lambda value, n: (value + 1 + int(torch.randint(n - 1, (1,), generator=g))) % n
+
+    def other(value, n):
+        return (value + 1 + int(torch.randint(n - 1, (1,), generator=g))) % n
+
     before = sample_scenes(1, g, species=species, pose=other(pose, 4) if "pose" in kind else pose)
     changes = {"pose": pose} if "pose" in kind else {}
     if "colour" in kind:
@@ -81,7 +88,10 @@ def parts(image: torch.Tensor,  # (3, H, W), 0-1
     "The subject's colours in the cells of its own bounding box."
     y, x = (torch.where((mask[0] > .5).any(d))[0] for d in (1, 0))
     box = (..., slice(y[0], y[-1] + 1), slice(x[0], x[-1] + 1))
-    resize = lambda v: F.avg_pool2d(F.interpolate(v[None], (3 * side,) * 2, mode="bilinear", antialias=True), 3)[0]
+
+    def resize(v):
+        return F.avg_pool2d(F.interpolate(v[None], (3 * side,) * 2, mode="bilinear", antialias=True), 3)[0]
+
     share = resize(mask[box])
     return resize((image * mask)[box]) / share.clamp_min(1e-4), share[0]
 
@@ -95,7 +105,7 @@ def subject_distance(image, mask, other, other_mask) -> torch.Tensor:
 
 # %% ../../nbs/evidence/13_scores.ipynb #16f18f2f
 def redraw(edit: Edit, n: int, same: bool):
-    "The true answer's scene drawn `n` times: the same individual in other moments, or other individuals of the same words."
+    "The true answer's scene drawn `n` times: the same individual at other moments, or others of the same words."
     fresh = sample_scenes(n, stream(f"scale {edit.source} {edit.text} {same}"))
     scenes = replace(stack_scenes([edit.after] * n), jitter=fresh.jitter, where=fresh.where)
     return scenes if same else replace(scenes, look=fresh.look)
@@ -122,9 +132,10 @@ class LookAlikes:
         look = sample_scenes(n, stream(f"look-alikes {name}")).look
         look[0] = scene.look[0]
         self.images, self.masks, _ = render(replace(stack_scenes([scene] * n), look=look), size)
-        cells, shares = zip(*[parts(x, m) for x, m in zip(self.images, self.masks)])
+        found = [parts(x, m) for x, m in zip(self.images, self.masks, strict=True)]
+        cells, shares = zip(*found, strict=True)
         self.cells, self.shares = torch.stack(cells), torch.stack(shares)
-        self.palettes = torch.stack([palette(x, m) for x, m in zip(self.images, self.masks)])
+        self.palettes = torch.stack([palette(x, m) for x, m in zip(self.images, self.masks, strict=True)])
 
     def distances(self, image, mask) -> torch.Tensor:
         "How far a picture's subject is from each of the line-up, (n,); 1 is about the mean."
@@ -201,7 +212,7 @@ def score(
 ) -> list:  # a dict for each picture
     "Valid, identity, background and right of each picture."
     answers, rows = ask(self.judge, images), []
-    for x, good in zip(images, valid(answers, **wanted(self.edit))):
+    for x, good in zip(images, valid(answers, **wanted(self.edit)), strict=True):
         mask = find_subject(self.sam, x)
         identity = (
             1.0 if mask is None else ((self.distance(x, mask) - self.zero) / (self.one - self.zero)).mean().item()
@@ -243,7 +254,7 @@ def check_look_alikes(models, n: int = 120, level: float = 0.0) -> list:  # one 
     images, masks, _ = render(scenes, 64)
     seen = torch.cat([decode_latents(models, encode_image(models, x)).cpu() for x in images.split(30)])
     line_ups = [LookAlikes(scenes[i : i + 1], f"gate {i}") for i in range(n)]
-    return [_gate("vae_top1", [one.rank(x, m) == 1 for one, x, m in zip(line_ups, seen, masks)])]
+    return [_gate("vae_top1", [one.rank(x, m) == 1 for one, x, m in zip(line_ups, seen, masks, strict=True)])]
 
 
 @torch.no_grad()
@@ -261,7 +272,7 @@ def check_subject(models, sam, judge, tasks: Sequence[Task], seeds: Sequence[int
         images, line_up = draw_seen(models, task.edit, seeds), LookAlikes(task.edit.after, task.name)
         scorer = Scorer(task.edit, models, sam, judge)
         floor.append(scorer.through_autoencoder()["identity"])
-        for x, row in zip(images, scorer(images)):
+        for x, row in zip(images, scorer(images), strict=True):
             hits["subject_valid"].append(row["valid"])
             hits["subject_top1"].append(line_up.rank(x, find_subject(sam, x)) == 1)
             hits["subject_identity"].append(row["valid"] and row["identity"] <= LIMIT)
@@ -330,7 +341,8 @@ def measure(
             if record:
                 append_line(record, kept[key])
         rows += [
-            dict(edit=task.name, kind=task.kind, seed=s, **r) for s, r in zip(kept[key]["seeds"], kept[key]["scores"])
+            dict(edit=task.name, kind=task.kind, seed=s, **r)
+            for s, r in zip(kept[key]["seeds"], kept[key]["scores"], strict=True)
         ]
     return rows
 
@@ -410,7 +422,10 @@ def measure_card(
             tried = config.model_copy(update={**chosen, name: value})
             rows = measure(method, tasks, tried, seeds, judge=judge)
             found[name][value] = [sum(r[f] for r in rows) / len(rows) for f in ("right", "valid", "identity")]
-        rank = lambda v, of=found[name]: (of[v][0], of[v][1], -of[v][2])
+
+        def rank(v, of=found[name]):
+            return of[v][0], of[v][1], -of[v][2]
+
         chosen[name] = max(values, key=rank)
     if write:
         card = json.loads((folder / "card.json").read_text())
@@ -423,7 +438,10 @@ def interval(
     field: str,  # "valid", "identity", "background" or "right"
     draws: int = 2000,
 ) -> tuple:  # mean, and the 95 % interval, in name
-    "Mean of a score over all pictures, with a percentile bootstrap interval over edits. It is too narrow with few: up to three edits, just the range of their means."
+    """Mean of a score over all pictures, with a percentile bootstrap interval over edits.
+
+    It is too narrow with few: up to three edits, just the range of their means.
+    """
     by_edit = {}
     for r in rows:
         by_edit.setdefault(r["edit"], []).append(float(r[field]))

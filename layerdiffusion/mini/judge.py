@@ -61,7 +61,7 @@ def _with_marks(scenes):
     look = scenes.look.clone()
     look[:, at] = torch.where(look[:, at] > 0.5, look[:, at], 0.75)
     alone = {name: look.clone() for name in MARKS}
-    for k, name in zip(at, MARKS):
+    for k, name in zip(at, MARKS, strict=True):
         alone[name][:, [j for j in at if j != k]] = 0.0
     return replace(scenes, look=look), {name: replace(scenes, look=x) for name, x in alone.items()}
 
@@ -87,7 +87,10 @@ def visible_marks(scenes: Scenes, size: int = 32) -> dict:
     "Whether each mark is to be seen, or would be if it were there: name -> (B,) bool; looked at in `size` pixels."
     coat, second = coat_colours(scenes)
     pattern = torch.where(coat.mean(1, keepdim=True) > .4, coat * .45, coat + .38)
-    differs = lambda a: (a - second).abs().amax((1, 2, 3)) > .18
+
+    def differs(a):
+        return (a - second).abs().amax((1, 2, 3)) > .18
+
     contrast = differs(coat) & (differs(pattern) | (scenes.pattern == 0))
     return {name: contrast & (area >= 12) for name, area in _mark_areas(scenes, size).items()}
 
@@ -104,7 +107,7 @@ def truths(scenes: Scenes) -> dict:
     hue, light = trait(scenes, "hue", 0, 6), trait(scenes, "light", 0.25, 0.85)
     sure = ((light - 0.42).abs() > 0.03) & ((light - 0.68).abs() > 0.03)
     inside = dict(second_hue=(hue - hue.round()).abs() < 0.35, second_light=sure)
-    for (name, clear), answer in zip(inside.items(), second_colour(scenes)):
+    for (name, clear), answer in zip(inside.items(), second_colour(scenes), strict=True):
         out[name] = answer, carried & clear
     return out | dict(whole=(here.long(), here))
 
@@ -135,7 +138,7 @@ class Judge(nn.Module):
         super().__init__()
         self.config = dict(widths=list(widths), size=size, hidden=hidden, questions=list(questions))
         self.stem = nn.Conv2d(3, widths[0], 5, 2, padding=2)
-        self.blocks = nn.Sequential(*[Block(a, b) for a, b in zip(widths, widths[1:])])
+        self.blocks = nn.Sequential(*[Block(a, b) for a, b in zip(widths, widths[1:], strict=False)])
         self.hidden = nn.Linear(widths[-1] * (size // 16) ** 2, hidden)
         self.heads = nn.ModuleDict({k: nn.Linear(hidden, QUESTIONS[k]) for k in questions})
 
@@ -174,7 +177,10 @@ def valid(answers: dict,  # from `ask`
           **wanted  # what the text asked for: `species="dog"`, `pose="jumping"`, or (B,) indices
          ) -> torch.Tensor:  # (B,) bool
     "Is there a subject, is it whole, and is every wanted attribute right?"
-    index = lambda k, v: ANSWERS[k].index(v) if isinstance(v, str) else v
+
+    def index(k, v):
+        return ANSWERS[k].index(v) if isinstance(v, str) else v
+
     first = dict(whole=1, present=1) if "whole" in answers else dict(present=1)
     right = [answers[k] == index(k, v) for k, v in {**first, **wanted}.items()]
     return torch.stack(right).all(0)
@@ -252,7 +258,10 @@ def _blurred(scenes, ground, image, mask, g):
     from torchvision.transforms.functional import gaussian_blur
     u, v = torch.rand(2, generator=g).tolist()
     sigma = (2.2 + 2.8 * u) * mask.shape[-1] / 64
-    blur = lambda x: gaussian_blur(x, 2 * math.ceil(2 * sigma) + 1, sigma)
+
+    def blur(x):
+        return gaussian_blur(x, 2 * math.ceil(2 * sigma) + 1, sigma)
+
     return blur(image) if v < .3 else _over(blur(torch.cat([image * mask, mask], 1)), ground)
 
 def _faded(scenes, ground, image, mask, g):
@@ -266,7 +275,8 @@ def _headless(scenes, ground, image, mask, g):
 # %% ../../nbs/mini/11_judge.ipynb #49039059
 def _cut(scenes, ground, image, mask, g):
     all_legs, legs, hind, front, *sides = _one_of(mask, g, 6)
-    gone = {p: (all_legs | legs | way).flatten() for way, pair in zip((hind, front), _LEGS) for p in _LEGS[pair]}
+    ways = zip((hind, front), _LEGS, strict=True)
+    gone = {p: (all_legs | legs | way).flatten() for way, pair in ways for p in _LEGS[pair]}
     half = image + (ground - image) * _side(mask, g)
     return torch.where(sides[0] | sides[1], half, draw_subjects(ground, scenes, gone)[0])
 
@@ -334,7 +344,7 @@ def broken_found(
         scenes = sample_scenes(n, stream(f"held-out {kind}"), level)
         some = [scenes[i : i + 8] for i in range(0, n, 8)]
         parts = [break_subjects(s, kind, stream(f"held-out breaks {kind}", k)) for k, s in enumerate(some)]
-        images, shows = (torch.cat(x) for x in zip(*parts))
+        images, shows = (torch.cat(x) for x in zip(*parts, strict=True))
         out[kind] = int((~valid(ask(judge, images)) & shows).sum()), int(shows.sum())
     return out
 
@@ -368,12 +378,15 @@ def colour_distance(sam, image: torch.Tensor, edit) -> float:
 
 def score_edit(judge, sam, edit, images: torch.Tensor) -> list:
     "One row per picture: valid, colour distance, background distance."
-    word = lambda field: VALUES[field][getattr(edit.after, field)[0]]
+
+    def word(field):
+        return VALUES[field][getattr(edit.after, field)[0]]
+
     good = valid(ask(judge, images), species=word("species"), pose=word("pose"), place=word("place"))
     rest = ((images - edit.reference).abs() * (1 - edit.answer_mask)).mean((1, 2, 3))
     return [
         dict(valid=bool(v), colour=colour_distance(sam, x, edit), background=r.item())
-        for v, x, r in zip(good, images, rest)
+        for v, x, r in zip(good, images, rest, strict=True)
     ]
 
 # %% ../../nbs/mini/11_judge.ipynb #67f9c66a
@@ -391,7 +404,8 @@ def development_edits(size: int = 64) -> list:
         for i, d in enumerate(_DEVELOPMENT)
     ]
     layout = [torch.rand(1, 16, generator=stream("development layout", i)) for i in range(len(before))]
-    return [make_edit(b, size, layout=l, **d["to"]) for b, l, d in zip(before, layout, _DEVELOPMENT)]
+    drawn = zip(before, layout, _DEVELOPMENT, strict=True)
+    return [make_edit(b, size, layout=there, **d["to"]) for b, there, d in drawn]
 
 # %% ../../nbs/mini/11_judge.ipynb #501f9b24
 def try_settings(
@@ -406,14 +420,19 @@ def try_settings(
         images = method.edit(
             to_pil(edit.image), edit.text, mask=edit.mask, reference=to_pil(edit.reference), seeds=seeds, config=config
         ).images
-        rows += [dict(edit=edit.text, seed=s, **r) for s, r in zip(seeds, score_edit(judge, method.sam, edit, images))]
+        scores = score_edit(judge, method.sam, edit, images)
+        rows += [dict(edit=edit.text, seed=s, **r) for s, r in zip(seeds, scores, strict=True)]
     return rows
 
 # %% ../../nbs/mini/11_judge.ipynb #6b7fbf34
 def summary(scores: list) -> str:
     "Valid of n with its interval, as if pictures were independent, and the mean distances."
     k, n = sum(r["valid"] for r in scores), len(scores)
-    mean = lambda key: (
-        sum(v := [r[key] for r in scores if r[key] is not None and not math.isnan(r[key])]) / max(1, len(v))
-    )
-    return f"valid {k:2} of {n} [{wilson(k, n)[0]:.2f}, {wilson(k, n)[1]:.2f}]   colour {mean('colour'):.3f}   background {mean('background'):.3f}"
+
+    def mean(key):
+        values = [r[key] for r in scores if r[key] is not None and not math.isnan(r[key])]
+        return sum(values) / max(1, len(values))
+
+    low, high = wilson(k, n)
+    share = f"valid {k:2} of {n} [{low:.2f}, {high:.2f}]"
+    return f"{share}   colour {mean('colour'):.3f}   background {mean('background'):.3f}"

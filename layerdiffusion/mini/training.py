@@ -151,7 +151,7 @@ class DecoderObjective(VaeObjective):
 
 # %% ../../nbs/mini/12_mini.ipynb #67fb686a
 def learning_rate(share: float, base: float, warm: float = 0.01, cool: float = 0.3) -> float:
-    "Linear warm-up, a long constant stretch, cosine to 2 % over the last `cool` of the run; `share` of the run is done."
+    "Linear warm-up, a long constant stretch, cosine to 2 % over the last `cool` of the run; `share` of it is done."
     if share < warm:
         return base * share / warm
     if share < 1 - cool:
@@ -170,7 +170,7 @@ def _flat(model, ema, opt):
 
 
 def save_checkpoint(path, model, ema, opt, record: dict):
-    "Write everything needed to go on, through a temporary file: a kill leaves the old checkpoint or the new one, never half of one."
+    "Write all that is needed to go on, through a temporary file: a kill leaves the old or the new one, never half."
     from safetensors.torch import save_file
 
     tmp = Path(f"{path}.tmp")
@@ -183,8 +183,12 @@ def load_checkpoint(path, model, ema, opt) -> dict:
     from safetensors import safe_open
 
     with safe_open(str(path), "pt") as f:
-        flat, record = {k: f.get_tensor(k) for k in f.keys()}, json.loads(f.metadata()["record"])
-    part = lambda name: {k[len(name) :]: v for k, v in flat.items() if k.startswith(name)}
+        flat = {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118
+        record = json.loads(f.metadata()["record"])
+
+    def part(name):
+        return {k[len(name) :]: v for k, v in flat.items() if k.startswith(name)}
+
     model.load_state_dict(part("model."))
     ema.load_state_dict(part("ema."))
     state = {}
@@ -203,7 +207,7 @@ def draw_scenes(objective, step: int, rank: int = 0, seed: int = 0):
 
 
 class StopFlag:
-    "Inside the `with`, turns Ctrl-C and the end of the time allowed into a stop at the next whole step, agreed by all processes."
+    "In the `with`, turns Ctrl-C and the end of the time allowed into a stop at the next step, agreed by all processes."
 
     def __init__(self, minutes):
         self.end, self.hit, self.before = time.monotonic() + 60 * minutes, False, {}
@@ -416,16 +420,16 @@ TEXT_LENGTH, TEXT_WIDTH = 48, 128
 
 
 def learn_merges(words):
-    "Byte-pair merges until each of `words` is one token; ties go to the first in the alphabet, so the result is always the same."
+    "Byte-pair merges until each of `words` is one token; ties go to the first in the alphabet: always the same result."
     from collections import Counter
 
     pieces, merges = [[*w[:-1], w[-1] + "</w>"] for w in words], []
     while any(len(p) > 1 for p in pieces):
-        counts = Counter(pair for p in pieces for pair in zip(p, p[1:]))
+        counts = Counter(pair for p in pieces for pair in zip(p, p[1:], strict=False))
         best = min(counts, key=lambda pair: (-counts[pair], pair))
         merges.append(best)
         for p in pieces:
-            while best in (pairs := list(zip(p, p[1:]))):
+            while best in (pairs := list(zip(p, p[1:], strict=False))):
                 p[pairs.index(best) : pairs.index(best) + 2] = ["".join(best)]
     return merges
 
@@ -486,7 +490,7 @@ def build_unet():
 
 
 def build_scheduler():
-    "Stable Diffusion's noise schedule with v-prediction, zero terminal SNR, trailing steps and a last one without noise."
+    "Stable Diffusion's noise schedule with v-prediction, zero terminal SNR, trailing steps and a last without noise."
     from diffusers import DDIMScheduler
 
     return DDIMScheduler(
@@ -552,11 +556,11 @@ class DiffusionObjective(nn.Module):
         return self.loss(self.draw(scenes, g), g)
 
     def loss(self, drawn, g, look=lambda null: contextlib.nullcontext()):
-        "The weighted error of v, and the plain one of each picture; `look` may let the U-Net see more than noise and words."
+        "The weighted error of v, and the plain one; `look` may let the U-Net see more than noise and words."
         latents, mask = (torch.cat([d[k] for d in drawn]) for k in ("latents", "mask"))
         texts = captions(world.stack_scenes([d["scenes"] for d in drawn]), g)
         drop = (torch.rand(len(texts), generator=g) < 0.1).tolist()
-        embeds = self.embed(["" if d else s for s, d in zip(texts, drop)] + [""])
+        embeds = self.embed(["" if d else s for s, d in zip(texts, drop, strict=True)] + [""])
         noise = torch.randn(latents.shape, generator=g).to(latents.device)
         t = torch.randint(self.scheduler.config.num_train_timesteps, (len(texts),), generator=g).to(latents.device)
         with half_precision(latents.device), look(embeds[-1:].detach()):
@@ -668,7 +672,10 @@ class SubjectObjective(DiffusionObjective):
     def forward(self, scenes, g):
         drawn = self.draw(scenes, g)
         shift = int(torch.randint(1, self.views, (1,), generator=g))
-        another = lambda x: x.unflatten(0, (-1, self.views)).roll(shift, 1).flatten(0, 1)
+
+        def another(x):
+            return x.unflatten(0, (-1, self.views)).roll(shift, 1).flatten(0, 1)
+
         alone, mask = (torch.cat([another(d[k]) for d in drawn[: self.seeing]]) for k in ("alone", "mask"))
         return self.loss(drawn, g, lambda null: self.looking(null, alone, mask))
 
@@ -677,7 +684,7 @@ class SubjectObjective(DiffusionObjective):
         return {f"{layer.replace('/', '.')}.{name}": w.data for layer, ws in self.see.items() for name, w in ws.items()}
 
     def sheet(self):
-        "From words alone; then three rows of three: a subject, what is drawn of it in another pose and place, the truth."
+        "From words alone; then three rows of three: a subject, it drawn in another pose and place, the truth."
         n = 24
         s = sample_scenes(
             n, stream("sheet"), self.level, species=torch.arange(3).repeat_interleave(8), pose=torch.arange(4).repeat(6)
@@ -686,7 +693,10 @@ class SubjectObjective(DiffusionObjective):
         (x, mask, _), true = render(other, IMAGE_SIZE), render(s, IMAGE_SIZE)[0]
         alone = self.encode(torch.where(mask > 0.5, x, torch.full_like(x, 0.5))).repeat(2, 1, 1, 1)
         texts = [f"{world.say_subject(s, i, ('colour',))} {world.say_place(s, i)}" for i in range(n)]
-        look = lambda null: self.looking(null, alone, F.avg_pool2d(mask, FACTOR).repeat(2, 1, 1, 1))
+
+        def look(null):
+            return self.looking(null, alone, F.avg_pool2d(mask, FACTOR).repeat(2, 1, 1, 1))
+
         y = self.draw_texts(texts, torch.Generator().manual_seed(0), guidance_scale=2.0, look=look)
         return torch.cat([super().sheet()] + [v[i : i + 8] for i in (0, 8, 16) for v in (x, y, true)])
 
@@ -739,7 +749,7 @@ def random_clicks(
     g: torch.Generator,
     n: int = 2,
 ) -> tuple:
-    "Clicks (B, n, 2) as x, y: all on the subject but the last, which is anywhere; and what each one means as a mask (B, n, H, W)."
+    "Clicks (B, n, 2) as x, y, all on the subject but the last, which is anywhere; each as a mask (B, n, H, W)."
     whole = (mask > 0.5).float().expand(-1, n, -1, -1)
     anywhere = (torch.arange(n, device=mask.device) == n - 1).view(1, n, 1, 1)
     points, at = _pixels(torch.where(anywhere, 1.0, whole), g)
@@ -767,7 +777,10 @@ def random_boxes(mask: torch.Tensor,  # (B, 1, H, W), none empty
                 ) -> torch.Tensor:
     "Boxes (B, 4) around the subjects, as x0, y0, x1, y1 in pixels, each edge a little off."
     inside, (h, w) = mask[:, 0] > .5, mask.shape[-2:]
-    edges = lambda some: (some.float().argmax(1), some.shape[1] - some.flip(1).float().argmax(1))
+
+    def edges(some):
+        return some.float().argmax(1), some.shape[1] - some.flip(1).float().argmax(1)
+
     (x0, x1), (y0, y1) = edges(inside.any(1)), edges(inside.any(2))
     box = torch.stack([x0, y0, x1, y1], 1).float()
     sides = (box[:, 2:] - box[:, :2]).repeat(1, 2)
@@ -957,7 +970,7 @@ def near_groups(scenes, g, k: int = 8, level: float = 0.0):
     which, u = torch.randint(len(names), (2, n), generator=g), torch.rand(2, n, generator=g)
     which[1] = torch.where(u[1] < 0.5, which[1], -1)
     which[:, ::k] = -1
-    for turn, value in zip(which.to(scenes.place.device), u.to(scenes.place.device)):
+    for turn, value in zip(which.to(scenes.place.device), u.to(scenes.place.device), strict=True):
         for j, name in enumerate(names):
             out = _where(turn == j, change_one(out, name, value), out)
     return out
@@ -965,7 +978,10 @@ def near_groups(scenes, g, k: int = 8, level: float = 0.0):
 
 def _where(chosen, a, b):
     "Scenes of `a` where `chosen` (B,) is true, of `b` elsewhere."
-    pick = lambda x, y: torch.where(chosen.view(-1, *[1] * (x.ndim - 1)), x, y)
+
+    def pick(x, y):
+        return torch.where(chosen.view(-1, *[1] * (x.ndim - 1)), x, y)
+
     return world.Scenes(**{f: pick(getattr(a, f), getattr(b, f)) for f in vars(a)})
 
 # %% ../../nbs/mini/12_mini.ipynb #9e98f413
@@ -1036,7 +1052,8 @@ class JudgeObjective(nn.Module):
     def draw(self, scenes, g):
         "Pictures, the first third broken in two ways; whether each is sound, and whether its break is to be seen."
         n, kinds = len(scenes) // 6, [BROKEN[k] for k in torch.randint(len(BROKEN), (2,), generator=g).tolist()]
-        broken, shows = zip(*[break_subjects(scenes[k * n : (k + 1) * n], kind, g) for k, kind in enumerate(kinds)])
+        parts = [break_subjects(scenes[k * n : (k + 1) * n], kind, g) for k, kind in enumerate(kinds)]
+        broken, shows = zip(*parts, strict=True)
         x = torch.cat([*broken, render(scenes[2 * n :], 64)[0]])
         shows = torch.cat([*shows, torch.zeros_like(scenes.present[2 * n :])])
         sound = torch.arange(len(scenes), device=x.device) >= 2 * n
@@ -1072,15 +1089,17 @@ def averaged(checkpoint, objective):
     from safetensors import safe_open
 
     with safe_open(str(checkpoint), "pt") as f:
-        objective.load_state_dict(
-            {k[len("ema.module.") :]: f.get_tensor(k) for k in f.keys() if k.startswith("ema.module.")}
-        )
+        names = [k for k in f.keys() if k.startswith("ema.module.")]  # noqa: SIM118
+        objective.load_state_dict({k[len("ema.module.") :]: f.get_tensor(k) for k in names})
         return json.loads(f.metadata()["record"])
 
 
 @torch.no_grad()
 def standardise_latents(vae, n=512, level=1.0):
-    "Fold a mean 0 and a standard deviation 1 / `scaling_factor` of each channel into the two 1×1 convolutions around the latents; the pictures stay the same."
+    """Fold a mean 0 and a standard deviation 1 / `scaling_factor` of each channel into the two 1×1 convolutions.
+
+    They are the ones around the latents; the pictures stay the same.
+    """
     x = torch.cat(
         [render(sample_scenes(64, stream("standardise", k), level, empty=0.1), IMAGE_SIZE)[0] for k in range(n // 64)]
     )
@@ -1133,7 +1152,7 @@ def save_diffusion(folder, vae, objective):
 
 
 def _publish_names(path):
-    "Name the text encoder's weights `text_model.…`, as every published Stable Diffusion does; recent transformers leave the prefix out."
+    "Name the text encoder's weights `text_model.…`, as published models do; recent transformers leave the prefix out."
     from safetensors.torch import load_file, save_file
 
     save_file(
@@ -1207,7 +1226,7 @@ def train_stage(
     seed: int = 0,
     workers: int | None = None,
 ) -> bool:
-    "Train one stage of the mini models; log, sheets and checkpoint are in `run/stage`. Says whether it came to its end."
+    "Train one stage of the mini models; log, sheets and checkpoint are in `run/stage`. Says whether it came to an end."
     if stage not in STAGES:
         raise BadInput(f"There is no stage {stage!r}; the stages are {', '.join(STAGES)}.")
     if not 0 <= level <= 1:
@@ -1221,7 +1240,8 @@ def train_stage(
         for name, value in dict(seed=seed, level=level).items():
             if before.get(name, value) != value:
                 raise BadInput(
-                    f"The run in {folder} has {name} {before[name]}, not {value}; give that, another folder, or --no-resume to begin anew."
+                    f"The run in {folder} has {name} {before[name]}, not {value}; "
+                    "give that, another folder, or --no-resume to begin anew."
                 )
     with one_writer(folder):
         train(
@@ -1318,7 +1338,8 @@ def show_board(lines) -> str:
     rows = [f"{'date':10}  {'minutes':>7}  {'pictures':>9}  {'gates met':>9}  device, note"]
     for r in lines:
         met = f"{r['met']} of {len(r['gates'])}"
-        rows.append(f"{r['date']}  {r['minutes']:7.1f}  {sum(r['samples'].values()):9,}  {met:>9}  {r['device']}, {r['note']}")
+        pictures = sum(r["samples"].values())
+        rows.append(f"{r['date']}  {r['minutes']:7.1f}  {pictures:9,}  {met:>9}  {r['device']}, {r['note']}")
     return "\n".join(rows)
 
 # %% ../../nbs/mini/12_mini.ipynb #5fab81d6
@@ -1366,7 +1387,7 @@ def _rate(name, k, n, **more):
 
 # %% ../../nbs/mini/12_mini.ipynb #a289a5a1
 def psnr(x, y, area=None) -> torch.Tensor:
-    "Peak signal to noise of pictures (B, 3, H, W) in 0-1, in dB, shape (B,); of the pixels in `area` (B, 1, H, W) alone, where it is given."
+    "Peak signal to noise of pictures (B, 3, H, W) in 0-1, in dB, (B,); only in `area` (B, 1, H, W), if given."
     area = torch.ones_like(x[:, :1]) if area is None else area
     error = ((x - y).square() * area).sum((1, 2, 3)) / (3 * area.sum((1, 2, 3))).clamp_min(1e-6)
     return -10 * error.clamp_min(1e-10).log10()
@@ -1380,7 +1401,7 @@ def check_vae(models, level, n=256):
         x, mask, _ = render(scenes, IMAGE_SIZE)
         latents.append(encode_image(models, x).cpu())
         y = decode_latents(models, latents[-1]).cpu()
-        for area, values in zip((None, mask, head_area(scenes, mask)), found.values()):
+        for area, values in zip((None, mask, head_area(scenes, mask)), found.values(), strict=True):
             values += psnr(x, y, area).tolist()
     spread = torch.cat(latents).std((0, 2, 3))
     alive = int((spread > spread.max() / 3).sum())
@@ -1392,7 +1413,8 @@ def draw(models, texts, seed, guidance_scale, steps=30):
     latents = initial_latents(models, [seed + i for i in range(len(texts))])
     embeds, free = encode_text(models, texts), encode_text(models, "")
     parts = [
-        ddim_sample(models, e, free, x, steps, guidance_scale) for e, x in zip(embeds.split(36), latents.split(36))
+        ddim_sample(models, e, free, x, steps, guidance_scale)
+        for e, x in zip(embeds.split(36), latents.split(36), strict=True)
     ]
     return torch.cat([decode_latents(models, z) for z in parts])
 
@@ -1415,7 +1437,7 @@ def check_text(models, judge, level, guidance_scale, repeat=4):
     scenes = combinations(level, repeat, size=0)
     n, a = len(scenes), [world.say_subject(scenes, i) for i in range(72 * repeat)]
     b = [world.say_place(scenes, i) for i in range(n)]
-    both = ask(judge, draw(models, [f"{x} {y}" for x, y in zip(a, b)], 10_000, guidance_scale))
+    both = ask(judge, draw(models, [f"{x} {y}" for x, y in zip(a, b, strict=True)], 10_000, guidance_scale))
     alone = ask(judge, draw(models, a[: n // 2], 20_000, guidance_scale))
     place = ask(judge, draw(models, b[: n // 2], 30_000, guidance_scale))
     half = scenes[: n // 2]
@@ -1445,7 +1467,7 @@ def check_text(models, judge, level, guidance_scale, repeat=4):
 def _ask_sam(predictor, truths, prompts):
     "Intersection over union of the masks that prompts give."
     ious = []
-    for image, truth, prompt in zip(*truths, prompts):
+    for image, truth, prompt in zip(*truths, prompts, strict=True):
         predictor.set_image((image.permute(1, 2, 0) * 255).byte().numpy())
         masks = predictor.predict(**{k: v.numpy() for k, v in prompt.items()}, multimask_output=False)[0]
         found = torch.from_numpy(masks[0])
@@ -1471,7 +1493,10 @@ def check_sam(sam, level, n=256):
 def neighbours(scenes, g, count: int = 3, level: float = 0.0):
     "Each scene, followed by `count` that differ from it in one attribute, visibly and in words: (scenes, captions)."
     names, out = (TOLD if level else TOLD[:-2]), []
-    draw_one = lambda scene: render(scene, IMAGE_SIZE)[0]
+
+    def draw_one(scene):
+        return render(scene, IMAGE_SIZE)[0]
+
     for i in range(len(scenes)):
         group = [scenes[i : i + 1]]
         texts, drawn = [full_caption(group[0], 0)], draw_one(group[0])
@@ -1483,7 +1508,7 @@ def neighbours(scenes, g, count: int = 3, level: float = 0.0):
                 continue
             group.append(new)
             texts.append(text)
-        out += zip(group, texts)
+        out += zip(group, texts, strict=True)
     return world.stack_scenes([s for s, _ in out]), [t for _, t in out]
 
 
@@ -1524,7 +1549,10 @@ def check_broken(judge, level, n=200, models=None):
     if "whole" not in judge.heads:
         return []
     through = models and (lambda x: decode_latents(models, encode_image(models, x)))
-    total = lambda found: tuple(map(sum, zip(*found.values())))
+
+    def total(found):
+        return tuple(map(sum, zip(*found.values(), strict=True)))
+
     known, unseen = (broken_found(judge, n, level, kinds) for kinds in (BROKEN, UNSEEN))
     broken = dict(all=total(known)) | known | dict(unseen=total(unseen)) | unseen
     rows = [_rate(f"broken: {k}", *kn) for k, kn in broken.items()]
@@ -1546,7 +1574,7 @@ def check_said(models, judge, level, guidance_scale, repeat=1):
         if q in world.MARKS:
             asked = asked & (right == 1)
         counts[q] = int((asked & (answers[q].cpu() == right)).sum()), int(asked.sum())
-    counts["all"] = tuple(map(sum, zip(*counts.values())))
+    counts["all"] = tuple(map(sum, zip(*counts.values(), strict=True)))
     return [_rate(f"said: {q}", *kn, guidance_scale=guidance_scale) for q, kn in counts.items()]
 
 # %% ../../nbs/mini/12_mini.ipynb #81e7beed
@@ -1582,16 +1610,17 @@ def agrees(answers: dict, labels: list) -> torch.Tensor:  # (n,) bool
 
 
 def check_labels(judge, file):
-    "Labelled pictures: agreement with the labels, broken ones that do not pass, whole ones that do; no rows without a list."
+    "Labelled pictures: agreement with the labels, broken ones that do not pass, whole ones that do; no list, no rows."
     if not Path(file).exists():
         return []
     images, labels = load_labels(file)
     answers, made = ask(judge, images), [label.get("made", "generated") for label in labels]
     right, passes = agrees(answers, labels).tolist(), valid(answers).tolist()
     there = [bool(label["present"]) for label in labels]
-    broken = [not p for p, h, label in zip(passes, there, labels) if h and label["whole"] is False]
-    sound = [p for p, h, label in zip(passes, there, labels) if h and label["whole"]]
-    found = {f"judge_labels: {m}": [r for r, k in zip(right, made) if k == m] for m in dict.fromkeys(made)}
+    broken = [not p for p, h, label in zip(passes, there, labels, strict=True) if h and label["whole"] is False]
+    sound = [p for p, h, label in zip(passes, there, labels, strict=True) if h and label["whole"]]
+    kinds = dict.fromkeys(made)
+    found = {f"judge_labels: {m}": [r for r, k in zip(right, made, strict=True) if k == m] for m in kinds}
     found |= {"broken: labelled": broken, "sound: labelled": sound}
     return [_rate(name, sum(hits), len(hits)) for name, hits in found.items() if hits]
 

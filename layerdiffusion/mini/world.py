@@ -147,9 +147,8 @@ def _as_tensor(name, value, like):
             raise ValueError
         return found
     except (TypeError, ValueError, RuntimeError):
-        raise BadInput(
-            f"The world has no {name} {value!r}; it has {', '.join(map(str, known)) if known else f'numbers in the shape {tuple(like.shape)}'}."
-        ) from None
+        there = ", ".join(map(str, known)) if known else f"numbers in the shape {tuple(like.shape)}"
+        raise BadInput(f"The world has no {name} {value!r}; it has {there}.") from None
 
 
 def edit_scenes(scenes: Scenes, **changes) -> Scenes:
@@ -365,7 +364,7 @@ def draw_places(scenes: Scenes, size) -> torch.Tensor:
     px, count = 2 / min(x.shape[-2:]), scenes.layout.is_cpu and scenes.place.bincount(minlength=len(PLACES)).tolist()
     for k, name in enumerate(PLACES):
         at = scenes.place == k
-        if not scenes.layout.is_cpu:  # an accelerator draws every place for all: to ask which are there would be to wait
+        if not scenes.layout.is_cpu:  # an accelerator draws every place for all: asking which are there means a wait
             place = _DRAW[name](x, y, scenes.layout.T[..., None, None, None], px)
             out = torch.where(at.view(-1, 1, 1, 1), place.clamp(0, 1), out)
         elif count[k]:
@@ -376,7 +375,7 @@ def draw_places(scenes: Scenes, size) -> torch.Tensor:
 JOINTS = ["chest", "hip", "head", "front", "front_far", "hind", "hind_far", "tail_mid", "tail_tip"]
 _POSE_TABLE = shielded(torch.tensor)(
     [
-        # chest        hip           head          front       front_far   hind         hind_far     tail_mid     tail_tip
+        # chest, hip, head, front, front_far, hind, hind_far, tail_mid, tail_tip
         [
             [0.26, -0.44],
             [-0.30, -0.42],
@@ -441,7 +440,7 @@ def joints(scenes: Scenes) -> dict:
     tail = (trait(scenes, "tail", 0.75, 1.2) * torch.tensor([0.8, 1.25, 0.25], device=dev)[scenes.species])[:, None]
     for k in (7, 8):
         p[:, k] = p[:, 1] + (p[:, k] - p[:, 1]) * tail
-    return dict(zip(JOINTS, p.unbind(1)))
+    return dict(zip(JOINTS, p.unbind(1), strict=True))
 
 # %% ../../nbs/mini/01_world.ipynb #cdc4004e
 def _by_species(scenes, dog, cat, rabbit):
@@ -477,12 +476,15 @@ def body_parts(scenes: Scenes) -> list:
 def head_parts(scenes: Scenes) -> list:
     "Ears, head and snout; the ears tell the species: hanging, pointed, long."
     h, e = joints(scenes)["head"], trait(scenes, "ear", 0.85, 1.2)
-    ear = lambda dx: (
-        _offset(h, _by_species(scenes, -0.06, -0.03, -0.04) + dx, _by_species(scenes, -0.12, -0.12, -0.13)),
-        _offset(h, _by_species(scenes, -0.14, -0.06, -0.10) * e + dx, _by_species(scenes, 0.14, -0.34, -0.50) * e),
-        _by_species(scenes, 0.065, 0.10, 0.06),
-        _by_species(scenes, 0.085, 0.005, 0.065),
-    )
+
+    def ear(dx):
+        return (
+            _offset(h, _by_species(scenes, -0.06, -0.03, -0.04) + dx, _by_species(scenes, -0.12, -0.12, -0.13)),
+            _offset(h, _by_species(scenes, -0.14, -0.06, -0.10) * e + dx, _by_species(scenes, 0.14, -0.34, -0.50) * e),
+            _by_species(scenes, 0.065, 0.10, 0.06),
+            _by_species(scenes, 0.085, 0.005, 0.065),
+        )
+
     snout = _by_species(scenes, 0.22, 0.12, 0.12)
     return [
         ("ear_far", *ear(_by_species(scenes, 0.05, 0.13, 0.09))),
@@ -511,7 +513,10 @@ def _v(t):
 
 def second_area(scenes: Scenes, name, along, across, px):
     "Where the second colour shows on a part, 0-1."
-    edge = lambda d: coverage(d, px * 4)
+
+    def edge(d):
+        return coverage(d, px * 4)
+
     if name in ("leg", "far"):
         return edge(_v(trait(scenes, "socks", 1.05, 0.45)) - along)
     if name == "tail_tip":
@@ -608,8 +613,11 @@ def draw_subjects(
     "Paint the subjects; gives the pictures and the exact masks (B, 1, H, W)."
     grid, px = _subject_grid(scenes, tuple(canvas.shape[-2:]))
     silhouette = torch.full_like(canvas[:, :1], 9.0)
-    away = lambda part: 9.0 * _v(hidden[part].float()) if hidden and part in hidden else 0.0
-    for part, (name, a, b, ra, rb) in zip(PARTS, body_parts(scenes) + head_parts(scenes)):
+
+    def away(part):
+        return 9.0 * _v(hidden[part].float()) if hidden and part in hidden else 0.0
+
+    for part, (name, a, b, ra, rb) in zip(PARTS, body_parts(scenes) + head_parts(scenes), strict=True):
         d, along, across = limb(grid, a, b, ra, rb)
         d = d + away(part)
         canvas = blend(canvas, paint_part(scenes, name, along, across, px), coverage(d, px))
@@ -691,8 +699,11 @@ def say_subject(
     i: int,
     attributes: Sequence[str] = SAID,  # what is said: some of `SAID`, `SAYABLE` and "facing"
 ) -> str:
-    "`T_a`: the subject of scene `i` and its pose; an attribute that is the usual one (plain, medium, nothing) is not mentioned."
-    value = lambda k: VALUES[k][getattr(scenes, k)[i]] if k in attributes else ""
+    "`T_a`: the subject of scene `i` and its pose; a usual attribute (plain, medium, nothing) is not mentioned."
+
+    def value(k):
+        return VALUES[k][getattr(scenes, k)[i]] if k in attributes else ""
+
     before = [value("size"), *_say_build(scenes, i, attributes, ("plump",)), value("pattern"), value("colour")]
     before = [w for w in before if w and w not in ("medium", "plain")]
     worn = [f"a {value('accessory')}"] if value("accessory") not in ("", "nothing") else []
@@ -707,7 +718,10 @@ def say_subject(
 def _place_parts(scenes, i):
     "What stands clearly left or right in the place."
     u, name = scenes.layout[i].tolist(), list(PLACES)[scenes.place[i]]
-    side = lambda x, what: [f"{what} on the {'left' if x < 0 else 'right'}"] if abs(x) > 0.25 else []
+
+    def side(x, what):
+        return [f"{what} on the {'left' if x < 0 else 'right'}"] if abs(x) > 0.25 else []
+
     round_thing = (
         side(1.4 * u[0] - 0.7, "the moon" if name == "city" else "the sun")
         if name in ("beach", "desert", "city")
@@ -747,9 +761,9 @@ def captions(scenes: Scenes, generator: torch.Generator,
     r = torch.rand(len(scenes), 7, generator=generator).tolist()
     q = torch.rand(len(scenes), len(SAID + SAYABLE), generator=generator).tolist()
     out = []
-    for i, (u, v) in enumerate(zip(r, q)):
+    for i, (u, v) in enumerate(zip(r, q, strict=True)):
         names = SAID + (SAYABLE if u[1] < long else ())
-        a = say_subject(scenes, i, [k for k, x in zip(names, v) if x < _chance(k, say)])
+        a = say_subject(scenes, i, [k for k, x in zip(names, v, strict=False) if x < _chance(k, say)])
         b = say_place(scenes, i, int(u[0] * 6), u[2] < long / 2)
         frame = "{b}" if not scenes.present[i] else "{a}" if u[5] < subject_only else _FRAMES[int(u[6] * len(_FRAMES))]
         out.append(frame.format(a=a, b=b))
