@@ -124,7 +124,7 @@ def test_sliders_that_answer_at_once(editor, method):
     steps = []
     editor.method.tune, _tune = lambda *a, **k: steps.append(1), editor.method.tune
     try:
-        for name, value in (("alpha", 0.2), ("guidance_scale", 2.0), ("first", 7), ("count", 3)):
+        for name, value in (("alpha", 0.2), ("guidance_scale", 2.5), ("first", 7), ("count", 3)):
             turn(editor, **{name: value})
             editor.wait()
             if name == "alpha":
@@ -138,9 +138,9 @@ def test_sliders_that_answer_at_once(editor, method):
         and shown.result.config.alpha == 0.2
         and shown.result.difference is first.result.difference
     )
-    assert shown.redraw == dict(seeds=(7, 3), alpha=0.2, guidance_scale=2.0) and len(editor.history) == 1
+    assert shown.redraw == dict(seeds=(7, 3), alpha=0.2, guidance_scale=2.5) and len(editor.history) == 1
     assert "pipe.sample" in editor.lines.value and "load_edit" in editor.lines.value
-    turn(editor, alpha=0.7, guidance_scale=3.0, first=0, count=2)
+    turn(editor, alpha=0.7, guidance_scale=2.0, first=0, count=2)
     editor.wait()
     assert editor.shown.redraw is None and torch.equal(editor.shown.result.images, first.result.images)
 

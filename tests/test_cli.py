@@ -122,7 +122,7 @@ BAD = dict(
             "--mask",
             "mask.png",
             "--object",
-            "a dog" + " jumping" * 30,
+            "a dog" + " jumping" * 60,
             "--background",
             "in a forest",
         ],

@@ -245,7 +245,7 @@ def test_whole_words(method, plain, scene):
 
 def test_new_words_are_fitted_to_the_photos_subject(method, plain, scene):
     "The loss of Eq. 2 for new words: of the photo's own latents, under the subject's mask, with the photo's words."
-    m, x, g = F.avg_pool2d(scene.mask[None], 8), plain.encode(scene.image), draws("words", 0, 0)
+    m, x, g = F.avg_pool2d(scene.mask[None], 4), plain.encode(scene.image), draws("words", 0, 0)
     text = identity.with_words(PHOTO_WORDS, 2)
     vectors = identity.first_vectors(method.models, text, 2)
     noise, t = torch.randn(x.shape, generator=g), torch.randint(1000, (1,), generator=g)
@@ -338,7 +338,7 @@ def test_who_is_in_the_reference_is_left_out(method, plain, scene, task):
         ).reference_mask.sum()
         == 0
     )
-    m_t, m_r = (F.avg_pool2d(m[None], 8) for m in (somebody.object_mask, somebody.reference_mask))
+    m_t, m_r = (F.avg_pool2d(m[None], 4) for m in (somebody.object_mask, somebody.reference_mask))
     photo, place = plain.encode(somebody.object_image), plain.encode(somebody.reference)
     for region, outside in (("reference", 1 - m_r), ("union", 1 - torch.maximum(m_r, m_t))):
         ours, hand = first_loss(
@@ -349,10 +349,10 @@ def test_who_is_in_the_reference_is_left_out(method, plain, scene, task):
 
 def test_masks_at_latent_size(method, scene):
     "Shares of each cell, or cut at one half; nearest takes a pixel of the middle."
-    share = F.avg_pool2d(scene.mask[None], 8)
+    share = F.avg_pool2d(scene.mask[None], 4)
     assert torch.allclose(method.small(scene.mask, short()), share, atol=1e-6)
     assert torch.equal(method.small(scene.mask, short(mask_hard=True)), (share >= 0.5).float())
-    assert torch.equal(method.small(scene.mask, short(mask_resample="nearest")), scene.mask[None, :, 4::8, 4::8])
+    assert torch.equal(method.small(scene.mask, short(mask_resample="nearest")), scene.mask[None, :, 2::4, 2::4])
 
 
 def test_subjects_are_sure_central_and_whole():
@@ -432,7 +432,7 @@ def test_the_two_terms_are_the_layers(models, scene):
     g = torch.Generator().manual_seed(0)
     x, noise, t = (torch.randn(2, 4, 16, 16, generator=g) for _ in range(2)), None, torch.tensor([400, 400])
     x, noise = x
-    m = F.avg_pool2d(scene.mask[None], 8)
+    m = F.avg_pool2d(scene.mask[None], 4)
     both = stack_layers(x[:1], m, x[1:], m, 3.0, 0.5)
     e = scene.e_a
     with torch.no_grad():
@@ -682,7 +682,7 @@ def test_the_subject_without_its_place(models, plain, task, subject):
     mask = (task.mask > 0.5).float()
     assert torch.allclose(
         subject.latents, plain.encode(task.image * mask + 0.5 * (1 - mask)), atol=1e-5
-    ) and torch.allclose(subject.mask, F.avg_pool2d(mask[None], 8), atol=1e-6)
+    ) and torch.allclose(subject.mask, F.avg_pool2d(mask[None], 4), atol=1e-6)
     elsewhere, other = (
         identity.cut_out(models, x, mask) for x in (task.image * mask + task.reference * (1 - mask), 1 - task.image)
     )
@@ -720,7 +720,7 @@ def test_what_each_layer_reads_of_the_subject(models, plain, subject):
 def inside(subject, count):
     "Which of a layer's places hold a tenth of the subject or more."
     side = round(count**0.5)
-    return F.max_pool2d(subject.mask, 8 // side).flatten() > 0.1
+    return F.max_pool2d(subject.mask, 16 // side).flatten() > 0.1
 
 
 @pytest.mark.parametrize("kind", ["trained", "shared"])

@@ -37,7 +37,7 @@ class Plain:
 
     @torch.no_grad()
     def words(self, text):
-        ids = self.tokenizer([text], padding="max_length", max_length=20, return_tensors="pt").input_ids
+        ids = self.tokenizer([text], padding="max_length", max_length=48, return_tensors="pt").input_ids
         return self.encoder(ids).last_hidden_state
 
     @torch.no_grad()
@@ -125,7 +125,7 @@ class Plain:
 
     def edit(self, photo, mask, reference, other, other_mask, c, seeds):
         "All of it. `other` is O_t, `reference` is O_r with nobody in it; masks are (1, 1, 64, 64)."
-        small, (e_a, e_b) = lambda m: F.avg_pool2d(m, 8), map(self.words, (T_A, T_B))
+        small, (e_a, e_b) = lambda m: F.avg_pool2d(m, 4), map(self.words, (T_A, T_B))
         m = small(mask)
         regions = dict(background=(1 - m, 1 - m), object=(m, m), branch=(m, 1 - m), none=(torch.ones_like(m),) * 2)
         seen = self.encode(photo if c.eq2_picture == "input" else reference)

@@ -18,6 +18,7 @@ from layerdiffusion.base.core import BadInput, package_folder
 from layerdiffusion.base.folders import weight_files
 
 MINI = package_folder() / "weights" / "mini"
+WORDS = json.loads((MINI / "text_encoder/config.json").read_text())["vocab_size"]
 DPM, LATENTS = "diffusion_pytorch_model", 16
 
 
@@ -116,7 +117,7 @@ def two_files(folder):
     "The tokenizer in the older form: a vocabulary and its merges."
     inside = json.loads((folder / "tokenizer" / "tokenizer.json").read_text())["model"]
     gone("tokenizer/tokenizer.json")(folder)
-    vocabulary = inside["vocab"] | {"<|startoftext|>": 644, "<|endoftext|>": 645}
+    vocabulary = inside["vocab"] | {"<|startoftext|>": WORDS - 2, "<|endoftext|>": WORDS - 1}
     add("tokenizer/vocab.json", json.dumps(vocabulary))(folder)
     merges = [m if isinstance(m, str) else " ".join(m) for m in inside["merges"]]
     add("tokenizer/merges.txt", "\n".join(["#version: 0.2", *merges, ""]))(folder)
@@ -132,7 +133,7 @@ def inside_tokenizer(change):
 
 
 new_token = inside_tokenizer(
-    lambda d: d["added_tokens"].append(d["added_tokens"][0] | dict(id=646, content="<my-dog>", special=False))
+    lambda d: d["added_tokens"].append(d["added_tokens"][0] | dict(id=WORDS, content="<my-dog>", special=False))
 )
 fewer_merges = inside_tokenizer(lambda d: d["model"].update(merges=d["model"]["merges"][:9]))
 
@@ -160,7 +161,7 @@ def eight_bits(tensors):
 
 
 def taller(tensors):
-    tensors["conv_out.weight"] = tensors["conv_out.weight"][:8].contiguous()
+    tensors["conv_out.weight"] = tensors["conv_out.weight"][:2].contiguous()
 
 
 def not_finite(number):
@@ -272,7 +273,7 @@ REFUSED = [
     ),
     ("missing in the U-Net", weights("unet", lambda t: t.pop("conv_out.bias")), ["unet", "conv_out.bias", "missing"]),
     ("extra in the U-Net", weights("unet", lambda t: t.update(more=torch.zeros(1))), ["unet", "more", "not known"]),
-    ("another shape", weights("unet", taller), ["unet", "conv_out.weight", "[8, 96, 3, 3] instead of [16, 96, 3, 3]"]),
+    ("another shape", weights("unet", taller), ["unet", "conv_out.weight", "[2, 64, 3, 3] instead of [4, 64, 3, 3]"]),
     ("missing in the VAE", weights("vae", lambda t: t.pop("decoder.conv_out.bias")), ["vae", "decoder.conv_out.bias"]),
     ("extra in the VAE", weights("vae", lambda t: t.update({"loss.weight": torch.zeros(1)})), ["vae", "loss.weight"]),
     ("eight bits", weights("unet", eight_bits), [UNET, "conv_in.weight", "I8"]),
@@ -379,9 +380,9 @@ REFUSED = [
     ("an inpainting model", widened, [CONFIG, "33 channels", "inpainting"]),
     ("inpainting by its settings", settings(CONFIG, in_channels=33), ["inpainting"]),
     ("a depth model", settings(CONFIG, in_channels=17), [CONFIG, "depth"]),
-    ("instruct-pix2pix", settings(CONFIG, in_channels=32), [CONFIG, "instruct-pix2pix"]),
+    ("instruct-pix2pix", settings(CONFIG, in_channels=8), [CONFIG, "instruct-pix2pix"]),
     ("an upscaler", settings(CONFIG, in_channels=19), [CONFIG, "upscaler"]),
-    ("another autoencoder", settings("vae/config.json", latent_channels=4), [CONFIG, "16 channels", "4"]),
+    ("another autoencoder", settings("vae/config.json", latent_channels=16), [CONFIG, "4 channels", "16"]),
     ("learnt variance", settings(CONFIG, out_channels=32), [CONFIG, "32"]),
     ("a VAE of four colours", settings("vae/config.json", in_channels=4), ["vae/config.json", "4"]),
     (
@@ -474,11 +475,11 @@ REFUSED = [
     ("a beta of text", settings(SCHEDULE, beta_start="small"), [SCHEDULE]),
     ("no merges", both(two_files, gone("tokenizer/merges.txt")), ["tokenizer/merges.txt"]),
     ("merges alone", both(two_files, gone("tokenizer/vocab.json")), ["tokenizer/vocab.json"]),
-    ("more tokens than vectors", new_token, ["647", "646", "tokenizer"]),
+    ("more tokens than vectors", new_token, [str(WORDS + 1), str(WORDS), "tokenizer"]),
     (
         "fewer vectors",
         settings("text_encoder/config.json", vocab_size=600),
-        ["text_encoder", "[646, 128] instead of [600, 128]"],
+        ["text_encoder", f"[{WORDS}, 128] instead of [600, 128]"],
     ),
     (
         "merges cut short",

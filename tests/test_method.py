@@ -108,4 +108,4 @@ LINES = (
 def test_no_equation_is_written_twice(line):
     "Masked loss, target, guidance, gradients and mix stand here and in no other module; `mini` is what trains a model."
     holders = [p.stem for p in PACKAGE.rglob("*.py") if line in p.read_text(encoding="utf-8")]
-    assert [name for name in holders if name != "mini"] == ["method"]
+    assert [name for name in holders if name != "training"] == ["method"]

@@ -194,7 +194,7 @@ def test_the_app_ticks_no_ghost(monkeypatch):
 
     judge = torch.nn.Module()
     judge.forward = lambda x: {q: torch.eye(n)[[0 if q == "whole" else 1] * len(x)] for q, n in QUESTIONS.items()}
-    monkeypatch.setattr(app, "load_judge", lambda: judge)
+    monkeypatch.setattr("layerdiffusion.mini.judge.load_judge", lambda: judge)
     monkeypatch.setattr(app, "clip_score", lambda *_: Some(cosine=torch.zeros(1)))
     monkeypatch.setattr(app, "subject_likeness", lambda *_: torch.zeros(1))
     monkeypatch.setattr(app, "Clip", lambda _: Some(pictures=None))
@@ -326,6 +326,7 @@ def test_the_judge_learns_what_is_broken():
         return o(scenes, g)[0].item()
 
     del o.judge
+    o.somewhere = torch.nn.Parameter(torch.zeros(1))  # an objective is where its parameters are
     right = torch.arange(24) >= 8
     assert loss(right) < loss(torch.ones(24)) < loss(~right)
     species = scenes.species.clone()

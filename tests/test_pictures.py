@@ -847,7 +847,7 @@ def find(method, **given):
 
 
 def test_subject_from_everything(method):
-    "Masks of the picture's own size, in SAM's form; clicks with labels, which mini cannot use and says so."
+    "Masks of the picture's own size, in SAM's form; clicks with labels."
     there = np.zeros((256, 256), bool)
     there[80:200, 60:180] = True
     truth = torch.from_numpy(there[2::4, 2::4]).float()[None]
@@ -855,7 +855,7 @@ def test_subject_from_everything(method):
         assert torch.equal(find(method, mask=mask), truth)
     alone, silent = said(lambda: find(method, point=(128, 144)))
     both, told = said(lambda: find(method, point=[(128, 144), (8, 8)], point_labels=[1, 0]))
-    assert silent == [] and len(told) == 1 and "never learnt" in told[0] and alone.shape == both.shape == (1, 64, 64)
+    assert silent == told == [] and alone.shape == both.shape == (1, 64, 64)
     for wrong, words in (
         (dict(point=[]), ["no point"]),
         (dict(point=(128, 144), point_labels=[1, 0]), ["1 points but 2 labels"]),
@@ -870,7 +870,7 @@ def test_sam_objects_in_the_method(method, theirs):
     from segment_anything import SamPredictor
 
     assert LayerDiffusion(method.models, SamPredictor(method.sam)).sam is method.sam
-    assert LayerDiffusion(method.models, theirs).sam.knows_boxes and not method.sam.knows_boxes
+    assert LayerDiffusion(method.models, theirs).sam.knows_boxes and method.sam.knows_boxes
     refused(lambda: LayerDiffusion(method.models, 3), "a int")
 
 
@@ -902,7 +902,7 @@ def test_command_pastes_back_with_a_large_note(run):
 
 def test_command_not_point(run):
     code, out, err = run("edit", "example:dog", TEXT, *SHORT, "--point", "32,36", "--not-point", "3,3", "--out", "out")
-    assert code == 0 and err.count("never learnt") == 1
+    assert code == 0 and "never learnt" not in err
     for args, words in (
         (["--not-point", "3,3"], ["--point"]),
         (["--point", "32,36", "--not-point", "3"], ["--not-point", "X,Y"]),

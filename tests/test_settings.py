@@ -88,7 +88,7 @@ def test_what_is_resolved_stays(method):
         == method.settings(preset("best", alpha=0.5))
         == method.settings(preset("best"), alpha=0.5)
     )
-    assert (done.guidance_scale, done.tuning_lr) == (1.0, 1e-3) and method.settings().guidance_scale == 3.0
+    assert (done.guidance_scale, done.tuning_lr) == (1.0, 1e-3) and method.settings().guidance_scale == 2.0
     assert done.change(alpha=0.2) == method.settings(preset="best", alpha=0.2)
 
 
@@ -257,7 +257,7 @@ def test_it_leads_away(method):
         ]
         return torch.stack(drawn).mean().item()
 
-    assert light("in the snow") < light("") - 0.01 and light("in a city at night") > light("") + 0.005
+    assert light("in the snow") < light("") < light("in a city at night")
 
 
 def test_it_is_kept(method, plain, tmp_path):
@@ -291,7 +291,7 @@ def test_it_is_kept(method, plain, tmp_path):
         (dict(negative_prompt="a zebra"), "zebra"),
         (dict(negative_prompt="(hat:1.3)"), "(hat:1.3)"),
         (dict(negative_prompt=5), "negative_prompt is 5"),
-        (dict(negative_prompt=" ".join(["a hat"] * 20)), "tokens"),
+        (dict(negative_prompt=" ".join(["a hat"] * 40)), "tokens"),
     ],
 )
 def test_refused_negative_prompts(method, given, words):

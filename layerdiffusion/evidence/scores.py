@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['KINDS', 'SETS', 'LIMIT', 'Task', 'edit_set', 'parts', 'subject_distance', 'redraw', 'find_subject', 'LookAlikes',
            'background_distance', 'Scorer', 'wanted', 'score', 'through_autoencoder', 'check_look_alikes', 'draw_seen',
-           'check_subject', 'check_individuals', 'scorer_of', 'measure', 'read_record', 'append_line', 'load_result',
-           'keep_result', 'best_guidance', 'measure_card', 'interval', 'summary_line']
+           'check_subject', 'check_individuals', 'load_result', 'keep_result', 'scorer_of', 'measure', 'read_record',
+           'append_line', 'best_guidance', 'measure_card', 'interval', 'summary_line']
 
 # %% ../../nbs/evidence/13_scores.ipynb #5dfb2d06
 import json
@@ -293,6 +293,35 @@ def check_individuals(
         rows += check_subject(models, load_sam(folder / "sam"), load_judge(folder), tasks, range(4 if quick else 8))
     return [row | dict(quick=True) for row in rows] if quick else rows
 
+# %% ../../nbs/evidence/13_scores.ipynb #0865097e
+def load_result(
+    name: str,  # such as "speed"
+    folder: Path = Path("../results"),
+):
+    "What `keep_result` kept under a name; `BadInput` where there is nothing."
+    path = Path(folder) / "records.jsonl"
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    kept = {row["name"]: row["result"] for row in map(json.loads, lines)}
+    if name not in kept:
+        raise BadInput(f"{str(path)!r} has no result {name!r}; it has {', '.join(kept) or 'none'}.")
+    return kept[name]
+
+
+def keep_result(
+    name: str,  # such as "speed"
+    result,  # anything JSON can hold
+    folder: Path = Path("../results"),
+):
+    "Keep a result under a name, instead of what was there; the others stay."
+    path = Path(folder) / "records.jsonl"
+    with one_writer(folder):
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        kept = {json.loads(line)["name"]: line for line in lines}
+        kept[name] = json.dumps(dict(name=name, result=result), default=str, ensure_ascii=False)
+        text = "".join(f"{kept[n]}\n" for n in sorted(kept))
+        write_atomic(path, lambda p: p.write_text(text, encoding="utf-8"))
+
+
 # %% ../../nbs/evidence/13_scores.ipynb #19cfab1e
 def scorer_of(method, task: Task, judge=None) -> Scorer:
     "The scorer of an edit, made once for each judge."
@@ -364,35 +393,6 @@ def append_line(path: Path, row: dict):
         path.write_text(whole)
     with open(path, "a") as f:
         f.write(json.dumps(row) + "\n")
-
-# %% ../../nbs/evidence/13_scores.ipynb #0865097e
-def load_result(
-    name: str,  # such as "speed"
-    folder: Path = Path("../results"),
-):
-    "What `keep_result` kept under a name; `BadInput` where there is nothing."
-    path = Path(folder) / "records.jsonl"
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    kept = {row["name"]: row["result"] for row in map(json.loads, lines)}
-    if name not in kept:
-        raise BadInput(f"{str(path)!r} has no result {name!r}; it has {', '.join(kept) or 'none'}.")
-    return kept[name]
-
-
-def keep_result(
-    name: str,  # such as "speed"
-    result,  # anything JSON can hold
-    folder: Path = Path("../results"),
-):
-    "Keep a result under a name, instead of what was there; the others stay."
-    path = Path(folder) / "records.jsonl"
-    with one_writer(folder):
-        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-        kept = {json.loads(line)["name"]: line for line in lines}
-        kept[name] = json.dumps(dict(name=name, result=result), default=str, ensure_ascii=False)
-        text = "".join(f"{kept[n]}\n" for n in sorted(kept))
-        write_atomic(path, lambda p: p.write_text(text, encoding="utf-8"))
-
 
 # %% ../../nbs/evidence/13_scores.ipynb #879a221a
 def best_guidance(models, judge, scales: Sequence[float], repeat: int = 1) -> tuple:

@@ -417,7 +417,11 @@ def whole_settings(
     saved: dict,  # what a saved edit says of itself
     what: str,  # begins the sentence
 ) -> dict:
-    "The settings of a saved edit, with the defaults of those that came later; refused where one was lost."
+    """The settings of a saved edit, with the defaults of those that came later.
+
+    Raises:
+        BadInput: one was lost or changed.
+    """
     settings = DEFAULTS | saved["config"]
     gone = sorted(DEFAULTS.keys() - saved["config"].keys())
     if "config_hash" in saved:

@@ -164,7 +164,11 @@ def read_edit(path: Path) -> tuple:
     ...
 
 def whole_settings(saved: dict, what: str) -> dict:
-    """The settings of a saved edit, with the defaults of those that came later; refused where one was lost."""
+    """The settings of a saved edit, with the defaults of those that came later.
+
+    Raises:
+        BadInput: one was lost or changed.
+    """
     ...
 WRITTEN = dict(text=str, object=str, background=str, seeds=list, size=list, config=dict, model=str, model_hash=str)
 
