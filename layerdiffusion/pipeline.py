@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['KEEP', 'DRAWN', 'held', 'Kept', 'precision_name', 'LayerDiffusion', 'PipeModels', 'models_of', 'give_back',
-           'Checkpoint', 'snapshot', 'restore', 'Scene', 'cover', 'read_mask', 'check_world', 'read_object',
-           'check_placement', 'clock', 'check_seeds', 'Looks', 'in_its_folder', 'check_names', 'EditOutput',
+           'Checkpoint', 'snapshot', 'restore', 'Scene', 'cover', 'read_mask', 'check_world', 'check_names',
+           'read_object', 'check_placement', 'clock', 'check_seeds', 'Looks', 'in_its_folder', 'EditOutput',
            'load_edit', 'shorter', 'check_reusable']
 
 # %% ../nbs/method/10_pipeline.ipynb #373dfb2c
@@ -747,6 +747,21 @@ def check_world(models: Models, image: torch.Tensor, least: float = 20.0):
         stacklevel=3,
     )
 
+# %% ../nbs/method/10_pipeline.ipynb #c7045817
+def check_names(
+    settings: dict,  # what was given by name
+    *calls: Callable,  # the other names are their arguments
+):
+    "Refuse what is no setting, with the names that are most like it."
+    names = [
+        *EditConfig.model_fields,
+        *(name for call in calls for name in inspect.signature(call).parameters),
+    ]
+    names = [name for name in dict.fromkeys(names) if name not in ("self", "settings", "more")]
+    for name in settings:
+        if name not in EditConfig.model_fields:
+            raise BadInput(f"There is no setting {name!r}; {near(name, names)}.")
+
 # %% ../nbs/method/10_pipeline.ipynb #436a1ca5
 def _check_pointing(mask, point, box, point_labels):
     "Refuse a mask beside what SAM would make one of, and labels of no points."
@@ -1429,21 +1444,6 @@ def edit(
         )
     losses = dict(embed=embed_losses, tune=tune_losses)
     return self.pack(scene, words, difference, images, seeds, config, times, losses)
-
-# %% ../nbs/method/10_pipeline.ipynb #c7045817
-def check_names(
-    settings: dict,  # what was given by name
-    *calls: Callable,  # the other names are their arguments
-):
-    "Refuse what is no setting, with the names that are most like it."
-    names = [
-        *EditConfig.model_fields,
-        *(name for call in calls for name in inspect.signature(call).parameters),
-    ]
-    names = [name for name in dict.fromkeys(names) if name not in ("self", "settings", "more")]
-    for name in settings:
-        if name not in EditConfig.model_fields:
-            raise BadInput(f"There is no setting {name!r}; {near(name, names)}.")
 
 # %% ../nbs/method/10_pipeline.ipynb #f97f5e9b
 _IN_SCENE = ("target_widen", "recolour", "recolour_tone", "target_draws", "target_quality", "subject_scale")

@@ -1,6 +1,6 @@
 # Made by tests/stubs.py: the classes of the module beside it, whole.
 """The whole method in one call: a picture and a sentence in, edited pictures out, with every setting written down"""
-__all__ = ['KEEP', 'DRAWN', 'held', 'Kept', 'precision_name', 'LayerDiffusion', 'PipeModels', 'models_of', 'give_back', 'Checkpoint', 'snapshot', 'restore', 'Scene', 'cover', 'read_mask', 'check_world', 'read_object', 'check_placement', 'clock', 'check_seeds', 'Looks', 'in_its_folder', 'check_names', 'EditOutput', 'load_edit', 'shorter', 'check_reusable']
+__all__ = ['KEEP', 'DRAWN', 'held', 'Kept', 'precision_name', 'LayerDiffusion', 'PipeModels', 'models_of', 'give_back', 'Checkpoint', 'snapshot', 'restore', 'Scene', 'cover', 'read_mask', 'check_world', 'check_names', 'read_object', 'check_placement', 'clock', 'check_seeds', 'Looks', 'in_its_folder', 'EditOutput', 'load_edit', 'shorter', 'check_reusable']
 import copy
 import ctypes
 import functools
@@ -365,6 +365,10 @@ def check_world(models: Models, image: torch.Tensor, least: float=20.0):
     """Warn when a mini model's autoencoder cannot represent the picture."""
     ...
 
+def check_names(settings: dict, *calls: Callable):
+    """Refuse what is no setting, with the names that are most like it."""
+    ...
+
 def _check_pointing(mask, point, box, point_labels):
     """Refuse a mask beside what SAM would make one of, and labels of no points."""
     ...
@@ -410,10 +414,6 @@ class Looks:
 
 def in_its_folder(edit: Callable) -> Callable:
     """An edit that has its folder to itself, and leaves there what it learnt when it ends before its pictures are drawn."""
-    ...
-
-def check_names(settings: dict, *calls: Callable):
-    """Refuse what is no setting, with the names that are most like it."""
     ...
 _IN_SCENE = ('target_widen', 'recolour', 'recolour_tone', 'target_draws', 'target_quality', 'subject_scale')
 
