@@ -69,11 +69,11 @@ MUTANTS = [
     loop("times the mask's share", "method", "else each / mask.flatten(1)", "else each * mask.flatten(1)", "over"),
     loop("no step of its own", "method", 'stream(f"{stage}-{seed}", step)', 'stream(f"{stage}-{seed}", 0)', "default"),
     loop("no seed of its own", "method", 'stream(f"{stage}-{seed}", step)', 'stream(f"{stage}-0", step)', "loop[seed]"),
-    way("a rate that grows", "sd", "(1 + math.cos(", "(1 - math.cos(", "half_a_cosine"),
-    way("a gradient scaled twice", "sd", "_foreach_div_(found", "_foreach_mul_(found", "scaled_for"),
+    way("a rate that grows", "base.sd", "(1 + math.cos(", "(1 - math.cos(", "half_a_cosine"),
+    way("a gradient scaled twice", "base.sd", "_foreach_div_(found", "_foreach_mul_(found", "scaled_for"),
     way(
         "the predicted picture",
-        "sd",
+        "base.sd",
         "share * latents - sigma * noise_pred",
         "share * latents + sigma * noise_pred",
         "finished",
@@ -110,7 +110,13 @@ MUTANTS = [
         "[vectors], lr=config.embedding_lr",
         "first_step",
     ),
-    way("the new words' mask", "identity", "vectors), mask.to(latents", "vectors), 1 - mask.to(latents", "new_words"),
+    way(
+        "the new words' mask",
+        "identity",
+        "            mask.to(latents.device),",
+        "            1 - mask.to(latents.device),",
+        "new_words",
+    ),
     way(
         "T_a for T",
         "pipeline",
@@ -131,7 +137,7 @@ MUTANTS = [
     ),
     loop(
         "the layers swapped",
-        "masks",
+        "base.masks",
         "return mask * subject + (1 - mask) * background",
         "return mask * background + (1 - mask) * subject",
         "default",
@@ -166,8 +172,8 @@ MUTANTS = [
     ),
     way("one term for two", "method", "return len(latents) * noise_loss", "return noise_loss", "two_terms"),
     loop("a sum over the draws", "fine_tuning", "noise, timesteps, e) / batch", "noise, timesteps, e)", "several"),
-    loop("the decay kept back", "fine_tuning", "models.gradient_scale, decay)", "models.gradient_scale)", "decay"),
-    loop("the decay forgotten", "pipeline", 'tuning_decay="decay", ', "", "decay"),
+    loop("the decay kept back", "fine_tuning", "            decay,\n        )", "            0.0,\n        )", "decay"),
+    loop("the decay forgotten", "pipeline", '    tuning_decay="decay",\n', "", "decay"),
     loop(
         "Eq. 4's words",
         "pipeline",
@@ -175,8 +181,8 @@ MUTANTS = [
         'if config.eq4_words != "source" else embeds',
         "own",
     ),
-    way("λ_prior left out", "fine_tuning", "(weight / count) ** .5", "(1 / count) ** .5", "models_own"),
-    way("λ_prior forgotten", "pipeline", ', lambda_prior="lambda_prior"', "", "models_own"),
+    way("λ_prior left out", "fine_tuning", "(weight / count) ** 0.5", "(1 / count) ** 0.5", "models_own"),
+    way("λ_prior forgotten", "pipeline", '    lambda_prior="lambda_prior",\n', "", "models_own"),
     way(
         "words of other pictures", "fine_tuning", "prior[1][k].to(embeds)", "prior[1][:count].to(embeds)", "models_own"
     ),
@@ -242,35 +248,41 @@ MUTANTS = [
     # Masks
     way(
         "far from the middle",
-        "masks",
+        "base.masks",
         "quality * (1 - _off_centre(masks))",
         "quality * _off_centre(masks)",
         "sure_central",
     ),
-    way("at the border", "masks", "* (1 - border)", "* (1 + border)", "border"),
+    way("at the border", "base.masks", "* (1 - border)", "* (1 + border)", "border"),
     way(
         "any size",
-        "masks",
+        "base.masks",
         "(area >= smallest) & (area <= largest)",
         "(area >= smallest) | (area <= largest)",
         "sure_central",
     ),
-    way("the worst mask", "masks", "masks[quality.argmax()]", "masks[quality.argmin()]", "surest"),
-    way("to the left", "masks", "gx - 2 * dx - anchor[0]", "gx + 2 * dx - anchor[0]", "moving"),
-    way("hard the other way", "masks", "(mask >= 0.5).float() if hard", "(mask < 0.5).float() if hard", "latent_size"),
+    way("the worst mask", "base.masks", "masks[quality.argmax()]", "masks[quality.argmin()]", "surest"),
+    way("to the left", "base.masks", "gx - 2 * dx - anchor[0]", "gx + 2 * dx - anchor[0]", "moving"),
+    way(
+        "hard the other way",
+        "base.masks",
+        "(mask >= 0.5).float() if hard",
+        "(mask < 0.5).float() if hard",
+        "latent_size",
+    ),
     # The subject attention
     way(
         "the place for the subject",
         "identity",
-        "image * hard + .5 * (1 - hard)",
-        "image * (1 - hard) + .5 * hard",
+        "image * hard + 0.5 * (1 - hard)",
+        "image * (1 - hard) + 0.5 * hard",
         "without_its_place",
     ),
     way(
         "everything but the subject",
         "identity",
-        "F.adaptive_max_pool2d) <= .1",
-        "F.adaptive_max_pool2d) > .1",
+        "F.adaptive_max_pool2d) <= 0.1",
+        "F.adaptive_max_pool2d) > 0.1",
         "attention",
     ),
     way("taken off", "identity", "+ self.scale * self.added", "- self.scale * self.added", "by_hand"),
@@ -282,7 +294,13 @@ MUTANTS = [
     way("the worst is bred", "identity", "best.sort(key=lambda b: b[0])", "best.sort(key=lambda b: -b[0])", "breeds"),
     way("the stop rule", "identity", "best[0][0] > CHANGED", "best[0][0] < CHANGED", "stops"),
     way("no seed", "identity", 'stream("target search", seed)', 'stream("target search", 0)', "prior_coat_and_search"),
-    way("the seed kept back", "pipeline", "seed=config.seed, subject_scale", "seed=0, subject_scale", "gives_its_seed"),
+    way(
+        "the seed kept back",
+        "pipeline",
+        "            seed=config.seed,\n            subject_scale",
+        "            seed=0,\n            subject_scale",
+        "gives_its_seed",
+    ),
     way("children like strangers", "identity", "(1 - spread ** 2) ** .5 * parents", "spread * parents", "children"),
     way("typical where one is near", "identity", "near.min() < CHANGED", "near.min() > CHANGED", "the_choice"),
     way("unclear is better", "identity", "- clearness).argmin()", "+ clearness).argmin()", "the_choice"),
@@ -309,14 +327,20 @@ MUTANTS = [
         "prior_coat_and_search",
     ),
     # What trains mini
-    way("an average that jumps", "mini", "1 - min(decay, (1 + int(n))", "min(decay, (1 + int(n))", "moving_average"),
-    way("an average that stands", "mini", "ema.update_parameters(objective)", "None", "after_each_step"),
-    way("nine of ten captions left out", "mini", "generator=g) < .1", "generator=g) > .1", "captions"),
-    way("the place counts more", "mini", "(1 + 2 * mask)", "(3 - 2 * mask)", "three_times"),
-    way("cool before warm", "mini", "share < 1 - cool", "share > 1 - cool", "rate_of"),
+    way(
+        "an average that jumps",
+        "mini.training",
+        "1 - min(decay, (1 + int(n))",
+        "min(decay, (1 + int(n))",
+        "moving_average",
+    ),
+    way("an average that stands", "mini.training", "ema.update_parameters(objective)", "None", "after_each_step"),
+    way("nine of ten captions left out", "mini.training", "generator=g) < 0.1", "generator=g) > 0.1", "captions"),
+    way("the place counts more", "mini.training", "(1 + 2 * mask)", "(3 - 2 * mask)", "three_times"),
+    way("cool before warm", "mini.training", "share < 1 - cool", "share > 1 - cool", "rate_of"),
     way(
         "a click means the rest",
-        "mini",
+        "mini.training",
         "torch.where(hit, whole, 1 - whole)",
         "torch.where(hit, 1 - whole, whole)",
         "clicks",
@@ -324,24 +348,28 @@ MUTANTS = [
 ]
 
 
+def source(package: Path, module: str) -> Path:
+    "The file of a module such as `base.masks`."
+    return package.joinpath(*module.split(".")).with_suffix(".py")
+
+
 def apply(mutant: Mutant, folder: Path) -> bool:
     "Write the module with its line made wrong into a copy of the package; False where the line is not found once."
-    text = (PACKAGE / f"{mutant.module}.py").read_text(encoding="utf-8")
+    text = source(PACKAGE, mutant.module).read_text(encoding="utf-8")
     if text.count(mutant.old) != 1:
         return False
-    (folder / "layerdiffusion" / f"{mutant.module}.py").write_text(
-        text.replace(mutant.old, mutant.new), encoding="utf-8"
-    )
+    source(folder / "layerdiffusion", mutant.module).write_text(text.replace(mutant.old, mutant.new), encoding="utf-8")
     return True
 
 
 def copy_package(folder: Path):
     "The modules copied, the weights and pictures linked."
-    (folder / "layerdiffusion").mkdir()
-    for path in PACKAGE.iterdir():
-        if path.suffix == ".py":
-            shutil.copy(path, folder / "layerdiffusion")
-        elif path.is_dir() and path.name != "__pycache__":
+    for path in PACKAGE.rglob("*.py"):
+        to = folder / "layerdiffusion" / path.relative_to(PACKAGE)
+        to.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, to)
+    for path in (p for p in PACKAGE.iterdir() if p.is_dir() and not any(p.rglob("*.py"))):
+        if path.name != "__pycache__":
             (folder / "layerdiffusion" / path.name).symlink_to(path, target_is_directory=True)
 
 
@@ -372,7 +400,7 @@ def verdict(mutant: Mutant, folder: Path) -> str:
     try:
         code, said = run_tests(folder, mutant.test)
     finally:
-        shutil.copy(PACKAGE / f"{mutant.module}.py", folder / "layerdiffusion")
+        shutil.copy(source(PACKAGE, mutant.module), source(folder / "layerdiffusion", mutant.module))
     if code in (0, 1):
         return ("SURVIVED", "killed")[code]
     return f"NOT TRIED: pytest ended with {code}: {(said.strip().splitlines() or [''])[-1]}"

@@ -78,16 +78,37 @@ def test_batches_are_larger_on_an_accelerator(tmp_path):
     assert (looks == looks[:, :1]).all() and len(looks[:, 0].unique(dim=0)) == 16
     coats = group.colour.view(16, 4)
     assert (coats[:, :3] == coats[:, :1]).all() and 0 < (coats[:, 3] != coats[:, 0]).sum() < 16
+    there = group.present.view(16, 4)
+    assert (there == there[:, :1]).all() and there[:, 0].sum() >= 10
     seen = {}
     objective.loss = lambda drawn, g, look: look(torch.zeros(1, 48, 128))
     objective.looking = lambda null, alone, mask: seen.update(alone=alone, mask=mask)
     objective.forward(scenes, g)
     own = objective.pool[-1]["alone"].view(16, 4, -1)
     another = seen["alone"][:64].view(16, 4, -1)
-    for i in range(16):
+    for i in there[:, 0].nonzero().flatten().tolist():
         for k in range(4):
             turn = [j for j in range(4) if torch.equal(another[i, k], own[i, j])]
             assert turn and k not in turn
+
+
+def test_places_alone_are_trained_to_the_end(tmp_path):
+    """The last stage goes on showing places without anybody, under the place's words alone: without them, "in the
+    snow" came to draw an animal."""
+    from layerdiffusion.mini import world
+    from layerdiffusion.mini.training import draw_scenes
+
+    objective = made("subject", tmp_path)
+    assert objective.empty >= 0.05
+    for step in range(60):
+        scenes, g = draw_scenes(objective, step)
+        objective.fill(scenes)
+        item = objective.pool[-1]
+        if not item["scenes"].present.any():
+            break
+    assert not item["scenes"].present.any() and item["mask"].max() == 0
+    said = world.captions(item["scenes"], g)
+    assert not [s for s in said if any(w in s.split() for w in (*world.SPECIES, *world.POSES))]
 
 
 def test_places_are_the_same_on_both_paths(monkeypatch):

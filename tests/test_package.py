@@ -35,8 +35,8 @@ def test_weights_are_there():
 
 
 def test_weights_are_small_and_safe():
-    "At most 80 MB in all; tensors only as safetensors, each file whole; the rest is text and one labelled sheet."
-    assert sum(p.stat().st_size for p in WEIGHTS) <= 80e6
+    "At most 60 MB in all; tensors only as safetensors, each file whole; the rest is text and one labelled sheet."
+    assert sum(p.stat().st_size for p in WEIGHTS) <= 60e6
     assert {p.suffix for p in WEIGHTS} <= {".safetensors", ".json", ".txt", ".md", ".png"}
     for path in (p for p in WEIGHTS if p.suffix == ".safetensors"):
         with path.open("rb") as f:

@@ -856,6 +856,13 @@ def test_subject_from_everything(method):
     alone, silent = said(lambda: find(method, point=(128, 144)))
     both, told = said(lambda: find(method, point=[(128, 144), (8, 8)], point_labels=[1, 0]))
     assert silent == told == [] and alone.shape == both.shape == (1, 64, 64)
+
+
+def test_a_sam_without_such_clicks_says_so(method, monkeypatch):
+    "One that was never shown what is not the subject draws the same mask, and the user is told once."
+    monkeypatch.setattr(method.sam, "knows_boxes", False)
+    _, told = said(lambda: find(method, point=[(130, 140), (9, 9)], point_labels=[1, 0]))
+    assert len(told) == 1 and "never learnt" in told[0]
     for wrong, words in (
         (dict(point=[]), ["no point"]),
         (dict(point=(128, 144), point_labels=[1, 0]), ["1 points but 2 labels"]),

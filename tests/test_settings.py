@@ -257,7 +257,7 @@ def test_it_leads_away(method):
         ]
         return torch.stack(drawn).mean().item()
 
-    assert light("in the snow") < light("") < light("in a city at night")
+    assert light("in the snow") < light("") - 0.01 and light("in a city at night") > light("") + 0.005
 
 
 def test_it_is_kept(method, plain, tmp_path):

@@ -513,7 +513,7 @@ def find_mask(
     image: torch.Tensor,  # (3, H, W) in 0-1
     point: Sequence | None = None,  # (x, y) in pixels, or several; none and no box: `propose_subject`
     box: Sequence | None = None,  # x0, y0, x1, y1 in pixels; with points: what lies outside is cut off
-    labels: Sequence | None = None,  # for several points: 1 the subject, 0 the background (not known to mini's SAM)
+    labels: Sequence | None = None,  # for several points: 1 the subject, 0 what is not the subject
     say: Callable | None = print,  # told what was taken, when nothing was asked for
 ) -> torch.Tensor:  # (1, H, W), 0 or 1
     """The subject's mask, by clicks, by a box, by both or by SAM's own proposal.
