@@ -52,7 +52,7 @@ def captions():
         (),
         ("colour", *world.MARKS, "second"),
         ("colour",),
-        world.SAID + tuple(world.BUILD),
+        world.SAID + tuple(world._BUILD),
     ]
     texts = []
     for i in range(60):
@@ -181,7 +181,7 @@ if __name__ == "__main__":
     models, labels = load_models(sys.argv[1], "cpu"), seen_labels()
     drawn = generated(models)
     pictures, marks = all_broken(*bases(drawn, labels))
-    mini.save_labels(
+    mini._save_labels(
         OUT,
         torch.cat([drawn, pictures]),
         labels + marks,

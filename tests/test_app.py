@@ -17,12 +17,12 @@ from layerdiffusion import BadInput, LayerDiffusion
 from layerdiffusion.interface import app as module
 from layerdiffusion.interface.app import (
     LayerDiffusionApp,
-    Order,
-    asked_for,
-    free_port,
-    python_lines,
-    shell_line,
-    write_page,
+    _Order,
+    _asked_for,
+    _free_port,
+    _python_lines,
+    _shell_line,
+    _write_page,
 )
 from layerdiffusion.interface.cli import main
 from layerdiffusion.base.core import example_path, fit_image, load_image
@@ -79,7 +79,7 @@ def test_a_run_is_a_call_of_edit(editor, method):
     )
     assert torch.equal(shown.result.images, again.images)
     assert len(editor.sheet.children) == 2 and all(
-        0 <= s["clip"] <= 1 and s["seen"].keys() == module.asked_for(editor.text.value).keys() for s in shown.scores
+        0 <= s["clip"] <= 1 and s["seen"].keys() == module._asked_for(editor.text.value).keys() for s in shown.scores
     )
     assert editor.result_card.layout.display == "" and editor.place.value
     editor.pick(1)
@@ -90,7 +90,7 @@ def test_stop_and_resume(editor, method, monkeypatch):
     """A stop keeps what was learnt; what follows is what an uninterrupted run gives. The tuning waits for the stop, so
     no
     processor is too quick for it."""
-    reached, pressed, call = threading.Event(), threading.Event(), module.Job.__call__
+    reached, pressed, call = threading.Event(), threading.Event(), module._Job.__call__
 
     def hold(job, event=None):
         if event is not None and (event.stage, event.step) == ("tuning", 3):
@@ -98,7 +98,7 @@ def test_stop_and_resume(editor, method, monkeypatch):
             pressed.wait(600)
         return call(job, event)
 
-    monkeypatch.setattr(module.Job, "__call__", hold)
+    monkeypatch.setattr(module._Job, "__call__", hold)
     editor.method = LayerDiffusion(method.models)
     turn(editor, tuning_steps=30)
     editor.run()
@@ -169,9 +169,9 @@ def test_the_lines_repeat_the_edit(editor, mark, capsys):
         p.name for p in Path("edits/dog-1").iterdir()
     }
     names = dict(LayerDiffusion=None)
-    exec(python_lines(editor.shown.order), names)
+    exec(_python_lines(editor.shown.order), names)
     assert torch.equal(names["result"].images, first)
-    assert main(shlex.split(shell_line(editor.shown.order, folder="shell"))[1:] + ["--device", "cpu"]) == 0
+    assert main(shlex.split(_shell_line(editor.shown.order, folder="shell"))[1:] + ["--device", "cpu"]) == 0
     assert Path("shell/seed-1.png").read_bytes() == Path("edits/dog-1/seed-1.png").read_bytes()
 
 
@@ -181,9 +181,9 @@ def test_the_lines_repeat_a_redrawing(editor):
     turn(editor, alpha=0.3, first=4)
     editor.wait()
     shown, names = editor.shown, {}
-    exec(python_lines(shown.order, shown.redraw), names)
+    exec(_python_lines(shown.order, shown.redraw), names)
     assert torch.equal(names["images"], shown.result.images)
-    code = shlex.split(shell_line(shown.order, shown.redraw, "edits/dog-1"))[-1]
+    code = shlex.split(_shell_line(shown.order, shown.redraw, "edits/dog-1"))[-1]
     exec(code, {})
     editor.folder.value = "again"
     editor.save()
@@ -193,7 +193,7 @@ def test_the_lines_repeat_a_redrawing(editor):
 def test_the_split_is_shown_and_can_be_changed(editor):
     assert (editor.object.value, editor.background.value) == ("a brown dog jumping", "in a forest")
     editor.object.value = "a brown dog"
-    assert editor.order().parts == dict(object="a brown dog") and "--object" in shell_line(editor.order())
+    assert editor.order().parts == dict(object="a brown dog") and "--object" in _shell_line(editor.order())
     editor.text.value = "a cat lying in the snow"
     assert (editor.object.value, editor.order().parts) == ("a cat lying", {})
     editor.text.value = "a dog"
@@ -226,14 +226,14 @@ def test_the_new_place(editor):
     editor.draw_place()
     editor.wait()
     assert (
-        editor.place.value != first and "seed 1" in said(editor, "place") and "--seed 1" in shell_line(editor.order())
+        editor.place.value != first and "seed 1" in said(editor, "place") and "--seed 1" in _shell_line(editor.order())
     )
     result = run(editor).result
     assert result.config.seed == 1 and module.enlarged(result.reference, 192) == editor.place.value, (
         "the run takes the place that was shown"
     )
     editor.own_place.value = (upload("beach.png", example_path("rabbit").read_bytes()),)
-    assert editor.order().reference == "beach.png" and "--reference beach.png" in shell_line(editor.order())
+    assert editor.order().reference == "beach.png" and "--reference beach.png" in _shell_line(editor.order())
     assert (run(editor).result.reference - fit_image(load_image("example:rabbit"), 64)).abs().max() < 0.01
     editor.use_place()
     assert editor.order().reference is None
@@ -318,7 +318,7 @@ def test_presets(editor, method):
 
 
 def test_texts_of_lines():
-    order = Order(
+    order = _Order(
         "it's.png",
         'a "big" dog in a city',
         marks=dict(point=[(1.0, 2.0), (3.0, 4.0)], box=(0.0, 1.0, 2.0, 3.0)),
@@ -327,20 +327,20 @@ def test_texts_of_lines():
         preset="paper",
         model=dict(model="CompVis/stable-diffusion-v1-4", device="cuda"),
     )
-    words = shlex.split(shell_line(order))
+    words = shlex.split(_shell_line(order))
     assert (
         words[2:4] == ["it's.png", 'a "big" dog in a city']
         and words.count("--point") == 2
         and words[words.index("--seeds") + 1] == "3-4"
         and "a b.png" in words
     )
-    compile(python_lines(order), "lines", "exec")
-    assert "--embedding-steps 0" in shell_line(Order("x", "y", changes=dict(embedding_steps=0)))
-    assert asked_for("a cat by the sea") == dict(species="cat", place="beach")
+    compile(_python_lines(order), "lines", "exec")
+    assert "--embedding-steps 0" in _shell_line(_Order("x", "y", changes=dict(embedding_steps=0)))
+    assert _asked_for("a cat by the sea") == dict(species="cat", place="beach")
 
 
 def test_the_page_of_the_command(tmp_path):
-    page = write_page(tmp_path, dict(image="example:cat", text="it's"))
+    page = _write_page(tmp_path, dict(image="example:cat", text="it's"))
     compile(json.loads(page.read_text())["cells"][0]["source"], "cell", "exec")
     assert "default-src 'self'" in (tmp_path / "voila.json").read_text()
 
@@ -371,7 +371,7 @@ def test_a_port_that_is_taken():
         s.bind(("127.0.0.1", 0))
         s.listen()
         with pytest.raises(BadInput, match="taken"):
-            free_port(s.getsockname()[1])
+            _free_port(s.getsockname()[1])
 
 
 def test_a_drawing_that_does_not_stop(editor):
@@ -408,6 +408,6 @@ def test_every_declared_setting_can_be_touched(editor, method):
     editor.fields["eq8_index"].value, editor.fields["recolour"].value = "timestep", False
     order = editor.order()
     assert order.changes == dict(eq8_index="timestep", recolour=False)
-    words = shlex.split(shell_line(order))
+    words = shlex.split(_shell_line(order))
     assert words[words.index("--eq8-index") + 1] == "timestep" and "--no-recolour" in words
-    assert "eq8_index='timestep', recolour=False" in python_lines(order)
+    assert "eq8_index='timestep', recolour=False" in _python_lines(order)

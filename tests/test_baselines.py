@@ -11,15 +11,15 @@ import torch
 
 from layerdiffusion.evidence import scores
 from layerdiffusion.evidence.baselines import (
-    RECIPES,
-    baseline_rows,
+    _RECIPES,
+    _baseline_rows,
     imagic,
-    imagic_draw,
-    imagic_fit,
-    imagic_recipe,
-    injection_layers,
-    invert,
-    lend_features,
+    _imagic_draw,
+    _imagic_fit,
+    _imagic_recipe,
+    _injection_layers,
+    _invert,
+    _lend_features,
     plug_and_play,
     sdedit,
 )
@@ -156,7 +156,7 @@ def test_inversion_is_ddim_upwards(models, edit, schedule):
     "The formula, written out for both kinds of prediction."
     models = models if schedule == "own" else like_sd14(models)
     path, (x, level) = (
-        invert(models, edit.image, 10),
+        _invert(models, edit.image, 10),
         (encode_image(models, edit.image), models.scheduler.final_alpha_cumprod),
     )
     assert sorted(path) == sorted(timesteps(copy.deepcopy(models.scheduler), 10).tolist())
@@ -176,7 +176,7 @@ def test_places_of_stable_diffusion():
     unet = UNet2DConditionModel(
         block_out_channels=(8, 8, 8, 8), norm_num_groups=4, cross_attention_dim=8, attention_head_dim=2
     )
-    resnet, attention = injection_layers(unet)
+    resnet, attention = _injection_layers(unet)
     assert resnet is unet.up_blocks[1].resnets[1]
     expected = [
         unet.up_blocks[b].attentions[k] for b, k in [(1, 1), (1, 2), (2, 0), (2, 1), (2, 2), (3, 0), (3, 1), (3, 2)]
@@ -188,14 +188,14 @@ def test_places_of_stable_diffusion():
 
 def test_lent_attention_by_hand(models, edit):
     "One layer: the photo's attention map, the edit's own values."
-    path, layer, seen = {500: torch.randn(1, 4, 16, 16)}, injection_layers(models.unet)[1][0], {}
+    path, layer, seen = {500: torch.randn(1, 4, 16, 16)}, _injection_layers(models.unet)[1][0], {}
 
     def look(module, args, kwargs, output):
         seen.update(x=args[0] if args else kwargs["hidden_states"], y=output)
 
     handle = layer.register_forward_hook(look, with_kwargs=True)
     e = encode_text(models, ["", "a dog", "a cat"])
-    with torch.no_grad(), lend_features(models.unet, path, e[:1], [], [500]) as unet:
+    with torch.no_grad(), _lend_features(models.unet, path, e[:1], [], [500]) as unet:
         unet(torch.randn(2, 4, 16, 16), torch.tensor(500), e[1:])
     handle.remove()
     x, heads = seen["x"], lambda v: v.unflatten(-1, (layer.heads, -1)).transpose(1, 2)
@@ -207,7 +207,7 @@ def test_lent_attention_by_hand(models, edit):
 
 
 def test_lending_at_no_step_is_plain_drawing(models, edit):
-    path = invert(models, edit.image, 10)
+    path = _invert(models, edit.image, 10)
     plain = decode_latents(models, ddim_sample(models, encode_text(models, edit.text), None, path[999], 10, 3.0))
     lent = [
         plug_and_play(
@@ -263,12 +263,13 @@ def test_imagic_without_fitting_is_plain_drawing(models, edit, eta):
 
 def test_imagic_fits(models, edit):
     "Words and U-Net move, each stage lowers its own loss on fixed draws, and η mixes linearly, beyond 1 too."
-    from layerdiffusion.embeddings import evaluate_embedding
+    from layerdiffusion.embeddings import _evaluate_embedding
 
-    fit = imagic_fit(models, edit.image, edit.text, imagic_recipe(embedding_steps=40, tuning_steps=40, tuning_lr=2e-5))
+    recipe = _imagic_recipe(embedding_steps=40, tuning_steps=40, tuning_lr=2e-5)
+    fit = _imagic_fit(models, edit.image, edit.text, recipe)
     x = encode_image(models, edit.image)
     loss = [
-        evaluate_embedding(m, e, x)
+        _evaluate_embedding(m, e, x)
         for m, e in ((models, fit.e_tgt), (models, fit.e_opt), (replace(models, unet=fit.unet), fit.e_opt))
     ]
     assert loss[0] > loss[1] > loss[2]
@@ -276,19 +277,19 @@ def test_imagic_fits(models, edit):
     spy = replace(
         models, unet=lambda latents, t, embeds: (seen.append(embeds[-1:]), models.unet(latents, t, embeds))[1]
     )
-    imagic_draw(models, replace(fit, unet=spy.unet), 1.2, [0], 1)
+    _imagic_draw(models, replace(fit, unet=spy.unet), 1.2, [0], 1)
     assert torch.allclose(seen[0], 1.2 * fit.e_tgt - 0.2 * fit.e_opt, atol=1e-5)
 
 
 def test_imagic_recipes():
     "The published numbers; a card's rates stand for 1e-3 and 2e-6."
-    assert imagic_recipe("paper") == RECIPES["paper"] and imagic_recipe("community", {}) == RECIPES["community"]
-    small = imagic_recipe("paper", dict(embedding_lr=1e-4, tuning_lr=2e-5), eta=0.6)
+    assert _imagic_recipe("paper") == _RECIPES["paper"] and _imagic_recipe("community", {}) == _RECIPES["community"]
+    small = _imagic_recipe("paper", dict(embedding_lr=1e-4, tuning_lr=2e-5), eta=0.6)
     assert (small["embedding_lr"], small["tuning_lr"], small["eta"]) == pytest.approx((2e-4, 5e-6, 0.6))
     with pytest.raises(BadInput, match="paper and community"):
-        imagic_recipe("mine")
+        _imagic_recipe("mine")
     with pytest.raises(BadInput, match="'alpha'"):
-        imagic_recipe(alpha=0.7)
+        _imagic_recipe(alpha=0.7)
 
 
 def test_rows_go_on_after_a_kill(models, monkeypatch, tmp_path):
@@ -309,7 +310,7 @@ def test_rows_go_on_after_a_kill(models, monkeypatch, tmp_path):
         return image.expand(len(seeds), -1, -1, -1)
 
     def rows(**options):
-        return baseline_rows(
+        return _baseline_rows(
             LayerDiffusion(models), tasks, drawn, range(2), file, judge=torch.nn.Linear(1, 1), **options
         )
 

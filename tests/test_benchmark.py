@@ -8,17 +8,17 @@ import torch
 from PIL import Image
 
 from layerdiffusion.evidence.benchmark import (
-    NAME,
+    _NAME,
     VERSION,
-    as_tensors,
-    benchmark_hash,
-    benchmark_tasks,
-    export_tasks,
-    from_folder,
+    _as_tensors,
+    _benchmark_hash,
+    _benchmark_tasks,
+    _export_tasks,
+    _from_folder,
     given,
-    leaderboard,
-    recorded_rows,
-    run_benchmark,
+    _leaderboard,
+    _recorded_rows,
+    _run_benchmark,
 )
 from layerdiffusion.base.core import BadInput, to_pil
 from layerdiffusion.pipeline import LayerDiffusion
@@ -34,7 +34,7 @@ def method():
 
 def test_the_tasks_are_those_of_version_1():
     "If this fails, the tasks are others: raise VERSION and pin the new hash. No pixel goes into it."
-    assert (NAME, VERSION, benchmark_hash()) == ("layerdiffusion-joint-15", 1, "fa1cca1ba3bb3760")
+    assert (_NAME, VERSION, _benchmark_hash()) == ("layerdiffusion-joint-15", 1, "fa1cca1ba3bb3760")
 
 
 def small_pictures():
@@ -43,7 +43,7 @@ def small_pictures():
     def shown(e):
         return (e.image, e.mask, e.reference, e.answer, e.answer_mask)
 
-    rows = [torch.cat([x.expand(3, -1, -1) for x in shown(t.edit)], 2) for t in benchmark_tasks()]
+    rows = [torch.cat([x.expand(3, -1, -1) for x in shown(t.edit)], 2) for t in _benchmark_tasks()]
     return torch.nn.functional.avg_pool2d(torch.cat(rows, 1), 4)
 
 
@@ -56,36 +56,36 @@ def test_the_tasks_look_as_in_version_1():
 
 
 def test_the_hash_sees_every_scene_and_word():
-    tasks, seen = benchmark_tasks(), {benchmark_hash()}
+    tasks, seen = _benchmark_tasks(), {_benchmark_hash()}
     words, look = lambda e: setattr(e, "text", e.text + " "), lambda e: e.after.look.mul_(0.9)
     for change in (words, look, lambda e: e.before.pose.add_(1), lambda e: e.after.where.add_(0.01)):
-        tasks = benchmark_tasks()
+        tasks = _benchmark_tasks()
         change(tasks[3].edit)
-        seen.add(benchmark_hash(tasks))
+        seen.add(_benchmark_hash(tasks))
     assert len(seen) == 5
 
 
 def test_the_hash_does_not_see_rounding():
     "The last digits of a scene's numbers, and the pixels, may differ from one processor to another."
-    tasks = benchmark_tasks()
+    tasks = _benchmark_tasks()
     for t in tasks:
         for scene in (t.edit.before, t.edit.after):
             scene.where = scene.where * (1 + 2**-23)
         t.edit.image.mul_(1 - 1e-6)
-    assert benchmark_hash(tasks) == benchmark_hash()
+    assert _benchmark_hash(tasks) == _benchmark_hash()
 
 
 def test_the_answer_is_not_given():
-    task = benchmark_tasks()[0]
+    task = _benchmark_tasks()[0]
     assert set(given(task)) == {"photo", "mask", "source", "text", "reference"}
 
 
 def test_truth_beats_pasting(method, tmp_path):
-    tasks, answers = benchmark_tasks()[:1], {t.edit.text: to_pil(t.edit.answer) for t in benchmark_tasks()}
-    truth = run_benchmark(
+    tasks, answers = _benchmark_tasks()[:1], {t.edit.text: to_pil(t.edit.answer) for t in _benchmark_tasks()}
+    truth = _run_benchmark(
         lambda text, seeds, **_: [answers[text]] * len(seeds), "truth", [0], tmp_path / "truth.json", tasks, method
     )
-    paste = run_benchmark(
+    paste = _run_benchmark(
         lambda photo, mask, reference, seeds, **_: [Image.composite(photo, reference, mask.convert("L"))],
         "paste",
         [0],
@@ -95,14 +95,14 @@ def test_truth_beats_pasting(method, tmp_path):
     )
     assert truth["valid"][0] == 1 and truth["right"][0] > paste["right"][0]
     assert json.loads((tmp_path / "truth.json").read_text()) == json.loads(json.dumps(truth))
-    table = leaderboard([paste, truth])
+    table = _leaderboard([paste, truth])
     assert table.index("truth (1 of 15 tasks)") < table.index("paste")
 
 
 def test_files_are_enough(method, tmp_path):
-    export_tasks(tmp_path / "tasks")
+    _export_tasks(tmp_path / "tasks")
     about = json.loads((tmp_path / "tasks" / "tasks.json").read_text())
-    assert about["hash"] == benchmark_hash() and len(about["tasks"]) == 15
+    assert about["hash"] == _benchmark_hash() and len(about["tasks"]) == 15
     for t in about["tasks"]:
         where = tmp_path / "tasks" / t["name"]
         assert {p.name for p in where.iterdir()} == {
@@ -115,13 +115,13 @@ def test_files_are_enough(method, tmp_path):
         (tmp_path / "mine" / t["name"]).mkdir(parents=True)
         Image.open(where / "answer.png").save(tmp_path / "mine" / t["name"] / "0.png")
     assert (
-        run_benchmark(from_folder(tmp_path / "mine"), "files", [0], tasks=benchmark_tasks()[:1], method=method)[
+        _run_benchmark(_from_folder(tmp_path / "mine"), "files", [0], tasks=_benchmark_tasks()[:1], method=method)[
             "valid"
         ][0]
         == 1
     )
     with pytest.raises(BadInput, match="1.png is not there"):
-        run_benchmark(from_folder(tmp_path / "mine"), "files", [0, 1], tasks=benchmark_tasks()[:1], method=method)
+        _run_benchmark(_from_folder(tmp_path / "mine"), "files", [0, 1], tasks=_benchmark_tasks()[:1], method=method)
 
 
 @pytest.mark.parametrize(
@@ -134,13 +134,13 @@ def test_files_are_enough(method, tmp_path):
 )
 def test_what_an_adapter_may_not_give(gave, says):
     with pytest.raises(BadInput, match=says):
-        as_tensors(gave, 2)
+        _as_tensors(gave, 2)
 
 
 def test_any_size_is_taken():
-    assert as_tensors([Image.new("RGBA", (128, 128)), Image.new("L", (64, 64))], 2).shape == (2, 3, 64, 64)
+    assert _as_tensors([Image.new("RGBA", (128, 128)), Image.new("L", (64, 64))], 2).shape == (2, 3, 64, 64)
     x = torch.rand(2, 3, 64, 64)
-    assert (as_tensors(x, 2) - x).abs().max() < 1 / 255
+    assert (_as_tensors(x, 2) - x).abs().max() < 1 / 255
 
 
 def test_recorded_methods_are_rows():
@@ -150,8 +150,8 @@ def test_recorded_methods_are_rows():
         seconds=1.0,
         **{f: [0.5, 0.4, 0.6] for f in ("right", "valid", "identity", "background", "clip")},
     )
-    rows = recorded_rows(dict(edits=["joint 0"], seeds=[0, 1, 2, 3], size="quick", settings=[row]))
-    assert "SDEdit (1 of 15 tasks) (a fifth of the steps)" in leaderboard(rows)
+    rows = _recorded_rows(dict(edits=["joint 0"], seeds=[0, 1, 2, 3], size="quick", settings=[row]))
+    assert "SDEdit (1 of 15 tasks) (a fifth of the steps)" in _leaderboard(rows)
 
 
 @pytest.mark.parametrize(
@@ -169,20 +169,20 @@ def test_answers_that_are_no_pictures(made, said):
     from layerdiffusion.base.core import BadInput
 
     with pytest.raises(BadInput, match=said):
-        as_tensors(made(), 1)
-    assert as_tensors(torch.rand(1, 3, 64, 64), 1).shape == (1, 3, 64, 64)
+        _as_tensors(made(), 1)
+    assert _as_tensors(torch.rand(1, 3, 64, 64), 1).shape == (1, 3, 64, 64)
 
 
 def test_a_run_without_tasks_and_with_odd_seeds(tmp_path):
     from layerdiffusion.base.core import BadInput
 
     with pytest.raises(BadInput, match="list of tasks is empty"):
-        run_benchmark(lambda **_: None, "x", tasks=[], method=object())
+        _run_benchmark(lambda **_: None, "x", tasks=[], method=object())
     with pytest.raises(BadInput, match="not a whole number"):
-        run_benchmark(lambda **_: None, "x", seeds=["a"], method=object())
+        _run_benchmark(lambda **_: None, "x", seeds=["a"], method=object())
     (tmp_path / "file").write_text("")
     with pytest.raises(BadInput, match="cannot be written"):
-        export_tasks(tmp_path / "file")
+        _export_tasks(tmp_path / "file")
 
 
 def test_metrics_refuse_what_is_not_a_batch():

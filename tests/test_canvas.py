@@ -5,10 +5,10 @@ from dataclasses import asdict
 import pytest
 import torch
 
-from layerdiffusion.interface.canvas import Marks, Prompt, PromptCanvas, Stroke, mask_bytes, read_marks
+from layerdiffusion.interface.canvas import Marks, _Prompt, PromptCanvas, _Stroke, _mask_bytes, _read_marks
 from layerdiffusion.base.core import BadInput, load_image
 from layerdiffusion.base.masks import find_mask, iou, load_sam, move_mask
-from layerdiffusion.pipeline import read_mask
+from layerdiffusion.pipeline import _read_mask
 
 
 @pytest.fixture(scope="module")
@@ -18,7 +18,7 @@ def sam():
 
 @pytest.fixture
 def prompt(sam):
-    return Prompt("example:dog", sam)
+    return _Prompt("example:dog", sam)
 
 
 def big(factor=5):
@@ -30,7 +30,7 @@ def big(factor=5):
 def test_sam_looks_once(sam, monkeypatch):
     looks, encode = [], type(sam.image_encoder).forward
     monkeypatch.setattr(type(sam.image_encoder), "forward", lambda self, x: looks.append(1) or encode(self, x))
-    p = Prompt("example:dog", sam)
+    p = _Prompt("example:dog", sam)
     p.add_point(40, 36).add_point(30, 36).set_box(10, 10, 60, 62).remove_point().clear()
     assert len(looks) == 1
 
@@ -45,7 +45,7 @@ def test_a_click_is_find_mask(prompt, sam):
 
 def test_counts_in_picture_pixels(sam):
     "The same places on a picture five times as large give the same mask as edit's own arguments do."
-    p = Prompt(big(), sam).add_point(200, 180)
+    p = _Prompt(big(), sam).add_point(200, 180)
     assert p.mask.shape == (1, 48, 64) and p.marks.points == ((200, 180, 1),)
     assert torch.equal(p.mask, find_mask(sam, p.image, (40, 36)))
     brushed = p.paint([(25, 25), (75, 25)], 20).mask
@@ -86,10 +86,10 @@ def test_undo_and_redo(prompt):
         (lambda p: p.place(2, 0), "from -1 to 1"),
         (lambda p: p.place(scale=0), "0.05"),
         (lambda p: p.remove_point(), "no point"),
-        (lambda p: p.become(read_marks({"points": [[1, "x", 1]]})), "cannot be read"),
-        (lambda p: p.become(read_marks({"move": [float("nan"), 0]})), "cannot be read"),
-        (lambda p: p.become(read_marks("nonsense")), "cannot be read"),
-        (lambda p: Prompt(p.picture).add_point(3, 3), "need SAM"),
+        (lambda p: p.become(_read_marks({"points": [[1, "x", 1]]})), "cannot be read"),
+        (lambda p: p.become(_read_marks({"move": [float("nan"), 0]})), "cannot be read"),
+        (lambda p: p.become(_read_marks("nonsense")), "cannot be read"),
+        (lambda p: _Prompt(p.picture).add_point(3, 3), "need SAM"),
     ],
 )
 def test_refuses_in_a_sentence(prompt, act, words):
@@ -102,9 +102,9 @@ def test_marks_go_through_json():
     import json
 
     marks = Marks(
-        ((1.0, 2.0, 1),), (0.0, 0.0, 9.0, 9.0), (Stroke(((1.0, 2.0), (3.0, 4.0)), 2.0, True),), (0.1, 0.2), 0.5, True
+        ((1.0, 2.0, 1),), (0.0, 0.0, 9.0, 9.0), (_Stroke(((1.0, 2.0), (3.0, 4.0)), 2.0, True),), (0.1, 0.2), 0.5, True
     )
-    assert read_marks(json.loads(json.dumps(asdict(marks)))) == marks and read_marks({}) == Marks()
+    assert _read_marks(json.loads(json.dumps(asdict(marks)))) == marks and _read_marks({}) == Marks()
 
 
 def test_arguments_of_edit(prompt):
@@ -112,20 +112,20 @@ def test_arguments_of_edit(prompt):
     assert prompt.add_point(40, 36).place(0.1, 0, 0.8).arguments() == dict(point=[(40, 36)], move=(0.1, 0), scale=0.8)
     assert prompt.set_box(10, 10, 60, 62).arguments()["box"] == (10, 10, 60, 62)
     given = prompt.paint([(3, 3)], 3).arguments()
-    assert torch.equal(read_mask(given["mask"], 64, 64), prompt.mask) and given["scale"] == 0.8
+    assert torch.equal(_read_mask(given["mask"], 64, 64), prompt.mask) and given["scale"] == 0.8
     with pytest.raises(BadInput, match="empty"):
         prompt.clear().clear().arguments()
 
 
 def test_without_sam():
-    p = Prompt("example:dog")
+    p = _Prompt("example:dog")
     assert p.mask.sum() == 0 and "No subject" in p.says
     assert p.paint([(32, 40)], 8).mask.sum() == pytest.approx(3.14159 * 64, rel=0.05)
 
 
 def test_still_picture(prompt):
     assert prompt.place(0.1, 0, 0.7).add_point(40, 36).set_box(8, 8, 60, 62).still(128).size == (128, 128)
-    assert Prompt(big(), None).still(128).size == (128, 96)
+    assert _Prompt(big(), None).still(128).size == (128, 96)
 
 
 def browser(sam, **kw):
@@ -165,7 +165,7 @@ def test_mask_for_the_browser(prompt):
     import io
     from PIL import Image
 
-    png = Image.open(io.BytesIO(mask_bytes(prompt.mask)))
+    png = Image.open(io.BytesIO(_mask_bytes(prompt.mask)))
     assert png.mode == "LA" and png.size == (512, 512)
     alpha = png.getchannel("A").resize((64, 64), Image.Resampling.BOX)
     assert iou(torch.tensor(list(alpha.getdata())).view(1, 64, 64) / 255, prompt.mask) > 0.95

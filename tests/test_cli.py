@@ -453,7 +453,7 @@ def test_unexpected_errors_ask_for_a_report(run, monkeypatch):
     def breaks(*a):
         raise KeyError("deep inside")
 
-    monkeypatch.setattr(cli, "read_request", breaks)
+    monkeypatch.setattr(cli, "_read_request", breaks)
     code, out, err = run("edit", "example:dog", TEXT)
     assert code == 1 and "--debug" in err and "Traceback" not in err and len(err.splitlines()) == 1
     with pytest.raises(KeyError):
@@ -477,7 +477,7 @@ def test_memory_that_is_not_there(run, monkeypatch, error):
     def breaks(*a):
         raise error
 
-    monkeypatch.setattr(cli, "read_request", breaks)
+    monkeypatch.setattr(cli, "_read_request", breaks)
     code, out, err = run("edit", "example:dog", TEXT)
     assert code == 1 and "ran out of memory" in err and "--memory low" in err and len(err.splitlines()) == 1
 
@@ -532,14 +532,14 @@ def test_ctrl_c_and_resume(run):
 
 def test_every_place_has_the_declared_settings():
     "Options, fields, the tables of the docs: the declared set and its defaults; each in one of three groups."
-    from layerdiffusion.interface.cli import GROUPED, METHOD
+    from layerdiffusion.interface.cli import _GROUPED, _METHOD
     from layerdiffusion.evidence.docs import parameters
     from layerdiffusion.settings import DEFAULTS, GROUPS, SETTINGS, EditConfig
 
     assert set(EditConfig.model_fields) - {"preset"} == set(SETTINGS) == set(DEFAULTS)
-    assert [opt.name for opts in GROUPED.values() for opt in opts] == [opt.name for opt in METHOD] == list(SETTINGS)
-    assert list(GROUPED) == list(GROUPS.values()) and all(GROUPED.values())
-    assert {opt.name: (opt.default, opt.help) for opt in METHOD} == {
+    assert [opt.name for opts in _GROUPED.values() for opt in opts] == [opt.name for opt in _METHOD] == list(SETTINGS)
+    assert list(_GROUPED) == list(GROUPS.values()) and all(_GROUPED.values())
+    assert {opt.name: (opt.default, opt.help) for opt in _METHOD} == {
         name: (default, help)
         for name, _, _, help in parameters(EditConfig)
         for default in [DEFAULTS.get(name)]
@@ -550,10 +550,10 @@ def test_every_place_has_the_declared_settings():
 def test_options_allow_what_settings_allow():
     "The ends of a range are accepted by both, a step beyond by neither; choices are the same."
     from layerdiffusion import BadInput
-    from layerdiffusion.interface.cli import METHOD, in_range
+    from layerdiffusion.interface.cli import _METHOD, _in_range
     from layerdiffusion.settings import SETTINGS, EditConfig
 
-    for opt in METHOD:
+    for opt in _METHOD:
         setting = SETTINGS[opt.name]
         if not setting.number:
             continue
@@ -561,7 +561,7 @@ def test_options_allow_what_settings_allow():
             if abs(end) == float("inf"):
                 continue
             for value, right in ((end, not (setting.above and end == opt.low)), (beyond, False)):
-                for take in (in_range(opt), lambda value: EditConfig(**{opt.name: value})):  # noqa: B023
+                for take in (_in_range(opt), lambda value: EditConfig(**{opt.name: value})):  # noqa: B023
                     try:
                         take(setting.number(value))
                     except BadInput:
@@ -572,7 +572,7 @@ def test_options_allow_what_settings_allow():
 
 def test_the_help_fits_on_one_screen(run, monkeypatch):
     "At most 50 lines of 100 columns, about 20 options; --help-all shows every option, in its group."
-    from layerdiffusion.interface.cli import GROUPED, METHOD, PANELS
+    from layerdiffusion.interface.cli import _GROUPED, _METHOD, _PANELS
 
     monkeypatch.setenv("COLUMNS", "100")
     monkeypatch.setenv("TERMINAL_WIDTH", "100")
@@ -581,11 +581,11 @@ def test_the_help_fits_on_one_screen(run, monkeypatch):
     assert 15 <= len(set(re.findall("--[a-z-]+", short))) <= 28 and "..." not in short and "…" not in short
     code, whole, _ = run("edit", "--help-all")
     assert code == 0
-    assert not [o.flag for opts in PANELS.values() for o in opts if not re.search(rf"{o.flag}(?![a-z-])", whole)]
-    places = [whole.index(f" {panel} ─") for panel in GROUPED] + [len(whole)]
-    for (panel, opts), start, end in zip(GROUPED.items(), places, places[1:], strict=False):
+    assert not [o.flag for opts in _PANELS.values() for o in opts if not re.search(rf"{o.flag}(?![a-z-])", whole)]
+    places = [whole.index(f" {panel} ─") for panel in _GROUPED] + [len(whole)]
+    for (panel, opts), start, end in zip(_GROUPED.items(), places, places[1:], strict=False):
         assert not [o.flag for o in opts if o.flag not in whole[start:end]], panel
-    assert len(METHOD) > 40 and "--eq8-index" not in short
+    assert len(_METHOD) > 40 and "--eq8-index" not in short
 
 
 @pytest.mark.parametrize(
@@ -616,11 +616,11 @@ def test_set_refuses_what_a_setting_refuses(run, pairs, words):
 
 def test_set_and_its_option_are_one_setting(run):
     "A setting has one value: refused twice, and read the same by both ways."
-    from layerdiffusion.interface.cli import read_sets
+    from layerdiffusion.interface.cli import _read_sets
 
     code, _, err = run("edit", "example:dog", TEXT, "--alpha", "0.3", "--set", "alpha=0.4")
     assert code == 2 and "--alpha and --set alpha" in err
-    assert read_sets(
+    assert _read_sets(
         ["alpha=.5", "eq8-index=timestep", "tuning_decay=true", "tuning_lr=none", "negative_prompt=a hat"]
     ) == dict(alpha=0.5, eq8_index="timestep", tuning_decay=True, tuning_lr=None, negative_prompt="a hat")
 
@@ -639,7 +639,7 @@ def test_resume_takes_the_edit_of_these_words(tmp_path, monkeypatch, capsys):
     "Of two that were stopped, and none of another; nothing is touched where none fits."
     import torch
     from safetensors.torch import save_file
-    from layerdiffusion.interface.cli import BadInput, claim, default_folder, stopped_text
+    from layerdiffusion.interface.cli import BadInput, _claim, _default_folder, _stopped_text
 
     monkeypatch.chdir(tmp_path)
     for n, text in enumerate(("a dog lying", "a dog sitting"), 1):
@@ -648,17 +648,18 @@ def test_resume_takes_the_edit_of_these_words(tmp_path, monkeypatch, capsys):
             {"x": torch.zeros(1)}, tmp_path / f"edits/dog-{n}/checkpoint-tuning.safetensors", {"key": "", "text": text}
         )
     assert (
-        default_folder("dog.png", True, "a dog lying").name == "dog-1"
-        and default_folder("dog.png", True, "a dog sitting").name == "dog-2"
+        _default_folder("dog.png", True, "a dog lying").name == "dog-1"
+        and _default_folder("dog.png", True, "a dog sitting").name == "dog-2"
     )
     with pytest.raises(BadInput, match="no edit with these words was stopped; there are edits/dog-1"):
-        default_folder("dog.png", True, "a dog jumping")
+        _default_folder("dog.png", True, "a dog jumping")
     assert (
         main(["edit", "example:dog", "a dog jumping in a forest", "--resume", "--out", "edits/dog-1"]) == 2
         and "has the words 'a dog lying'" in capsys.readouterr().err
     )
-    assert default_folder("dog.png", False, "a dog lying").name == "dog-3" and stopped_text(tmp_path / "never") is None
-    assert [claim(Path("edits/dog-2")).name for _ in range(2)] == ["dog-3", "dog-4"]
+    assert _default_folder("dog.png", False, "a dog lying").name == "dog-3"
+    assert _stopped_text(tmp_path / "never") is None
+    assert [_claim(Path("edits/dog-2")).name for _ in range(2)] == ["dog-3", "dog-4"]
 
 
 def test_folders_of_somebody_else(tmp_path, capsys):

@@ -31,10 +31,10 @@ class OneDevice(TorchDispatchMode):
 
 
 def made(stage, folder):
-    from layerdiffusion.mini.training import STAGES, build_vae
+    from layerdiffusion.mini.training import STAGES, _build_vae
 
     if not (folder / "vae").exists():
-        build_vae().save_pretrained(folder / "vae")
+        _build_vae().save_pretrained(folder / "vae")
     kw = dict(vae=folder / "vae") if stage in ("decoder", "diffusion", "subject", "judge") else {}
     return STAGES[stage](level=0.5, **kw)
 
@@ -42,12 +42,12 @@ def made(stage, folder):
 @pytest.mark.parametrize("stage", ["vae", "sam", "clip", "judge", "subject"])
 def test_a_step_stays_on_the_device(stage, tmp_path):
     "Scenes from the CPU, pictures, latents, loss and update on the device; nothing is read back."
-    from layerdiffusion.mini.training import averaging, draw_scenes
+    from layerdiffusion.mini.training import _averaging, _draw_scenes
 
     objective = made(stage, tmp_path).to("meta")
-    ema = averaging(objective)
+    ema = _averaging(objective)
     ema.n_averaged += 1
-    scenes, g = draw_scenes(objective, 0)
+    scenes, g = _draw_scenes(objective, 0)
     with OneDevice("meta", by_mask=stage == "sam") as mode:  # segment_anything's own prompt encoder picks by masks
         loss, logs = objective(scenes, g)
         loss.backward()
@@ -67,11 +67,11 @@ def test_the_watch_sees_what_waits():
 
 def test_batches_are_larger_on_an_accelerator(tmp_path):
     "Many individuals, four views of each, and each sees another view of itself."
-    from layerdiffusion.mini.training import draw_scenes, enlarged
+    from layerdiffusion.mini.training import _draw_scenes, enlarged
 
     objective = enlarged(made("subject", tmp_path), "cuda")
     assert objective.batch == 64 and enlarged(made("subject", tmp_path), "cpu").batch == 4
-    scenes, g = draw_scenes(objective, 0)
+    scenes, g = _draw_scenes(objective, 0)
     objective.fill(scenes)
     group = objective.pool[-1]["scenes"]
     looks = group.look.view(16, 4, -1)
@@ -96,19 +96,19 @@ def test_places_alone_are_trained_to_the_end(tmp_path):
     """The last stage goes on showing places without anybody, under the place's words alone: without them, "in the
     snow" came to draw an animal."""
     from layerdiffusion.mini import world
-    from layerdiffusion.mini.training import draw_scenes
+    from layerdiffusion.mini.training import _draw_scenes
 
     objective = made("subject", tmp_path)
     assert objective.empty >= 0.05
     for step in range(60):
-        scenes, g = draw_scenes(objective, step)
+        scenes, g = _draw_scenes(objective, step)
         objective.fill(scenes)
         item = objective.pool[-1]
         if not item["scenes"].present.any():
             break
     assert not item["scenes"].present.any() and item["mask"].max() == 0
     said = world.captions(item["scenes"], g)
-    assert not [s for s in said if any(w in s.split() for w in (*world.SPECIES, *world.POSES))]
+    assert not [s for s in said if any(w in s.split() for w in (*world._SPECIES, *world._POSES))]
 
 
 def test_places_are_the_same_on_both_paths(monkeypatch):

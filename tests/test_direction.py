@@ -133,7 +133,7 @@ def test_the_finished_picture_as_predicted_on_the_way(method, plain, scene):
 
 def test_descent_goes_down(method, scene):
     "More steps, a smaller loss on the same draws, in both trainings."
-    from layerdiffusion.embeddings import evaluate_embedding
+    from layerdiffusion.embeddings import _evaluate_embedding
     from layerdiffusion.fine_tuning import apply_difference
     from dataclasses import replace
 
@@ -141,12 +141,12 @@ def test_descent_goes_down(method, scene):
     words = method.embed(scene, config)
     both, x = lambda a, b: torch.cat([a, b], 1), method.latents(scene.image)
     place = 1 - method.small(scene.mask, config)
-    assert evaluate_embedding(method.models, both(*words[:2]), x, place) < evaluate_embedding(
+    assert _evaluate_embedding(method.models, both(*words[:2]), x, place) < _evaluate_embedding(
         method.models, both(scene.e_a, scene.e_b), x, place
     )
     tuned = replace(method.models, unet=apply_difference(method.models.unet, method.tune(scene, words, config)[0]))
     opt, picture = 0.7 * words[0] + 0.3 * words[1], method.layers(scene, config)[0]
-    assert evaluate_embedding(tuned, opt, picture) < evaluate_embedding(method.models, opt, picture)
+    assert _evaluate_embedding(tuned, opt, picture) < _evaluate_embedding(method.models, opt, picture)
 
 
 # Seeds
@@ -357,12 +357,12 @@ def test_masks_at_latent_size(method, scene):
 
 def test_subjects_are_sure_central_and_whole():
     "Of two masks that differ in one thing."
-    from layerdiffusion.base.masks import subject_scores
+    from layerdiffusion.base.masks import _subject_scores
 
     def score(x, y, side=24, quality=0.9):
         mask = torch.zeros(1, 64, 64, dtype=torch.bool)
         mask[:, y : y + side, x : x + side] = True
-        return subject_scores(mask, torch.tensor([quality])).item()
+        return _subject_scores(mask, torch.tensor([quality])).item()
 
     assert score(20, 20) > score(20, 20, quality=0.5) > 0 and score(20, 20) > score(4, 4) > score(0, 4)
     assert score(20, 20, 6) == 0 == score(2, 2, 60) and score(10, 10, 44) > 0
@@ -384,21 +384,21 @@ def test_moving_goes_right_and_down_and_shrinks_about_the_feet():
 
 
 def test_a_layer_lies_over_the_other():
-    from layerdiffusion.base.masks import composite, fill_hole
+    from layerdiffusion.base.masks import composite, _fill_hole
 
     one, zero, mask = torch.ones(3, 4, 4), torch.zeros(3, 4, 4), torch.eye(4)[None]
     assert torch.equal(composite(one, mask, zero), mask.expand(3, -1, -1)) and torch.equal(
-        fill_hole(mask.expand(3, -1, -1), mask), zero
+        _fill_hole(mask.expand(3, -1, -1), mask), zero
     )
 
 
 def test_a_subject_does_not_reach_the_border():
     "Of two that are in the middle."
-    from layerdiffusion.base.masks import subject_scores
+    from layerdiffusion.base.masks import _subject_scores
 
     masks = torch.zeros(2, 64, 64, dtype=torch.bool)
     masks[0, 20:44, 20:44] = masks[1, :, 20:44] = True
-    whole, cut = subject_scores(masks, torch.ones(2))
+    whole, cut = _subject_scores(masks, torch.ones(2))
     assert whole > cut > 0
 
 
@@ -504,7 +504,7 @@ class Drawn:
     "A model whose pictures are grey, the lighter the larger their noise, so that a search among them can be followed."
 
     def __init__(self, monkeypatch, quality=lambda grey: 0.0):
-        self.noise, self.bred, self.saw, breed = [], [], [], identity.breed
+        self.noise, self.bred, self.saw, breed = [], [], [], identity._breed
         self.scheduler, self.folder = SimpleNamespace(init_noise_sigma=1.0), None
 
         def sample(models, embeds, none, latents, steps, guidance):
@@ -593,7 +593,7 @@ def test_children_are_like_their_parents():
     parents = torch.randn(2, 1, 50, 50, generator=torch.Generator().manual_seed(0))
     like = {}
     for spread in (0.0, 0.3, 1.0):
-        children = identity.breed(parents, 4, spread, torch.Generator().manual_seed(1))
+        children = identity._breed(parents, 4, spread, torch.Generator().manual_seed(1))
         assert children.std().item() == pytest.approx(1, abs=0.05)
         like[spread] = F.cosine_similarity(children[2].flatten(), parents[0].flatten(), dim=0).item()
     assert like[0.0] == pytest.approx(1) and like[0.3] == pytest.approx(0.91**0.5, abs=0.05) and abs(like[1.0]) < 0.1
@@ -708,7 +708,7 @@ def test_what_each_layer_reads_of_the_subject(models, plain, subject):
     for hook in hooks:
         hook.remove()
     before = dict(models.unet.attn_processors)
-    read = identity.read_subject(models, subject)
+    read = identity._read_subject(models, subject)
     assert (
         read.keys() == seen.keys()
         and len(seen) >= 4
@@ -910,11 +910,11 @@ def test_the_presets():
 
 def test_a_moving_average_follows_slowly():
     "It goes towards the weights, the slower the larger its decay, and quickly at first."
-    from layerdiffusion.mini.training import moving_average
+    from layerdiffusion.mini.training import _moving_average
 
     def after(decay, n):
         average, current = [torch.zeros(2)], [torch.ones(2)]
-        moving_average(decay)(average, current, n)
+        _moving_average(decay)(average, current, n)
         assert current[0].tolist() == [1, 1]
         return average[0][0].item()
 
@@ -926,7 +926,7 @@ def test_a_moving_average_follows_slowly():
 
 
 def test_the_average_is_of_the_weights_after_each_step(tmp_path):
-    from layerdiffusion.mini.training import load_checkpoint, train_loop
+    from layerdiffusion.mini.training import _load_checkpoint, _train_loop
     from torch.optim.swa_utils import AveragedModel
 
     class Line(torch.nn.Module):
@@ -939,17 +939,17 @@ def test_the_average_is_of_the_weights_after_each_step(tmp_path):
         def forward(self, scenes, g):
             return (self.w - 10).square().sum(), {}
 
-    train_loop(Line(), tmp_path, 6)
+    _train_loop(Line(), tmp_path, 6)
     model, ema = Line(), AveragedModel(Line())
-    load_checkpoint(tmp_path / "checkpoint.safetensors", model, ema, torch.optim.AdamW(model.parameters(), fused=True))
+    _load_checkpoint(tmp_path / "checkpoint.safetensors", model, ema, torch.optim.AdamW(model.parameters(), fused=True))
     assert 0 < ema.module.w.item() < model.w.item() < 10
 
 
 @pytest.fixture(scope="module")
 def diffusion(models):
-    from layerdiffusion.mini.training import DiffusionObjective
+    from layerdiffusion.mini.training import _DiffusionObjective
 
-    return DiffusionObjective(vae=models.folder / "vae")
+    return _DiffusionObjective(vae=models.folder / "vae")
 
 
 def test_a_tenth_of_the_captions_are_left_out(diffusion, monkeypatch):
@@ -996,14 +996,14 @@ def test_the_rate_of_a_training():
 
 def test_clicks_and_masks():
     "All clicks but the last are on the subject; one beside it means the rest. A better mask has a smaller loss."
-    from layerdiffusion.mini.training import mask_loss, random_clicks
+    from layerdiffusion.mini.training import _mask_loss, _random_clicks
 
     mask = F.pad(torch.ones(30, 1, 10, 10), (27, 27, 27, 27))
-    at, truth = random_clicks(mask, torch.Generator().manual_seed(0))
+    at, truth = _random_clicks(mask, torch.Generator().manual_seed(0))
     hit = torch.stack([mask[i, 0][at[i].long()[:, 1], at[i].long()[:, 0]] for i in range(30)]) > 0.5
     assert hit[:, 0].all() and not hit[:, 1].all()
     assert all(
         torch.equal(truth[i, k], mask[i, 0] if hit[i, k] else 1 - mask[i, 0]) for i in range(30) for k in range(2)
     )
-    good, bad = (mask_loss(sign * (mask * 8 - 4), mask).mean() for sign in (1, -1))
+    good, bad = (_mask_loss(sign * (mask * 8 - 4), mask).mean() for sign in (1, -1))
     assert good < bad

@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from layerdiffusion.base.core import BadInput
-from layerdiffusion.evidence.docs import Page, build_site, faults
+from layerdiffusion.evidence.docs import _Page, build_site, _faults
 
 ROOT = Path(__file__).resolve().parents[1]
 CHROMIUM = next(
@@ -88,7 +88,7 @@ def site(tmp_path_factory):
 def test_links_pictures_and_markup(site):
     "`build_site` has refused faults; here it is known that there was something to ask, and that a fault is seen."
     assert {p.stem for p in site.glob("*.html")} == {re.sub(r"^\d\d_", "", Path(name).stem) for name in menu()}
-    page = Page((site / "fine_tuning.html").read_text(encoding="utf-8"))
+    page = _Page((site / "fine_tuning.html").read_text(encoding="utf-8"))
     assert (
         len(page.links) > 50
         and len(page.loads) > 10
@@ -103,7 +103,7 @@ def test_a_fault_is_seen(site, tmp_path):
     (tmp_path / "guidance.html").write_text(
         text.replace("</main>", '<a href="nowhere.html">x</a> {{< x >}}</main>'), encoding="utf-8"
     )
-    found = "\n".join(faults(tmp_path))
+    found = "\n".join(_faults(tmp_path))
     assert "nowhere.html is not there" in found and "'{{' is left over" in found and "site_libs" in found
 
 

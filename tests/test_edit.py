@@ -126,7 +126,7 @@ def run(args, folder, at=None, send=signal.SIGKILL):
     from layerdiffusion import pipeline
     from layerdiffusion.interface.cli import main
 
-    pipeline.Checkpoint.every = 0.2
+    pipeline._Checkpoint.every = 0.2
     if isinstance(at, tuple):
         sys.stderr = Watch(sys.stderr, *at, send)
     touched = []

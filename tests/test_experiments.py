@@ -18,32 +18,32 @@ from layerdiffusion.evidence import experiments
 from layerdiffusion.base.core import BadInput
 from layerdiffusion.evidence.experiments import (
     EXPERIMENTS,
-    PICTURES,
-    RECORDS,
+    _PICTURES,
+    _RECORDS,
     SIZES,
-    TABLE,
-    Setting,
-    Wanted,
-    by_tuning,
+    _TABLE,
+    _Setting,
+    _Wanted,
+    _by_tuning,
     compare,
-    correct,
+    _correct,
     count_answers,
     difference,
-    framed,
+    _framed,
     load_corrections,
     load_experiment,
     pack,
     plan,
     read_cell,
     recorded,
-    run_cell,
-    run_experiment,
-    save_strip,
+    _run_cell,
+    _run_experiment,
+    _save_strip,
     seed_sheet,
     sheet_title,
     show_experiment,
     summary,
-    valid_marks,
+    _valid_marks,
 )
 
 
@@ -57,11 +57,11 @@ def done(tmp_path_factory):
             EXPERIMENTS,
             "two",
             lambda of: [
-                Setting("SDEdit", "sdedit", dict(strength=0.5)),
-                Setting("paper", "paper", dict(target_draws=1, embedding_steps=10, tuning_steps=10)),
+                _Setting("SDEdit", "sdedit", dict(strength=0.5)),
+                _Setting("paper", "paper", dict(target_draws=1, embedding_steps=10, tuning_steps=10)),
             ],
         )
-        yield folder, run_experiment("two", "tiny", "paper", folder)
+        yield folder, _run_experiment("two", "tiny", "paper", folder)
 
 
 def test_all_cells_are_there(done):
@@ -71,7 +71,7 @@ def test_all_cells_are_there(done):
         for cell in row["cells"]:
             kept, pictures = read_cell(folder, cell)
             assert len(kept["scores"]) == len(pictures) == 2
-    assert sorted(p.name for p in folder.iterdir()) == [TABLE, PICTURES, RECORDS]
+    assert sorted(p.name for p in folder.iterdir()) == [_TABLE, _PICTURES, _RECORDS]
     assert record["environment"] and record["seeds"] == [0, 1] and len(record["edits"]) == 2
     assert load_experiment("two", "tiny", "paper", folder) == record
     assert "SDEdit" in show_experiment(record)
@@ -89,16 +89,16 @@ def alike(a, b):
 
 def rows_in(folder):
     "The packed table: the name of a cell -> its row."
-    with gzip.open(folder / TABLE, "rt", encoding="utf-8") as f:
+    with gzip.open(folder / _TABLE, "rt", encoding="utf-8") as f:
         return {row["name"]: row for row in map(json.loads, f)}
 
 
 def test_a_lost_cell_is_made_again_the_same(done):
     folder, record = done
     before, lost = rows_in(folder), record["settings"][1]["cells"][0]
-    with gzip.open(folder / TABLE, "wt", encoding="utf-8") as f:
+    with gzip.open(folder / _TABLE, "wt", encoding="utf-8") as f:
         f.writelines(json.dumps(row) + "\n" for name, row in before.items() if name != lost)
-    again = run_experiment("two", "tiny", "paper", folder, workers=1)
+    again = _run_experiment("two", "tiny", "paper", folder, workers=1)
     after = rows_in(folder)
     assert alike(after[lost]["scores"], before[lost]["scores"])
     assert {n: r for n, r in after.items() if n != lost} == {n: r for n, r in before.items() if n != lost}
@@ -111,23 +111,23 @@ def test_a_lost_cell_is_made_again_the_same(done):
 
 def test_two_names_for_the_same_numbers_share_a_cell(done):
     folder, record = done
-    packed = [(folder / name).read_bytes() for name in (TABLE, PICTURES)]
+    packed = [(folder / name).read_bytes() for name in (_TABLE, _PICTURES)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(SIZES, "tiny", dict(edits=2, seeds=2, share=0.1))
-        patch.setitem(EXPERIMENTS, "named", lambda of: [Setting("half way up", "sdedit", dict(strength=0.5))])
-        named = run_experiment("named", "tiny", "paper", folder, workers=1)
+        patch.setitem(EXPERIMENTS, "named", lambda of: [_Setting("half way up", "sdedit", dict(strength=0.5))])
+        named = _run_experiment("named", "tiny", "paper", folder, workers=1)
         both = [load_experiment(n, "tiny", "paper", folder)["name"] for n in ("two", "named")]
     assert [(r["setting"], r["cells"], r["right"]) for r in named["settings"]] == [
         ("half way up", record["settings"][0]["cells"], record["settings"][0]["right"])
     ]
-    assert [(folder / name).read_bytes() for name in (TABLE, PICTURES)] == packed and both == ["two", "named"]
+    assert [(folder / name).read_bytes() for name in (_TABLE, _PICTURES)] == packed and both == ["two", "named"]
 
 
 def test_a_failure_is_told_and_leaves_no_half_cell(done, tmp_path):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(EXPERIMENTS, "bad", lambda of: [Setting("none", "sdedit", dict(strength=2.0))])
+        patch.setitem(EXPERIMENTS, "bad", lambda of: [_Setting("none", "sdedit", dict(strength=2.0))])
         with pytest.raises(BadInput, match="strength is 2"):
-            run_experiment("bad", "tiny", "paper", tmp_path, workers=1)
+            _run_experiment("bad", "tiny", "paper", tmp_path, workers=1)
     assert not list((tmp_path / "cells").iterdir())
 
 
@@ -137,7 +137,7 @@ def test_a_failure_is_told_and_leaves_no_half_cell(done, tmp_path):
 def draw(folder, *names, shade=0.5):
     "Loose cells as a run leaves them: two grey pictures each."
     for name in names:
-        save_strip(torch.full((2, 3, 16, 16), shade), folder / "cells" / f"{name}.webp")
+        _save_strip(torch.full((2, 3, 16, 16), shade), folder / "cells" / f"{name}.webp")
         row = dict(name=name, edit="joint 0", scores=[dict(valid=True), dict(valid=False)])
         (folder / "cells" / f"{name}.json").write_text(json.dumps(row) + "\n", encoding="utf-8")
 
@@ -157,10 +157,10 @@ def files(folder):
 def test_packed_and_loose_read_the_same(tmp_path):
     draw(tmp_path, *"abc")
     write_record(tmp_path, "alpha")
-    correct(tmp_path / "corrections.json", "a", 1, True)
+    _correct(tmp_path / "corrections.json", "a", 1, True)
     before, record = contents(tmp_path, "abc"), load_experiment("alpha", folder=tmp_path)
     assert pack(tmp_path) == 3
-    assert sorted(p.name for p in tmp_path.iterdir()) == [TABLE, PICTURES, "corrections.json", RECORDS]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [_TABLE, _PICTURES, "corrections.json", _RECORDS]
     assert contents(tmp_path, "abc") == before and recorded("alpha", tmp_path) == dict(best=record)
     packed = files(tmp_path)
     assert pack(tmp_path) == 0 and files(tmp_path) == packed
@@ -227,12 +227,12 @@ def test_a_pack_cut_off_anywhere_loses_nothing(tmp_path, monkeypatch):
 
 
 def test_a_packed_cell_is_not_drawn_again(tmp_path, monkeypatch):
-    monkeypatch.setattr(experiments, "numbers_of", lambda *a: {})
-    monkeypatch.setattr(experiments, "cell_name", lambda *a: "a")
-    monkeypatch.setattr(experiments, "draw_cell", lambda *a: pytest.fail("drawn again"))
+    monkeypatch.setattr(experiments, "_numbers_of", lambda *a: {})
+    monkeypatch.setattr(experiments, "_cell_name", lambda *a: "a")
+    monkeypatch.setattr(experiments, "_draw_cell", lambda *a: pytest.fail("drawn again"))
     draw(tmp_path, "a")
     pack(tmp_path)
-    assert run_cell(None, None, Setting("mine"), [0], tmp_path)["setting"] == "mine"
+    assert _run_cell(None, None, _Setting("mine"), [0], tmp_path)["setting"] == "mine"
 
 
 def test_half_a_cell_is_not_packed_and_stays(tmp_path):
@@ -243,7 +243,7 @@ def test_half_a_cell_is_not_packed_and_stays(tmp_path):
         read_cell(tmp_path, "b")
 
 
-@pytest.mark.parametrize("name", [TABLE, PICTURES, RECORDS])
+@pytest.mark.parametrize("name", [_TABLE, _PICTURES, _RECORDS])
 def test_what_is_damaged_is_told_and_kept(tmp_path, name):
     draw(tmp_path, *"ab")
     write_record(tmp_path, "alpha")
@@ -252,9 +252,9 @@ def test_what_is_damaged_is_told_and_kept(tmp_path, name):
     (tmp_path / name).write_bytes(half)
     draw(tmp_path, "c")
     write_record(tmp_path, "steps")
-    reads = load_experiment if name == RECORDS else read_cell
+    reads = load_experiment if name == _RECORDS else read_cell
     with pytest.raises(BadInput, match=f"{name}.*damaged"):
-        reads(*(("alpha", None, "best", tmp_path) if name == RECORDS else (tmp_path, "a")))
+        reads(*(("alpha", None, "best", tmp_path) if name == _RECORDS else (tmp_path, "a")))
     with pytest.raises(BadInput, match=f"{name}.*damaged"):
         pack(tmp_path)
     assert (tmp_path / name).read_bytes() == half and read_cell(tmp_path, "c")
@@ -264,14 +264,14 @@ def test_what_is_damaged_is_told_and_kept(tmp_path, name):
 def test_the_archive_opens_with_any_tool(tmp_path):
     draw(tmp_path, *"ab")
     pack(tmp_path)
-    with zipfile.ZipFile(tmp_path / PICTURES) as archive:
+    with zipfile.ZipFile(tmp_path / _PICTURES) as archive:
         assert archive.testzip() is None and archive.namelist() == ["a.webp", "b.webp"]
 
 
 def test_missing_pictures_are_told(tmp_path):
     draw(tmp_path, "a")
     pack(tmp_path)
-    (tmp_path / PICTURES).unlink()
+    (tmp_path / _PICTURES).unlink()
     with pytest.raises(BadInput, match="pictures of the cell 'a'"):
         read_cell(tmp_path, "a")
 
@@ -291,12 +291,12 @@ def test_what_there_is_not(wrong, says):
 
 def test_fewer_than_one_process(tmp_path):
     with pytest.raises(BadInput, match="at least 1"):
-        run_experiment("alpha", "quick", "best", tmp_path, workers=0)
+        _run_experiment("alpha", "quick", "best", tmp_path, workers=0)
 
 
 def test_no_such_model(tmp_path):
     with pytest.raises(BadInput, match="no model folder 'nowhere'"):
-        run_experiment("alpha", "quick", "best", tmp_path / "x", model="nowhere")
+        _run_experiment("alpha", "quick", "best", tmp_path / "x", model="nowhere")
     assert not (tmp_path / "x").exists()
 
 
@@ -344,7 +344,7 @@ def test_where_nothing_is_left_to_rise():
 def test_only_complete_edits_are_counted(done):
     folder, record = done
     settings = EXPERIMENTS.get(
-        "two", lambda of: [Setting("SDEdit", "sdedit", dict(strength=0.5)), Setting("paper", "paper")]
+        "two", lambda of: [_Setting("SDEdit", "sdedit", dict(strength=0.5)), _Setting("paper", "paper")]
     )("paper")
     rows = [read_cell(folder, c)[0] for row in record["settings"] for c in row["cells"]]
     with pytest.MonkeyPatch.context() as patch:
@@ -358,17 +358,17 @@ def test_only_complete_edits_are_counted(done):
 def test_marks_can_be_corrected(done, tmp_path):
     folder, record = done
     cell, _ = read_cell(folder, record["settings"][0]["cells"][0])
-    before = valid_marks(cell)
-    correct(tmp_path / "c.json", cell["name"], 1, not before[1])
+    before = _valid_marks(cell)
+    _correct(tmp_path / "c.json", cell["name"], 1, not before[1])
     marks = load_corrections(tmp_path / "c.json")
-    assert valid_marks(cell, marks) == [before[0], not before[1]]
+    assert _valid_marks(cell, marks) == [before[0], not before[1]]
     counts = [sheet_title(record, "SDEdit", 0, folder, c) for c in (None, marks)]
     assert f"{sum(before)} of 2" in counts[0] and f"{sum(before) + (1 if not before[1] else -1)} of 2" in counts[1]
 
 
 def test_valid_pictures_are_framed():
     grey = Image.new("RGB", (20, 20), "grey")
-    assert framed(grey, True).getpixel((0, 0)) == (221, 34, 34) and framed(grey, False) == grey
+    assert _framed(grey, True).getpixel((0, 0)) == (221, 34, 34) and _framed(grey, False) == grey
 
 
 def test_turns_or_not_the_unet_is_tuned_once(tmp_path, monkeypatch):
@@ -380,14 +380,14 @@ def test_turns_or_not_the_unet_is_tuned_once(tmp_path, monkeypatch):
     monkeypatch.setattr(pipeline, "fine_tune", lambda *a, f=pipeline.fine_tune, **k: tuned.append(1) or f(*a, **k))
     tiny = dict(target_draws=1, embedding_steps=1, tuning_steps=1, sampling_steps=2)
     settings = [
-        Setting("whole", "paper", tiny),
-        Setting("α = 1", "paper", tiny | dict(alpha=1.0)),
-        Setting("no turns", "paper", tiny | dict(iterative_guidance=False)),
+        _Setting("whole", "paper", tiny),
+        _Setting("α = 1", "paper", tiny | dict(alpha=1.0)),
+        _Setting("no turns", "paper", tiny | dict(iterative_guidance=False)),
     ]
-    order = by_tuning(method, [Wanted("mine", "paper", s, 1, 1, 1.0) for s in settings])
+    order = _by_tuning(method, [_Wanted("mine", "paper", s, 1, 1, 1.0) for s in settings])
     assert [w.setting.name for w in order] == ["whole", "no turns", "α = 1"]
     for w in order:
-        experiments.run_cell(method, edit_set("joint")[0], w.setting, [0], tmp_path)
+        experiments._run_cell(method, edit_set("joint")[0], w.setting, [0], tmp_path)
     assert len(tuned) == 2
 
 

@@ -25,7 +25,7 @@ def short(**changes):
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     "Folders and files, each made once."
-    from layerdiffusion.evidence.full_size import build_model, build_sam
+    from layerdiffusion.evidence.full_size import _build_model, build_sam
 
     place, there = tmp_path_factory.mktemp("full"), {}
 
@@ -36,7 +36,7 @@ def made(tmp_path_factory):
             if name.startswith("sam"):
                 there[key] = build_sam(path, width=0.125, size=64, **changes)
             else:
-                there[key] = build_model(path, KINDS[name][0], 0.1, 64, KINDS[name][1], **changes)
+                there[key] = _build_model(path, KINDS[name][0], 0.1, 64, KINDS[name][1], **changes)
         return there[key]
 
     return make
@@ -245,11 +245,11 @@ def test_bench(tmp_path):
             embedding_steps=2, tuning_steps=2, sampling_steps=3, embedding_lr=1e-3, tuning_lr=2e-6, guidance_scale=7.5
         ),
     )
-    ours, theirs = bench.Stopwatch(), bench.Stopwatch()
-    library = bench.library_edit(
+    ours, theirs = bench._Stopwatch(), bench._Stopwatch()
+    library = bench._library_edit(
         config, "cpu", given["model"], job, ours, given["sam"], "fp32", dict(channels_last=True)
     )
-    plain = bench.bare_edit(config, "cpu", given["model"], job, theirs, given["sam"])
+    plain = bench._bare_edit(config, "cpu", given["model"], job, theirs, given["sam"])
     assert library.shape == plain.shape == (2, 3, 64, 64) and (library - plain).abs().mean() < 1e-5
     from layerdiffusion.base.sd import load_models
 
@@ -261,7 +261,7 @@ def test_bench(tmp_path):
     record = dict(
         start={},
         job=job,
-        library=run(ours, flops=flops, rate=bench.product_rate("cpu", seconds=0.05)),
+        library=run(ours, flops=flops, rate=bench._product_rate("cpu", seconds=0.05)),
         plain=run(theirs),
         mean_difference=0.0,
         environment=environment(),
@@ -280,10 +280,10 @@ def test_bench(tmp_path):
 def test_flops():
     "Counted without numbers: what an edit of v1.4 costs in each step."
     from layerdiffusion.evidence.bench import schedule, stage_flops
-    from layerdiffusion.evidence.full_size import sd_models
+    from layerdiffusion.evidence.full_size import _sd_models
 
     config = schedule()
-    flops = stage_flops(sd_models(), config, 1)
+    flops = stage_flops(_sd_models(), config, 1)
     assert (
         abs(flops["tune"] / config.tuning_steps / 2 / 1e12 - 2.407) < 0.01
         and abs((flops["sample"] - 100 * 0.803e12) / 1e12 - 2.5) < 0.1
@@ -297,20 +297,20 @@ def test_everything_is_on_the_gpu():
     import torch
     from diffusers import DDIMScheduler
     from layerdiffusion.fine_tuning import trainable
-    from layerdiffusion.evidence.full_size import build_parts, clip_tokenizer, sd_configs
-    from layerdiffusion.base.memory import shapes_only
+    from layerdiffusion.evidence.full_size import _build_parts, _clip_tokenizer, _sd_configs
+    from layerdiffusion.base.memory import _shapes_only
     from layerdiffusion.method import layered_loss, noise_loss, sample_noise_and_t, stack_layers
     from layerdiffusion.base.sd import Models, decode_latents, encode_image, encode_text, initial_latents, speak_float32
 
-    configs, tokenizer = sd_configs("1.4", 0.1, 64), clip_tokenizer()
+    configs, tokenizer = _sd_configs("1.4", 0.1, 64), _clip_tokenizer()
     scheduler = DDIMScheduler.from_config(configs["scheduler"])
-    with shapes_only():
+    with _shapes_only():
         torch.set_default_dtype(torch.bfloat16)
         try:
             with torch.device("cuda"):
                 parts, tuned = (
-                    build_parts(configs),
-                    build_parts(configs)["unet"],
+                    _build_parts(configs),
+                    _build_parts(configs)["unet"],
                 )  # not `copy_unet`: PyTorch 2.14 frees a copied fake tensor's storage twice
         finally:
             torch.set_default_dtype(torch.float32)

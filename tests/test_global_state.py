@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from layerdiffusion import LayerDiffusion, load_edit
-from layerdiffusion.base.core import plain_torch, shielded
+from layerdiffusion.base.core import _plain_torch, shielded
 from layerdiffusion.embeddings import embedding_objective
 from layerdiffusion.fine_tuning import fine_tune
 from layerdiffusion.base.sd import encode_image, encode_text, load_models, optimise
@@ -232,11 +232,11 @@ def test_the_door_lets_back_out():
     "After an error too; inside of one door a second one changes nothing, so that the library's own autocast holds."
     with all_at_once():
         before = state()
-        with pytest.raises(ValueError), plain_torch():
+        with pytest.raises(ValueError), _plain_torch():
             torch.set_default_dtype(torch.float16)
             raise ValueError
         assert state() == before
-    with plain_torch(), torch.autocast("cpu", torch.bfloat16):
+    with _plain_torch(), torch.autocast("cpu", torch.bfloat16):
         assert shielded(lambda: torch.is_autocast_enabled("cpu"))()
     with torch.autocast("cpu", torch.bfloat16):
         assert not shielded(lambda: torch.is_autocast_enabled("cpu"))()
@@ -268,14 +268,14 @@ def test_the_last_one_out_puts_it_back():
     inside, leave, seen = threading.Event(), threading.Event(), []
 
     def other():
-        with plain_torch():
+        with _plain_torch():
             inside.set()
             leave.wait(10)
             seen.append(torch.get_default_dtype())
 
     with dtype(torch.float64):
         thread = threading.Thread(target=other)
-        with plain_torch():
+        with _plain_torch():
             thread.start()
             assert inside.wait(10)
         assert torch.get_default_dtype() == torch.float32, "the other thread is inside"

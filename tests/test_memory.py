@@ -14,9 +14,9 @@ TEXT = "a dog jumping in a forest"
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    from layerdiffusion.evidence.full_size import build_model
+    from layerdiffusion.evidence.full_size import _build_model
 
-    return build_model(tmp_path_factory.mktemp("model") / "sd", width=0.1, size=128)
+    return _build_model(tmp_path_factory.mktemp("model") / "sd", width=0.1, size=128)
 
 
 @pytest.mark.parametrize(
@@ -36,11 +36,11 @@ def test_prediction(folder, level, pictures, precision, draws):
     from layerdiffusion.fine_tuning import fine_tune
     from layerdiffusion.base.memory import (
         LEVELS,
-        count_decode,
-        count_draw,
-        count_embed,
-        count_tune,
-        measure_peak,
+        _count_decode,
+        _count_draw,
+        _count_embed,
+        _count_tune,
+        _measure_peak,
         settings_for,
     )
     from layerdiffusion.method import noise_loss, sample_noise_and_t
@@ -75,7 +75,7 @@ def test_prediction(folder, level, pictures, precision, draws):
 
     pairs = dict(
         tune=(
-            count_tune(models, LEVELS[level], config, size, size),
+            _count_tune(models, LEVELS[level], config, size, size),
             lambda: fine_tune(
                 models,
                 e,
@@ -89,11 +89,11 @@ def test_prediction(folder, level, pictures, precision, draws):
                 batch=draws,
             ),
         ),
-        embed=(count_embed(models, LEVELS[level], size, size), embed),
-        draw=(count_draw(models, size, size, 2), draw),
-        decode=(count_decode(models, size, size, 2), lambda: decode_latents(models, x.expand(2, -1, -1, -1))),
+        embed=(_count_embed(models, LEVELS[level], size, size), embed),
+        draw=(_count_draw(models, size, size, 2), draw),
+        decode=(_count_decode(models, size, size, 2), lambda: decode_latents(models, x.expand(2, -1, -1, -1))),
     )
-    ratios = {stage: predicted / measure_peak(work) for stage, (predicted, work) in pairs.items()}
+    ratios = {stage: predicted / _measure_peak(work) for stage, (predicted, work) in pairs.items()}
     assert all(abs(r - 1) < 0.15 for r in ratios.values()), ratios
 
 
@@ -101,9 +101,9 @@ def test_prediction(folder, level, pictures, precision, draws):
 def v14():
     "v1.4 as it would lie on a GPU, in bf16, without numbers."
     import torch
-    from layerdiffusion.evidence.full_size import sd_models
+    from layerdiffusion.evidence.full_size import _sd_models
 
-    return sd_models("1.4", torch.bfloat16, "cuda")
+    return _sd_models("1.4", torch.bfloat16, "cuda")
 
 
 def test_targets(v14):
@@ -163,13 +163,13 @@ def test_out_of_memory_goes_on_where_it_was():
     from layerdiffusion.base import memory
 
     result, told, method = run(full)
-    levels = [name for name in memory.LEVELS if name != "8bit" or memory.has_8bit()]
+    levels = [name for name in memory.LEVELS if name != "8bit" or memory._has_8bit()]
     assert [f"{a!r}" in line and f"{b!r}" in line for line, a, b in zip(told, levels, levels[1:], strict=False)] == [
         True,
         True,
     ]
     assert [s for s in full.seen if s[0] == "embeddings"] == [("embeddings", i) for i in (1, 2, 3)]
-    if memory.has_8bit():
+    if memory._has_8bit():
         assert result.config.tuned_parameters == "all" and [s for s in full.seen if s[0] == "tuning"] == [
             ("tuning", i) for i in range(1, 7)
         ]
@@ -240,7 +240,7 @@ def test_eight_bits(tmp_path):
     from layerdiffusion.base import memory
     from layerdiffusion.base.core import refusal
 
-    if not memory.has_8bit():
+    if not memory._has_8bit():
         from layerdiffusion.fine_tuning import adam
 
         assert "bitsandbytes" in refusal(adam, [torch.nn.Parameter(torch.ones(2))], 1e-3, True)

@@ -14,17 +14,17 @@ def written(tmp_path_factory):
     "A folder from a run of untrained stages; and the untrained stages."
     import torch
     from torch.optim.swa_utils import AveragedModel
-    from layerdiffusion.mini.training import STAGES, build_vae, save_checkpoint, write_mini
+    from layerdiffusion.mini.training import STAGES, _build_vae, _save_checkpoint, _write_mini
 
     run, out = tmp_path_factory.mktemp("run"), tmp_path_factory.mktemp("models") / "mine"
-    build_vae().half().save_pretrained(run / "vae_folder")
+    _build_vae().half().save_pretrained(run / "vae_folder")
     stages = {
         stage: STAGES[stage](**(dict(vae=run / "vae_folder") if stage == "diffusion" else {}))
         for stage in ("diffusion", "sam", "clip", "judge")
     }
     for stage, objective in stages.items():
         (run / stage).mkdir()
-        save_checkpoint(
+        _save_checkpoint(
             run / stage / "checkpoint.safetensors",
             objective,
             AveragedModel(objective),
@@ -32,7 +32,7 @@ def written(tmp_path_factory):
             {},
         )
     (run / "diffusion" / "record.json").write_text('{"level": 0.5}')
-    write_mini(run, out, tuning_lr=0.5)
+    _write_mini(run, out, tuning_lr=0.5)
     return out, stages
 
 
@@ -83,9 +83,9 @@ def test_written_card(written):
 
 def tiny(folder, during=lambda: None, steps=2):
     "A few steps of a small run; `during` is called in each."
-    from layerdiffusion.mini.training import VaeObjective, train_loop
+    from layerdiffusion.mini.training import _VaeObjective, _train_loop
 
-    class Tiny(VaeObjective):
+    class Tiny(_VaeObjective):
         batch = 1
 
         def forward(self, scenes, g):
@@ -94,7 +94,7 @@ def tiny(folder, during=lambda: None, steps=2):
 
         sheet = property()  # `hasattr` says no: no pictures
 
-    return train_loop(Tiny(), folder, steps)
+    return _train_loop(Tiny(), folder, steps)
 
 
 def test_signals_are_given_back(tmp_path):
@@ -130,11 +130,11 @@ def test_signals_are_given_back(tmp_path):
 
 def test_verdicts():
     "The full check goes by the number, the quick one by the interval."
-    from layerdiffusion.mini.training import verdict
+    from layerdiffusion.mini.training import _verdict
 
     rows = [dict(value=v, low=v - 0.1, high=v + 0.1, bar=0.9) for v in (1.0, 0.95, 0.85, 0.7)]
-    assert [verdict(r) for r in rows] == ["met", "met", "NOT MET", "NOT MET"]
-    assert [verdict(r | dict(quick=True)) for r in rows] == ["met", "not to be told", "not to be told", "NOT MET"]
+    assert [_verdict(r) for r in rows] == ["met", "met", "NOT MET", "NOT MET"]
+    assert [_verdict(r | dict(quick=True)) for r in rows] == ["met", "not to be told", "not to be told", "NOT MET"]
 
 
 def test_a_run_goes_on_as_it_began(tmp_path):
@@ -306,11 +306,11 @@ def test_the_judge_learns_what_is_broken():
     there costs nothing."""
     import torch
     from layerdiffusion.mini.judge import QUESTIONS
-    from layerdiffusion.mini.training import JudgeObjective, draw_scenes
+    from layerdiffusion.mini.training import _JudgeObjective, _draw_scenes
 
-    o = JudgeObjective()
+    o = _JudgeObjective()
     o.batch = 24
-    scenes, g = draw_scenes(o, 0)
+    scenes, g = _draw_scenes(o, 0)
     state = g.get_state()
 
     def loss(whole, species=None):
@@ -340,7 +340,7 @@ def test_clicks_and_boxes():
     "A click is where it says it is; labels say what is meant; boxes enclose the subject, and stay in the picture."
     import torch
     from layerdiffusion.base.masks import bounding_box
-    from layerdiffusion.mini.training import random_boxes, random_clicks, several_clicks, some_dark
+    from layerdiffusion.mini.training import _random_boxes, _random_clicks, _several_clicks, _some_dark
     from layerdiffusion.mini.world import COLOURS, PLACES, render, stream
 
     s = scenes_of(16)
@@ -349,37 +349,37 @@ def test_clicks_and_boxes():
     def at(m, p):
         return m[p[1].int(), p[0].int()].item()
 
-    points, meant = random_clicks(mask, stream("clicks"), 3)
+    points, meant = _random_clicks(mask, stream("clicks"), 3)
     for m, ps, truths in zip(mask[:, 0], points, meant, strict=False):
         assert [at(m, p) for p in ps[:2]] == [1, 1] and all(at(t, p) == 1 for p, t in zip(ps, truths, strict=False))
-    points, labels, meant = several_clicks(mask, stream("clicks"), 4)
+    points, labels, meant = _several_clicks(mask, stream("clicks"), 4)
     for ps, ls, t in zip(points, labels, meant[:, 0], strict=False):
         assert ls[0] == 1 and all(at(t, p) == label for p, label in zip(ps, ls, strict=False))
     assert 0 < labels[:, 1:].mean() < 1 and (meant == mask).all((1, 2, 3)).sum() > 8
-    exact = random_boxes(mask, stream("boxes"), off=0.0)
+    exact = _random_boxes(mask, stream("boxes"), off=0.0)
     assert [tuple(b.int().tolist()) for b in exact] == [bounding_box(m) for m in mask]
-    shaky = random_boxes(mask, stream("boxes"), off=0.3)
+    shaky = _random_boxes(mask, stream("boxes"), off=0.3)
     assert (
         shaky.min() >= 0 and shaky.max() <= 64 and (shaky[:, 2:] > shaky[:, :2]).all() and not torch.equal(shaky, exact)
     )
-    dark = some_dark(s, stream("dark"), 1.0)
+    dark = _some_dark(s, stream("dark"), 1.0)
     assert {list(COLOURS)[k] for k in dark.colour} <= {"black", "blue", "purple"} and {
         list(PLACES)[k] for k in dark.place
     } <= {"forest", "city"}
-    same = some_dark(s, stream("dark"), 0.0)
+    same = _some_dark(s, stream("dark"), 0.0)
     assert torch.equal(same.colour, s.colour) and torch.equal(same.place, s.place)
 
 
 def test_sam_learns_boxes_and_negative_clicks():
     "Their embeddings get gradients, and the folder says that boxes are known."
-    from layerdiffusion.mini.training import SAM_CONFIG, SamObjective, draw_scenes
+    from layerdiffusion.mini.training import _SAM_CONFIG, _SamObjective, _draw_scenes
 
-    o = SamObjective()
+    o = _SamObjective()
     o.batch = 4
-    loss, logs = o(*draw_scenes(o, 0))
+    loss, logs = o(*_draw_scenes(o, 0))
     loss.backward()
     negative, positive, upper, lower = (e.weight.grad.abs().sum() for e in o.sam.prompt_encoder.point_embeddings)
-    assert min(negative, positive, upper, lower) > 0 and {"iou", "several", "box"} <= set(logs) and SAM_CONFIG["boxes"]
+    assert min(negative, positive, upper, lower) > 0 and {"iou", "several", "box"} <= set(logs) and _SAM_CONFIG["boxes"]
 
 
 def test_captions_one_attribute_apart():
@@ -387,15 +387,15 @@ def test_captions_one_attribute_apart():
     first."""
     import torch
     from dataclasses import fields
-    from layerdiffusion.mini.training import TOLD, change_one, clear_traits, full_caption, near_groups, neighbours
+    from layerdiffusion.mini.training import _TOLD, _change_one, _clear_traits, _full_caption, _near_groups, _neighbours
     from layerdiffusion.mini.world import MARKS, TRAITS, clear_mark, second_colour, stream
 
-    s = clear_traits(scenes_of(8, level=1.0))
+    s = _clear_traits(scenes_of(8, level=1.0))
     assert all((clear_mark(s, m) >= 0).all() for m in MARKS) and all(
         map(torch.equal, second_colour(s), second_colour(scenes_of(8, level=1.0)))
     )
-    for name in TOLD:
-        new = change_one(s, name, torch.rand(8))
+    for name in _TOLD:
+        new = _change_one(s, name, torch.rand(8))
         other = {f.name for f in fields(s) if not torch.equal(getattr(s, f.name), getattr(new, f.name))}
         assert other == ({"look"} if name not in other else {name}), name
         if "look" in other:
@@ -404,17 +404,17 @@ def test_captions_one_attribute_apart():
             )[:, TRAITS.index(name)].all()
         else:
             assert (getattr(s, name) != getattr(new, name)).all()
-    scenes, texts = neighbours(s[:3], stream("near"), 3)
-    assert len(scenes) == len(set(texts)) == 12 and texts[0] == full_caption(s, 0)
-    groups = near_groups(s, stream("near"), 4)
-    first = [full_caption(groups, i) for i in (0, 4)]
-    assert first == [full_caption(s, i) for i in (0, 4)] and len({full_caption(groups, i) for i in range(4)}) > 1
+    scenes, texts = _neighbours(s[:3], stream("near"), 3)
+    assert len(scenes) == len(set(texts)) == 12 and texts[0] == _full_caption(s, 0)
+    groups = _near_groups(s, stream("near"), 4)
+    first = [_full_caption(groups, i) for i in (0, 4)]
+    assert first == [_full_caption(s, i) for i in (0, 4)] and len({_full_caption(groups, i) for i in range(4)}) > 1
 
 
 def test_training_begins_from_what_fits(tmp_path):
     import torch
     from safetensors.torch import save_file
-    from layerdiffusion.mini.training import start_from
+    from layerdiffusion.mini.training import _start_from
 
     module = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 3))
     before = module[1].weight.clone()
@@ -422,7 +422,7 @@ def test_training_begins_from_what_fits(tmp_path):
         {"0.weight": torch.ones(2, 2).half(), "1.weight": torch.ones(5, 2), "elsewhere": torch.ones(1)},
         tmp_path / "x.safetensors",
     )
-    assert start_from(module, tmp_path / "x.safetensors") == 1
+    assert _start_from(module, tmp_path / "x.safetensors") == 1
     assert torch.equal(module[0].weight, torch.ones(2, 2)) and torch.equal(module[1].weight, before)
 
 
@@ -433,7 +433,7 @@ def test_labelled_pictures(tmp_path):
     import torch
     from layerdiffusion.base.core import BadInput
     from layerdiffusion.mini.judge import QUESTIONS
-    from layerdiffusion.mini.training import agrees, check_labels, load_labels, save_labels
+    from layerdiffusion.mini.training import _agrees, check_labels, _load_labels, _save_labels
 
     images = (torch.rand(5, 3, 64, 64) * 255).round() / 255
     dog = dict(present=True, whole=True, species="dog", pose="sitting", place="snow")
@@ -444,8 +444,8 @@ def test_labelled_pictures(tmp_path):
         dog | dict(whole=False, species="cat", made="broken"),
         dict(present=False, whole=None, species=None, pose=None, place="snow"),
     ]
-    save_labels(tmp_path / "labels.json", images, labels, ncols=3, by="a test")
-    again, read = load_labels(tmp_path / "labels.json")
+    _save_labels(tmp_path / "labels.json", images, labels, ncols=3, by="a test")
+    again, read = _load_labels(tmp_path / "labels.json")
     assert torch.allclose(again, images, atol=1e-3) and read == labels
     answers = {q: torch.zeros(5).long() for q in QUESTIONS} | dict(
         present=torch.tensor([1, 1, 1, 1, 0]),
@@ -453,8 +453,8 @@ def test_labelled_pictures(tmp_path):
         pose=torch.ones(5).long(),
         place=torch.full((5,), 3),
     )
-    assert agrees(answers, labels).tolist() == [True, False, True, True, True]
-    assert agrees(answers | dict(whole=torch.ones(5).long()), labels).tolist() == [True, False, True, False, True]
+    assert _agrees(answers, labels).tolist() == [True, False, True, True, True]
+    assert _agrees(answers | dict(whole=torch.ones(5).long()), labels).tolist() == [True, False, True, False, True]
     judge = torch.nn.Module()
     judge.forward = lambda x: {q: torch.eye(QUESTIONS[q])[a] for q, a in answers.items()}
     rows = check_labels(judge, tmp_path / "labels.json")
@@ -467,7 +467,7 @@ def test_labelled_pictures(tmp_path):
     record = json.loads((tmp_path / "labels.json").read_text())
     (tmp_path / "labels.json").write_text(json.dumps(record | dict(labels=labels * 3)))
     with pytest.raises(BadInput, match="15 labels, but labels.png shows 6"):
-        load_labels(tmp_path / "labels.json")
+        _load_labels(tmp_path / "labels.json")
     assert check_labels(judge, tmp_path / "none.json") == []
 
 
@@ -481,14 +481,14 @@ def test_the_pinned_pictures(monkeypatch):
     import torch
     from layerdiffusion.base.core import package_folder
     from layerdiffusion.mini.judge import ANSWERS, QUESTIONS
-    from layerdiffusion.mini.training import agrees, load_labels
+    from layerdiffusion.mini.training import _agrees, _load_labels
 
     monkeypatch.syspath_prepend(str(Path(__file__).parent))
     from labelled import KINDS, seen_labels
 
     file = package_folder() / "weights" / "mini" / "labels.json"
     assert file.with_suffix(".png").stat().st_size < 1e6
-    images, labels = load_labels(file)
+    images, labels = _load_labels(file)
     drawn, broken = labels[:60], labels[60:]
     assert images.shape == (120, 3, 64, 64) and drawn == seen_labels()
     assert Counter(label["kind"] for label in broken) == dict.fromkeys(KINDS, 10)
@@ -502,9 +502,9 @@ def test_the_pinned_pictures(monkeypatch):
             for q in ("whole", "species", "pose", "place")
         },
     )
-    assert agrees(answers, labels).all()
+    assert _agrees(answers, labels).all()
     shuffled = random.Random(0).sample(labels, len(labels))
-    assert agrees(answers, shuffled).float().mean() < 0.6
+    assert _agrees(answers, shuffled).float().mean() < 0.6
 
 
 def test_checks_have_their_bars(written):
@@ -512,15 +512,15 @@ def test_checks_have_their_bars(written):
     no such rows."""
     from layerdiffusion.mini.judge import BROKEN, UNSEEN, Judge
     from layerdiffusion.base.masks import load_sam
-    from layerdiffusion.mini.training import GATES, check_broken, check_clip, check_judge, check_said, check_sam
+    from layerdiffusion.mini.training import GATES, _check_broken, _check_clip, _check_judge, _check_said, _check_sam
 
     out, stages = written
     judge = stages["judge"].judge
     rows = (
-        check_sam(load_sam(out / "sam"), 0.0, 4)
-        + check_clip(out, 0.0, 1)
-        + check_judge(judge, 0.0, 100)
-        + check_broken(judge, 0.0, 8)
+        _check_sam(load_sam(out / "sam"), 0.0, 4)
+        + _check_clip(out, 0.0, 1)
+        + _check_judge(judge, 0.0, 100)
+        + _check_broken(judge, 0.0, 8)
     )
     assert all(r["bar"] == GATES[r["gate"].split(":")[0]] and r["low"] <= r["value"] <= r["high"] for r in rows)
     names = [r["gate"] for r in rows]
@@ -536,7 +536,7 @@ def test_checks_have_their_bars(written):
     n = {r["gate"].split(": ")[1]: r["n"] for r in rows if r["gate"].startswith("broken")}
     assert n["all"] == sum(n[k] for k in BROKEN) and n["unseen"] == sum(n[k] for k in UNSEEN)
     first = Judge(questions=("present", "species"))
-    assert check_broken(first, 0.0, 8) == check_said(None, first, 0.0, 3.0) == []
+    assert _check_broken(first, 0.0, 8) == _check_said(None, first, 0.0, 3.0) == []
 
 
 def test_what_is_said_is_counted(monkeypatch):
@@ -547,7 +547,7 @@ def test_what_is_said_is_counted(monkeypatch):
     from layerdiffusion.mini.judge import QUESTIONS, truths
 
     monkeypatch.setattr(mini, "draw", lambda models, texts, *_: torch.zeros(len(texts), 3, 64, 64))
-    true = truths(mini.combinations(0.0, 1, size=0))
+    true = truths(mini._combinations(0.0, 1, size=0))
 
     class Seer(torch.nn.Module):
         heads = QUESTIONS
@@ -558,7 +558,7 @@ def test_what_is_said_is_counted(monkeypatch):
     for sees in (True, False):
         judge = Seer()
         judge.sees = sees
-        rows = {r["gate"]: r for r in mini.check_said(None, judge, 0.0, 3.0)}
+        rows = {r["gate"]: r for r in mini._check_said(None, judge, 0.0, 3.0)}
         assert all(r["value"] == float(sees) for r in rows.values())
     right, asked = true["saddle"]
     assert rows["said: saddle"]["n"] == (asked & (right == 1)).sum() and rows["said: all"]["bar"] == 0.85
@@ -566,9 +566,9 @@ def test_what_is_said_is_counted(monkeypatch):
 
 def test_a_loss_that_is_no_number_is_never_saved(tmp_path):
     "The run stops with a sentence, and the checkpoint before it is the one that stays."
-    from layerdiffusion.mini.training import VaeObjective, train_loop
+    from layerdiffusion.mini.training import _VaeObjective, _train_loop
 
-    class Broken(VaeObjective):
+    class Broken(_VaeObjective):
         batch, bad = 1, False
         sheet = property()
 
@@ -576,9 +576,9 @@ def test_a_loss_that_is_no_number_is_never_saved(tmp_path):
             loss, logs = super().forward(scenes, g)
             return loss * (float("nan") if Broken.bad else 1.0), logs
 
-    train_loop(Broken(), tmp_path, 4, stop_after=2)
+    _train_loop(Broken(), tmp_path, 4, stop_after=2)
     before = (tmp_path / "checkpoint.safetensors").read_bytes()
     Broken.bad = True
     with pytest.raises(FloatingPointError, match="became nan by step 4; go on from the last checkpoint"):
-        train_loop(Broken(), tmp_path, 4)
+        _train_loop(Broken(), tmp_path, 4)
     assert (tmp_path / "checkpoint.safetensors").read_bytes() == before

@@ -16,16 +16,16 @@ import torch
 def folder(tmp_path_factory):
     "The shipped folder, where it has four channels; an untrained one of today's shape where it has not."
     from layerdiffusion.base.folders import resolve_model
-    from layerdiffusion.mini.training import DiffusionObjective, build_vae, load_vae, save_diffusion
+    from layerdiffusion.mini.training import _DiffusionObjective, _build_vae, _load_vae, _save_diffusion
     from layerdiffusion.base.sd import load_models
 
     named = os.environ.get("PEERS_FOLDER") or resolve_model("mini")
     if load_models(named).unet.config.in_channels == 4:
         return named
     out = tmp_path_factory.mktemp("peers")
-    build_vae().save_pretrained(out / "first")
+    _build_vae().save_pretrained(out / "first")
     torch.manual_seed(0)
-    save_diffusion(out / "mini", load_vae(out / "first"), DiffusionObjective(vae=out / "first"))
+    _save_diffusion(out / "mini", _load_vae(out / "first"), _DiffusionObjective(vae=out / "first"))
     return out / "mini"
 
 

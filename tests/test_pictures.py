@@ -16,7 +16,7 @@ from PIL import Image, ImageCms, ImageFile, PngImagePlugin, features
 
 from layerdiffusion.base.core import _TURNS, BadInput, Notice, fit_points, load_image
 from layerdiffusion.base.masks import find_mask, load_sam, look, mask_from_file
-from layerdiffusion.interface.saving import fitting_notes, photo_info
+from layerdiffusion.interface.saving import _fitting_notes, photo_info
 
 H, W = 48, 64
 Y, X = np.mgrid[0:H, 0:W]
@@ -442,8 +442,8 @@ def test_notes_that_a_file_cannot_hold():
     "The large one goes, the others stay; a profile of any size leaves the picture readable."
     note = Image.Exif()
     note[0x010F], note[0x927C] = "A camera", b"x" * 100_000
-    assert fitting_notes(dict(exif=note.tobytes()), "PNG") == dict(exif=note.tobytes())
-    kept, sentences = said(lambda: fitting_notes(dict(exif=note.tobytes(), icc_profile=SRGB), "JPEG"))
+    assert _fitting_notes(dict(exif=note.tobytes()), "PNG") == dict(exif=note.tobytes())
+    kept, sentences = said(lambda: _fitting_notes(dict(exif=note.tobytes(), icc_profile=SRGB), "JPEG"))
     assert (
         kept["icc_profile"] == SRGB and len(kept["exif"]) < 200 and len(sentences) == 1 and "MakerNote" in sentences[0]
     )
@@ -451,9 +451,9 @@ def test_notes_that_a_file_cannot_hold():
     assert Image.open("a.jpg").getexif()[0x010F] == "A camera"
     long = (len(SRGB) + 17_000_000).to_bytes(4, "big") + SRGB[4:] + bytes(17_000_000)
     for kind in ("JPEG", "PNG"):
-        kept, sentences = said(lambda kind=kind: fitting_notes(dict(icc_profile=long, exif=b""), kind))
+        kept, sentences = said(lambda kind=kind: _fitting_notes(dict(icc_profile=long, exif=b""), kind))
         assert "icc_profile" not in kept and "colour profile" in sentences[0]
-    assert fitting_notes({}, "JPEG") == {}
+    assert _fitting_notes({}, "JPEG") == {}
 
 
 # Arrays and tensors
@@ -923,7 +923,7 @@ def test_command_not_point(run):
 @pytest.mark.parametrize("name", ["ones", "sixteen_ones", "voc"])
 def test_command_masks(run, name):
     "A mask of 0 and 1 passes the check on the command line, too."
-    from layerdiffusion.interface.cli import read_request
+    from layerdiffusion.interface.cli import _read_request
 
     FILES[name]()
     options = dict(
@@ -945,7 +945,7 @@ def test_command_masks(run, name):
         source=None,
         look_every=0,
     )
-    assert read_request("example:dog", options)["mask"] == "m.png"
+    assert _read_request("example:dog", options)["mask"] == "m.png"
 
 
 def test_command_frames(run):

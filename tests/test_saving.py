@@ -479,7 +479,7 @@ def test_a_saved_edit_comes_back_in_its_precision(tmp_path):
 def test_what_is_no_picture_and_no_mask(method):
     import numpy as np
     from layerdiffusion.base.core import load_image
-    from layerdiffusion.pipeline import read_mask
+    from layerdiffusion.pipeline import _read_mask
 
     white = np.full((9, 8, 3), 255, "uint8")
     assert (
@@ -501,10 +501,10 @@ def test_what_is_no_picture_and_no_mask(method):
             load_image(wrong)
     some = np.zeros((8, 8), bool)
     some[2:5, 2:5] = True
-    assert read_mask(some, 8, 8).sum() == read_mask(torch.from_numpy(some)[None], 8, 8).sum() == 9
-    assert read_mask(some.astype("uint8") * 255, 8, 8).sum() == 9
+    assert _read_mask(some, 8, 8).sum() == _read_mask(torch.from_numpy(some)[None], 8, 8).sum() == 9
+    assert _read_mask(some.astype("uint8") * 255, 8, 8).sum() == 9
     with pytest.raises(BadInput, match="holds 3 masks"):
-        read_mask(np.stack([some] * 3), 8, 8)
+        _read_mask(np.stack([some] * 3), 8, 8)
 
 
 def test_a_model_by_name_and_by_its_owner(method, edit, tmp_path):
@@ -516,13 +516,13 @@ def test_a_model_by_name_and_by_its_owner(method, edit, tmp_path):
 
 def test_offline_is_given_back():
     from huggingface_hub import constants
-    from layerdiffusion.identity import no_hub
+    from layerdiffusion.identity import _no_hub
 
     before, seen = constants.HF_HUB_OFFLINE, []
     try:
         constants.HF_HUB_OFFLINE = False
         for wanted in (True, False):
-            with no_hub(wanted):
+            with _no_hub(wanted):
                 seen.append(constants.HF_HUB_OFFLINE)
         assert seen == [True, False] and not constants.HF_HUB_OFFLINE
     finally:

@@ -14,11 +14,11 @@ from safetensors.torch import load_file, save_file
 from layerdiffusion.base.core import refusal
 from layerdiffusion.fine_tuning import (
     apply_difference,
-    change_of,
+    _change_of,
     changed,
-    dithered,
+    _dithered,
     fine_tune,
-    full_rank,
+    _full_rank,
     left_out,
     low_rank,
     weight_difference,
@@ -88,7 +88,7 @@ def test_a_dense_file_of_an_older_version_is_read(method, thin, tmp_path):
     with safe_open(file, "pt") as f:
         header = f.metadata()
     kept = {name: x for name, x in load_file(file).items() if not name.startswith("unet.")}
-    dense = {f"unet.{name}": change.half().contiguous() for name, change in full_rank(thin.difference).items()}
+    dense = {f"unet.{name}": change.half().contiguous() for name, change in _full_rank(thin.difference).items()}
     save_file(kept | dense, file, header)
     old = load_edit(file, method)
     assert off(old.images, thin.images) < 0.1 * off(thin.images, drawn_without(method, thin))
@@ -105,12 +105,12 @@ def test_factors_are_the_change(method, thin):
     tuned, _ = fine_tune(models, words, x, mask, None, 0 * mask, steps=2, learning_rate=1e-2, params="lora", rank=2)
     found, base = weight_difference(models.unet, tuned), models.unet.state_dict()
     for name in changed(found):
-        assert torch.allclose(change_of(found, name), tuned.state_dict()[name] - base[name], atol=1e-4)
+        assert torch.allclose(_change_of(found, name), tuned.state_dict()[name] - base[name], atol=1e-4)
     name = changed(found)[0]
     with torch.no_grad():
         tuned.state_dict()[name].add_(0.01)
     after = weight_difference(models.unet, tuned)
-    assert name in after and torch.allclose(after[name].float(), change_of(found, name) + 0.01, atol=1e-4)
+    assert name in after and torch.allclose(after[name].float(), _change_of(found, name) + 0.01, atol=1e-4)
 
 
 def test_a_lora_is_reused(method, thin, tmp_path):
@@ -123,7 +123,7 @@ def test_a_lora_is_reused(method, thin, tmp_path):
     assert torch.equal(load_edit(again.save(tmp_path / "again"), method).images, again.images)
     kept = method.reuse(loaded, TEXT, seeds=[1], steps=0, keep=0.5).difference
     for name in changed(kept):
-        assert torch.allclose(change_of(kept, name), 0.5 * change_of(thin.difference, name), atol=1e-4)
+        assert torch.allclose(_change_of(kept, name), 0.5 * _change_of(thin.difference, name), atol=1e-4)
 
 
 @pytest.mark.parametrize("rank", [None, 16, 1])
@@ -237,10 +237,10 @@ def test_memory_kept_is_bounded(monkeypatch):
     """By bytes: the one not asked for the longest goes first, the newest stays whatever its size, and shared memory
     counts once."""
     from layerdiffusion import pipeline
-    from layerdiffusion.pipeline import Kept, held
+    from layerdiffusion.pipeline import _Kept, held
 
-    monkeypatch.setattr(pipeline, "KEEP", 1000)
-    kept, block = Kept(), lambda n: torch.zeros(n, dtype=torch.uint8)
+    monkeypatch.setattr(pipeline, "_KEEP", 1000)
+    kept, block = _Kept(), lambda n: torch.zeros(n, dtype=torch.uint8)
     for name in "abc":
         kept[name] = dict(x=block(300), losses=[0.1])
     kept.move_to_end("a")
@@ -261,7 +261,7 @@ def test_results_of_stages_are_bounded(method, monkeypatch):
     from layerdiffusion import pipeline
 
     fresh, made = LayerDiffusion(method.models, method.sam), []
-    monkeypatch.setattr(pipeline, "KEEP", 900)
+    monkeypatch.setattr(pipeline, "_KEEP", 900)
 
     def ask(name):
         return fresh.once("stage", [name], lambda key: made.append(name) or torch.zeros(100))
@@ -285,13 +285,14 @@ def test_rounding_keeps_the_mean(dtype, fine):
     for share in (0.05, 0.3, 0.5, 0.9):
         for sign in (1, -1):
             x = torch.full((5000,), sign * (1 + share * fine))
-            y = dithered(x, dtype).float()
+            y = _dithered(x, dtype).float()
             assert set(y.abs().tolist()) <= {1.0, 1 + fine} and abs((y.abs().mean() - 1) / fine - share) < 0.02
     x = torch.randn(999, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(dithered(x, torch.float32), x) and torch.equal(dithered(x.to(dtype).float(), dtype), x.to(dtype))
+    assert torch.equal(_dithered(x, torch.float32), x)
+    assert torch.equal(_dithered(x.to(dtype).float(), dtype), x.to(dtype))
     assert (
-        torch.equal(dithered(x, dtype), dithered(x, dtype))
-        and (dithered(x, dtype).float() - x).abs().max() <= fine * x.abs().max()
+        torch.equal(_dithered(x, dtype), _dithered(x, dtype))
+        and (_dithered(x, dtype).float() - x).abs().max() <= fine * x.abs().max()
     )
 
 
@@ -368,9 +369,9 @@ print(json.dumps(dict(embed=said["embed"] / embed, tune=said["tune"] / tune, sam
 @pytest.fixture(scope="module")
 def medium(tmp_path_factory):
     "v1.4's plan at a quarter of its width: 53 million parameters in the U-Net."
-    from layerdiffusion.evidence.full_size import build_model
+    from layerdiffusion.evidence.full_size import _build_model
 
-    return build_model(tmp_path_factory.mktemp("medium") / "sd", width=0.25, size=256)
+    return _build_model(tmp_path_factory.mktemp("medium") / "sd", width=0.25, size=256)
 
 
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="only Linux counts a peak anew")
@@ -392,7 +393,7 @@ def test_what_a_process_takes_was_said(medium, level, precision, kind):
 def test_nothing_waits_on_a_cpu(method):
     """Where the CPU is the device, a level that lets parts wait saves nothing by it; on a GPU it does, and SAM counts
     as long as it stays."""
-    from layerdiffusion.base.memory import predict, weight_bytes
+    from layerdiffusion.base.memory import predict, _weight_bytes
 
     def on(device, level, sam=None):
         return predict(replace(method.models, device=torch.device(device)), level, seeds=1, sam=sam)
@@ -405,4 +406,4 @@ def test_nothing_waits_on_a_cpu(method):
     full, spare = on("cuda", "full"), on("cuda", "spare")
     assert all(spare[stage] < full[stage] for stage in full)
     seen = on("cuda", "full", method.sam), on("cuda", "spare", method.sam)
-    assert seen[0]["tune"] == full["tune"] + weight_bytes(method.sam) and seen[1]["tune"] == spare["tune"]
+    assert seen[0]["tune"] == full["tune"] + _weight_bytes(method.sam) and seen[1]["tune"] == spare["tune"]
