@@ -326,7 +326,6 @@ def _check_signs(text: str, what: str):
         raise BadInput(f"{what} holds the sign for {name!r}, which is no word: say in words what it stands for.")
 
 # %% ../nbs/method/04_embeddings.ipynb #f46177a7
-#| echo: true
 def plain_words(
     text: str,  # as somebody typed or pasted it
     what: str = "The text",  # begins the sentence of a refusal
@@ -583,7 +582,6 @@ def split_text(
     return Split(a, b, tuple(pieces))
 
 # %% ../nbs/method/04_embeddings.ipynb #d109d4cd
-#| echo: true
 def subject_phrase(text: str) -> str:
     'Who the text is about, such as "a brown dog".'
     named = (
@@ -626,7 +624,6 @@ def _check_choice(name: str, value, choices: tuple):
         raise BadInput(f"{name} is {value!r}; it must be one of {', '.join(choices)}.")
 
 # %% ../nbs/method/04_embeddings.ipynb #647a3b0a
-#| echo: true
 def passes(
     e_a: torch.Tensor,  # (1, L, D) embedding of T_a
     e_b: torch.Tensor,  # (1, L, D) embedding of T_b
@@ -650,7 +647,6 @@ def passes(
     return both if conditioning == "sum" else [both[step % 2]]
 
 # %% ../nbs/method/04_embeddings.ipynb #da8e2f17
-#| echo: true
 def embedding_objective(
     models: Models,
     e_a: torch.Tensor,  # (1, L, D) embedding of T_a, being optimised

@@ -19,7 +19,6 @@ from .method import layered_loss, sample_noise_and_t, stack_layers
 from .base.sd import Models, half, optimise, unet_on_cpu, copy_unet
 
 # %% ../nbs/method/05_fine_tuning.ipynb #d910dcf6
-#| echo: true
 def union(*masks: torch.Tensor  # each 0-1, same shape
          ) -> torch.Tensor:
     "Everything that is inside any of the masks."
@@ -37,7 +36,6 @@ class _LowRank(nn.Module):
     def forward(self, weight): return weight + self.b @ self.a
 
 # %% ../nbs/method/05_fine_tuning.ipynb #9b3d99f0
-#| echo: true
 @one_loader
 def trainable(
     unet: nn.Module,  # a copy that may be changed
@@ -78,7 +76,6 @@ def _with_prior(
     return torch.cat([latents, prior[0][k]]), torch.cat([weights, more]), torch.cat([embeds, prior[1][k].to(embeds)])
 
 # %% ../nbs/method/05_fine_tuning.ipynb #7be30e5c
-#| echo: true
 def adam(
     params: list,  # what moves, float32
     learning_rate: float,
@@ -99,7 +96,6 @@ def adam(
     return Adam8bit(params, lr=learning_rate)
 
 # %% ../nbs/method/05_fine_tuning.ipynb #50a93de9
-#| echo: true
 def _check_sizes(latents: torch.Tensor, *masks: torch.Tensor):
     "Refuse a mask that is not of the latents' size."
     for mask in masks:
@@ -195,7 +191,6 @@ def _settled(
     return unet.eval().requires_grad_(False)
 
 # %% ../nbs/method/05_fine_tuning.ipynb #24d8712f
-#| echo: true
 def weight_difference(
     unet: nn.Module,  # before
     tuned: nn.Module,  # after
@@ -237,7 +232,6 @@ def _dithered(
     )
 
 # %% ../nbs/method/05_fine_tuning.ipynb #de5a3c8c
-#| echo: true
 def changed(
     difference: dict,  # from `weight_difference` or `low_rank`
 ) -> list:  # of names
@@ -254,7 +248,6 @@ def _change_of(difference: dict, name: str) -> torch.Tensor:  # as it is kept, o
     )
 
 # %% ../nbs/method/05_fine_tuning.ipynb #dd322cbf
-#| echo: true
 def apply_difference(
     unet: nn.Module,  # it is not changed
     difference: dict,  # from `weight_difference` or `low_rank`
@@ -273,7 +266,6 @@ def apply_difference(
     return tuned
 
 # %% ../nbs/method/05_fine_tuning.ipynb #11085562
-#| echo: true
 def check_rank(rank):
     "Refuse a rank that is no whole number from 1."
     if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
@@ -293,7 +285,6 @@ def factors(
     )
 
 # %% ../nbs/method/05_fine_tuning.ipynb #0626127f
-#| echo: true
 def thin(difference: dict, name: str, rank: int) -> tuple:  # up (rows, r), down (r, columns), float32
     "The best two factors for the change of one weight; what has no more than `rank` directions already stays as it is."
     if name in difference:
@@ -330,7 +321,6 @@ def _full_rank(difference: dict) -> dict:
     return {name: _change_of(difference, name) for name in changed(difference)}
 
 # %% ../nbs/method/05_fine_tuning.ipynb #2237a119
-#| echo: true
 def left_out(difference: dict,  # from `weight_difference`
              small: dict  # from `low_rank`
             ) -> float:  # 0-1

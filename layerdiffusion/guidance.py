@@ -15,7 +15,6 @@ from .base.core import BadInput
 from .method import take_turns
 
 # %% ../nbs/method/06_guidance.ipynb #5a4fae52
-#| echo: true
 def turns(
     e_a: torch.Tensor,  # (1, L, D) the subject's fitted embedding
     e_opt: torch.Tensor,  # (1, L, D) the mix of Eq. 3

@@ -56,7 +56,6 @@ def cut_out(
     )
 
 # %% ../nbs/method/07_identity.ipynb #71f87cec
-#| echo: true
 class Listener:
     "A processor that keeps what its layer sees."
     def __call__(self, attn, hidden_states, *args, **kwargs):
@@ -73,7 +72,6 @@ def self_attention(unet) -> dict:
     return {name: layer for name, layer in unet.named_modules() if name.endswith("attn1")}
 
 # %% ../nbs/method/07_identity.ipynb #7a38ca33
-#| echo: true
 class SubjectAttention:
     "A processor that lets self-attention look at a subject too."
 
@@ -110,7 +108,6 @@ class SubjectAttention:
         return attn.to_out[0](self.attend(attn, attn.to_q(x), attn.to_k(both), attn.to_v(both), bias))
 
 # %% ../nbs/method/07_identity.ipynb #17a191e4
-#| echo: true
 def _fits(name, found, own):
     "Whether a change of the U-Net, whole or as two thin factors, is of one of its weights."
     weight = name.removeprefix("unet.").removesuffix(".up").removesuffix(".down")
@@ -201,7 +198,6 @@ def see_subject(
     return replace(models, unet=unet)
 
 # %% ../nbs/method/07_identity.ipynb #fa2c41be
-#| echo: true
 _DIRECTIONS = shielded(
     lambda: torch.nn.functional.normalize(torch.randn(24, 3, generator=torch.Generator().manual_seed(0)), dim=1)
 )()
@@ -232,7 +228,6 @@ def _breed(noise: torch.Tensor,  # (p, C, h, w), the parents
     return (1 - spread ** 2) ** .5 * parents + spread * torch.randn(parents.shape, generator=generator)
 
 # %% ../nbs/method/07_identity.ipynb #5db0d80c
-#| echo: true
 _CHANGED = .1  # if even the nearest draw is so unlike the photo, the text asks for another coat
 
 def choose(palettes: torch.Tensor,  # (n, 24, k) of the draws
@@ -248,7 +243,6 @@ def choose(palettes: torch.Tensor,  # (n, 24, k) of the draws
     return ((near if near.min() < _CHANGED else distance(palettes.median(0).values)) - clearness).argmin().item()
 
 # %% ../nbs/method/07_identity.ipynb #d5cf1b90
-#| echo: true
 def _look_at(sam, noise: torch.Tensor, pictures: torch.Tensor, wanted: torch.Tensor, best: list, history: list):
     "Add to `best` and `history` what SAM finds in drawn pictures, and how unlike the photo's subject it is."
     for z, x in zip(noise, pictures, strict=True):
@@ -331,7 +325,6 @@ def _coat_colour(image: torch.Tensor,  # (3, H, W), 0-1
     return colours[near[near.sum(1).argmax()]].mean(0)
 
 # %% ../nbs/method/07_identity.ipynb #5a3c0e14
-#| echo: true
 @torch.no_grad()
 def typical_coat(
     models: Models,
@@ -361,7 +354,6 @@ def typical_coat(
     return middle, (torch.stack(found) - middle).norm(dim=1).median().item()
 
 # %% ../nbs/method/07_identity.ipynb #5a3c0e16
-#| echo: true
 def recolour(
     image: torch.Tensor,  # (3, H, W), 0-1
     mask: torch.Tensor,  # (1, H, W), 0 or 1
@@ -376,7 +368,6 @@ def recolour(
     return share * (new * shade).clamp(0, 1) + (1 - share) * image
 
 # %% ../nbs/method/07_identity.ipynb #5a3c0e18
-#| echo: true
 _NAMED = 0.06  # draws of a text whose coats spread farther than this, in RGB: it names no colour
 
 
@@ -399,7 +390,6 @@ def change_coat(
     return recolour(image, mask, old, (new * tone).clamp(0, 1))
 
 # %% ../nbs/method/07_identity.ipynb #d1b5d18e
-#| echo: true
 def with_words(
     text: str,  # of the picture
     count: int = 3,  # new words
@@ -411,7 +401,6 @@ def with_words(
     return text.replace(subject, f"{subject} with {' '.join('*' * count)}", 1)
 
 # %% ../nbs/method/07_identity.ipynb #6e8453f4
-#| echo: true
 def encode_with(
     models: Models,
     text: str,  # with a `*` for each learnt word
@@ -439,7 +428,6 @@ def encode_with(
     ).last_hidden_state
 
 # %% ../nbs/method/07_identity.ipynb #068f2734
-#| echo: true
 def first_vectors(models: Models, text: str, count: int) -> torch.Tensor:
     "Where the search for `count` learnt words begins: the mean of a text's words, (count, D)."
     ids = models.tokenizer(text.replace("*", " ")).input_ids[1:-1]
@@ -480,7 +468,6 @@ def word_objective(
     return loss_fn
 
 # %% ../nbs/method/07_identity.ipynb #383ade92
-#| echo: true
 ACTIONS = ["standing", "sitting", "lying", "jumping", "running", "sleeping", "walking", "swimming", "eating", "playing"]
 PLACES = [
     "in a forest",
@@ -520,7 +507,6 @@ def prior_texts(
     ]
 
 # %% ../nbs/method/07_identity.ipynb #25c92cf4
-#| echo: true
 def prior_pictures(
     models: Models,
     texts: Sequence[str],  # from `prior_texts`
@@ -580,7 +566,6 @@ def _fetch_clip(where: str, tag: str):  # such as "ViT-B-32" and "laion2b_s34b_b
         )
 
 # %% ../nbs/method/07_identity.ipynb #ffdd1d31
-#| echo: true
 def _clip_folder(name: str) -> Path:
     "The folder of an open_clip model, looked at before open_clip reads it; None for a name of open_clip's."
     folder = package_folder() / "weights" / "mini" / "clip" if name == "mini" else Path(name).expanduser()

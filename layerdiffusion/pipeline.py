@@ -111,7 +111,6 @@ from layerdiffusion.base.sd import (
 from .settings import EditConfig, near
 
 # %% ../nbs/method/10_pipeline.ipynb #0cb43de9
-#| echo: true
 _KEEP = 2 * 10**9  # bytes of results in memory
 
 
@@ -479,7 +478,6 @@ class _Checkpoint:
             self.keep()
 
 # %% ../nbs/method/10_pipeline.ipynb #faa65454
-#| echo: true
 def _snapshot(params, optimizer, losses, copy: bool = True) -> dict:
     "Everything a stage needs to go on, as one flat dict of tensors."
     out = {f"param.{i}": p.detach() for i, p in enumerate(params)} | {
@@ -657,7 +655,6 @@ class Scene:
     def size(self): return tuple(self.image.shape[-2:])
 
 # %% ../nbs/method/10_pipeline.ipynb #86d6da7a
-#| echo: true
 def cover(image,  # anything `load_image` reads
           height: int, width: int  # px
          ) -> torch.Tensor:  # (3, height, width), 0-1
@@ -983,7 +980,6 @@ def describe(
     return self.propose(photo, text)
 
 # %% ../nbs/method/10_pipeline.ipynb #4a9855d0
-#| echo: true
 @contextmanager
 def clock(
     times: dict,  # seconds are added here
@@ -1304,7 +1300,6 @@ def paint(
     return decode_latents(models, latents).cpu()
 
 # %% ../nbs/method/10_pipeline.ipynb #aad63391
-#| echo: true
 def check_seeds(seeds: Sequence[int]) -> list:
     "A list of different whole numbers from 0."
     try:
@@ -1321,7 +1316,6 @@ def check_seeds(seeds: Sequence[int]) -> list:
     return [int(s) for s in seeds]
 
 # %% ../nbs/method/10_pipeline.ipynb #3e9906c0
-#| echo: true
 class Looks:
     "A callback of the tuning that adds a quick picture to every `every`-th event, and to the last one."
 
@@ -1633,7 +1627,6 @@ def preview(
     return live_preview(lambda latents: decode_latents(self.models, latents), path, every, most)
 
 # %% ../nbs/method/10_pipeline.ipynb #994c4e05
-#| echo: true
 DRAWN = (
     "alpha",
     "iterative_guidance",

@@ -312,11 +312,9 @@ class EditConfig(BaseModel):
         return settings_key(self.model_dump(mode="json", include=names and set(names)))
 
 # %% ../nbs/method/08_settings.ipynb #197c4957
-#| echo: true
 DEFAULTS = {name: field.default for name, field in EditConfig.model_fields.items() if name != "preset"}
 
 # %% ../nbs/method/08_settings.ipynb #1706e536
-#| echo: true
 @dataclass(frozen=True)
 class Declared:
     "A setting as it was declared."
@@ -368,7 +366,6 @@ def _declared(name: str) -> Declared:
 SETTINGS = {name: _declared(name) for name in DEFAULTS}
 
 # %% ../nbs/method/08_settings.ipynb #dba2ba05
-#| echo: true
 VERSION = 1  # of what the settings mean
 
 
@@ -380,11 +377,9 @@ def settings_key(
     return dict(version=VERSION) | {k: v for k, v in settings.items() if v != DEFAULTS.get(k, odd)}
 
 # %% ../nbs/method/08_settings.ipynb #1a8b64a1
-#| echo: true
 PAPER = {name: setting.unset for name, setting in SETTINGS.items() if setting.unset is not None}
 
 # %% ../nbs/method/08_settings.ipynb #83ac60e7
-#| echo: true
 PRESETS = dict(
     paper=dict(),
     best=dict(
@@ -416,7 +411,6 @@ def preset(
     return EditConfig(preset=name, **(card or {}).get("presets", {}).get(name, {}) | changes)
 
 # %% ../nbs/method/08_settings.ipynb #920d3828
-#| echo: true
 def near(
     name: str,  # as it was typed
     names: Sequence[str],  # those there are

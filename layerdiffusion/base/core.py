@@ -59,7 +59,6 @@ class OutOfMemory(BadInput, MemoryError):
     "The device has too little memory, even at the most frugal way of working."
 
 # %% ../../nbs/base/00_core.ipynb #e564a407
-#| echo: true
 def refusal(
     call: Callable,  # what is expected to refuse
     *args,
@@ -73,7 +72,6 @@ def refusal(
     raise AssertionError(f"{call.__name__} accepted what it should have refused.")
 
 # %% ../../nbs/base/00_core.ipynb #5b1e0a72
-#| echo: true
 class Notice(UserWarning):
     "Something was decided that the user should know, and the work goes on; the message is one sentence."
 
@@ -173,19 +171,16 @@ def to_pil(image: "torch.Tensor"  # (C, H, W), (1, C, H, W) or (H, W) in 0-1
     return Image.fromarray((_for_display(image) * 255).round().astype("uint8"))
 
 # %% ../../nbs/base/00_core.ipynb #82357300
-#| echo: true
 def package_folder() -> Path:
     "Where the installed package lies, with its weights and pictures."
     return Path(importlib.util.find_spec("layerdiffusion").origin).parent
 
 # %% ../../nbs/base/00_core.ipynb #7d29b91a
-#| echo: true
 def list_examples() -> list:
     "The names of the shipped pictures."
     return sorted(p.stem for p in (package_folder() / "pictures").glob("*.png"))
 
 # %% ../../nbs/base/00_core.ipynb #01495b18
-#| echo: true
 def example_path(
     name: str,  # one of `list_examples()`
 ) -> Path:
@@ -587,7 +582,6 @@ def _without_turn(note):
     return note[:start] + len(kept).to_bytes(2, order) + b"".join(kept) + room + note[start + 6 + 12 * len(entries) :]
 
 # %% ../../nbs/base/00_core.ipynb #258f98ba
-#| echo: true
 def pack_exif(
     exif: "Image.Exif",  # as Pillow's `getexif` gives it
     most: int = 2**31,  # bytes that there is room for
@@ -707,7 +701,6 @@ def as_array(
         ) from None
 
 # %% ../../nbs/base/00_core.ipynb #a99f7ebd
-#| echo: true
 def open_image(
     source: Union[str, Path, "Image.Image"],  # a file, `example:dog`, or a Pillow picture
 ) -> tuple:  # see below
@@ -761,7 +754,6 @@ def load_image(
     return out
 
 # %% ../../nbs/base/00_core.ipynb #fa88b010
-#| echo: true
 def fit_image(
     image: "Image.Image",  # any size
     size: int,  # length of the longer side afterwards, a multiple of 8
@@ -780,7 +772,6 @@ def fit_image(
     return _as_tensor(image.resize((w, h), Image.Resampling.LANCZOS, reducing_gap=3.0))
 
 # %% ../../nbs/base/00_core.ipynb #0e88a5e9
-#| echo: true
 def fit_points(
     points: Sequence,  # numbers x, y, x, y ... or pairs (x, y), in pixels of the picture as it was
     image: "Image.Image",  # the picture as it was
@@ -833,7 +824,6 @@ def _enlarge(image, cell):
     return image.convert("RGB").resize(tuple(max(1, round(n * scale)) for n in image.size), Image.Resampling.LANCZOS)
 
 # %% ../../nbs/base/00_core.ipynb #aafa6a8d
-#| echo: true
 def make_sheet(
     images: Sequence,  # tensors or Pillow pictures
     labels: Sequence[str] | None = None,  # one for each picture
@@ -865,7 +855,6 @@ def _reason(path, error):
     return getattr(error, "strerror", None) or str(error)
 
 # %% ../../nbs/base/00_core.ipynb #3c0e5a12
-#| echo: true
 def as_path(
     path: str | Path,  # of a file or a folder, which need not be there
     what: str = "",  # begins the sentence, such as "--out"
@@ -886,7 +875,6 @@ def as_path(
         raise BadInput(f"{what} {text!r} cannot be used as a file or folder: {why}.".lstrip()) from None
 
 # %% ../../nbs/base/00_core.ipynb #f11d7de4
-#| echo: true
 def write_atomic(
     path: str | Path,  # the file to make or replace
     write: Callable[[Path], Any],  # writes everything to the path it is given
@@ -913,7 +901,6 @@ def write_atomic(
     return path
 
 # %% ../../nbs/base/00_core.ipynb #739fa129
-#| echo: true
 def write_json(path: str | Path,  # the file to make or replace
                data  # anything JSON can hold; paths and other objects become text
               ) -> Path:
@@ -926,7 +913,6 @@ def write_json(path: str | Path,  # the file to make or replace
     return write_atomic(path, lambda p: p.write_text(text + "\n", encoding="utf-8", errors="backslashreplace"))
 
 # %% ../../nbs/base/00_core.ipynb #3c0e5a15
-#| echo: true
 _LOCK = ".layerdiffusion.lock"
 _HELD = threading.local()  # the folders of each thread
 
@@ -1040,7 +1026,6 @@ def _device_name(device):
     return platform.processor() or platform.machine()
 
 # %% ../../nbs/base/00_core.ipynb #36e69a70
-#| echo: true
 def environment(
     device: str = "cpu",  # the device that did the work
 ) -> dict:
@@ -1093,14 +1078,12 @@ def _bytes(tensor):
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 # %% ../../nbs/base/00_core.ipynb #88f54ec7
-#| echo: true
 def content_hash(*things  # tensors, pictures, text, numbers, lists, dicts, dataclasses, settings
                 ) -> str:
     "A name made of the content: equal things, equal hash; sha256 in hexadecimal."
     return _digest(json.dumps(_canonical(things), sort_keys=True).encode())
 
 # %% ../../nbs/base/00_core.ipynb #f4200108
-#| echo: true
 def pick_device(
     name: str | None = None,  # "cpu", "cuda", "cuda:1", "mps"; None: the fastest there is
 ) -> str:
@@ -1175,7 +1158,6 @@ def _plain_torch():
         yield
 
 # %% ../../nbs/base/00_core.ipynb #42ffa583
-#| echo: true
 def shielded(
     f: Callable,  # called from outside
 ) -> Callable:
@@ -1228,7 +1210,6 @@ class Event:
     image: Optional["torch.Tensor"] = None  # (B, 3, H, W) in 0-1, where the stage has drawn pictures on the way
 
 # %% ../../nbs/base/00_core.ipynb #4cfb4ef6
-#| echo: true
 def check_callback(
     callback: Callable | None,  # what was given as one
 ):
@@ -1275,7 +1256,6 @@ def _sparkline(
     return "".join(marks[round((m - low) / span * (len(marks) - 1))] for m in means)
 
 # %% ../../nbs/base/00_core.ipynb #3964b224
-#| echo: true
 def progress_bars(
     **options,  # for tqdm, such as `file=` or `disable=True`
 ) -> Callable[[Event], None]:
@@ -1301,7 +1281,6 @@ def progress_bars(
     return callback
 
 # %% ../../nbs/base/00_core.ipynb #334db2e4
-#| echo: true
 @dataclass
 class Preview:
     "A callback that shows what a run is making, now and then."
@@ -1374,7 +1353,6 @@ def _in_file(path):
     return show
 
 # %% ../../nbs/base/00_core.ipynb #da0ef73c
-#| echo: true
 def live_preview(
     decode: Callable[["torch.Tensor"], "torch.Tensor"],  # latents (B, C, h, w) to pictures (B, 3, H, W) in 0-1
     path: str | Path | None = None,  # a picture file that is replaced again and again; None: in the notebook

@@ -56,7 +56,6 @@ _TEXT_ENCODER = _Part(("CLIPTextModel",), weights="model",
                quantization_config="a quantised model"))
 
 # %% ../../nbs/base/01_folders.ipynb #b4a9ed0b
-#| echo: true
 _SAMPLERS = ("DDIM", "PNDM", "DDPM", "EulerDiscrete", "EulerAncestralDiscrete", "LMSDiscrete", "HeunDiscrete",
             "KDPM2Discrete", "KDPM2AncestralDiscrete", "DPMSolverMultistep", "DPMSolverSinglestep", "DPMSolverSDE",
             "DEISMultistep", "UniPCMultistep", "SASolver", "DDIMParallel", "DDPMParallel")
@@ -207,7 +206,6 @@ def _needed_files(
     return needed
 
 # %% ../../nbs/base/01_folders.ipynb #26d29217
-#| echo: true
 def check_weights(
     path: Path,  # a safetensors file
 ) -> dict:  # its tensors: name -> dtype, shape, data_offsets
@@ -243,7 +241,6 @@ def check_weights(
     return tensors
 
 # %% ../../nbs/base/01_folders.ipynb #6b34b98f
-#| echo: true
 def _names(folder: Path) -> list:
     "The names of the files in a folder and in the folders in it, with /."
     try:
@@ -310,7 +307,6 @@ def read_json(
     return data
 
 # %% ../../nbs/base/01_folders.ipynb #879d3251
-#| echo: true
 def _class_of(part: str, settings: dict):
     "The class that a part's own settings name; None where they name none."
     if part != "text_encoder":
@@ -441,7 +437,6 @@ def _check_settings(
     return notes
 
 # %% ../../nbs/base/01_folders.ipynb #7ace8534
-#| echo: true
 def beside(
     names: Iterable[str],  # of all files in a model's folder
 ) -> list:
@@ -479,7 +474,6 @@ def _beside(names: Iterable[str], where: str) -> list:
     return [f"{where} holds more than a model, and that is not read: {', '.join(found)}{cure}."] if found else []
 
 # %% ../../nbs/base/01_folders.ipynb #1afaeaed
-#| echo: true
 def check_folder(
     folder: Path,  # a model's
 ) -> list:  # notes, for `say_once` when it is loaded
@@ -550,7 +544,6 @@ def _from_cache(name: str, files: Sequence[str] | None, why: str) -> Path:
     return folder
 
 # %% ../../nbs/base/01_folders.ipynb #86828fbe
-#| echo: true
 def fetch(
     name: str,  # of a repository on the Hugging Face hub
     offline: bool = False,  # never ask the hub
@@ -616,7 +609,6 @@ def _no_bar():
     return NoBar
 
 # %% ../../nbs/base/01_folders.ipynb #6dd69036
-#| echo: true
 def resolve_model(
     name: str | Path = "mini",  # "mini", a folder, or a repository on the Hugging Face hub
     offline: bool = False,  # never ask the hub; what it gave before is still used
@@ -653,7 +645,6 @@ def resolve_model(
     )
 
 # %% ../../nbs/base/01_folders.ipynb #00ad254d
-#| echo: true
 def _digest(path, whole, pieces=1000, piece=4096):
     "Hash of a file, or of its length and `pieces` pieces if it is longer than `whole` bytes."
     size = path.stat().st_size

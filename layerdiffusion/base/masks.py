@@ -38,7 +38,6 @@ if TYPE_CHECKING:
     from segment_anything.modeling import Sam
 
 # %% ../../nbs/base/03_masks.ipynb #3697d75d
-#| echo: true
 def overlay(image: torch.Tensor,  # (3, H, W) in 0-1
             mask: torch.Tensor,  # (1, H, W) in 0-1
             colour: tuple = (1., .15, .1),  # RGB in 0-1
@@ -51,7 +50,6 @@ def overlay(image: torch.Tensor,  # (3, H, W) in 0-1
     return torch.lerp(image, tint, mask * strength) * (1 - .8 * line)
 
 # %% ../../nbs/base/03_masks.ipynb #f1ca57f8
-#| echo: true
 def dilate(
     mask: torch.Tensor,  # (1, H, W) or (B, 1, H, W)
     px: int,  # pixels to grow by; negative: to shrink by
@@ -64,7 +62,6 @@ def dilate(
     return mask
 
 # %% ../../nbs/base/03_masks.ipynb #743ad504
-#| echo: true
 def iou(a: torch.Tensor,  # (1, H, W) in 0-1
         b: torch.Tensor  # the same shape
        ) -> float:
@@ -73,7 +70,6 @@ def iou(a: torch.Tensor,  # (1, H, W) in 0-1
     return ((a & b).sum() / (a | b).sum().clamp_min(1)).item()
 
 # %% ../../nbs/base/03_masks.ipynb #ea3043ce
-#| echo: true
 def bounding_box(mask: torch.Tensor  # (1, H, W), not empty
                 ) -> tuple:
     "The smallest box around a mask: x0, y0, x1, y1 in pixels, x1 and y1 just outside."
@@ -92,7 +88,6 @@ def _inside_point(
     return x + 0.5, y + 0.5
 
 # %% ../../nbs/base/03_masks.ipynb #2426d516
-#| echo: true
 def centre(
     mask: torch.Tensor,  # (1, H, W) in 0-1, not empty
 ) -> tuple:
@@ -105,7 +100,6 @@ def centre(
     return x.item(), y.item()
 
 # %% ../../nbs/base/03_masks.ipynb #846f44e3
-#| echo: true
 def check_mask(
     mask: torch.Tensor,  # (1, H, W) in 0-1
 ) -> torch.Tensor:
@@ -791,7 +785,6 @@ def _check_shape(have, size, whole):
     raise BadPicture(f"The mask is {w} x {h} pixels and the picture {pw} x {ph}; they must have the same shape.")
 
 # %% ../../nbs/base/03_masks.ipynb #f8bede4c
-#| echo: true
 def mask_from_file(
     source,  # a file, a Pillow picture, an array, a tensor, or SAM's own dict; white, opaque, True or 1: the subject
     size: tuple,  # (height, width) of the picture it belongs to
@@ -830,7 +823,6 @@ def _warn_inverted(mask):
     return mask
 
 # %% ../../nbs/base/03_masks.ipynb #cd535981
-#| echo: true
 _RESAMPLE = dict(area="area", nearest="nearest-exact", bilinear="bilinear")
 
 
@@ -887,7 +879,6 @@ def _warp(x, anchor, dx, dy, scale):
     return F.avg_pool2d(F.grid_sample(x[None], grid, align_corners=False), k)[0]
 
 # %% ../../nbs/base/03_masks.ipynb #05c9b429
-#| echo: true
 def move_mask(
     mask: torch.Tensor,  # (1, H, W) in 0-1
     dx: float = 0.0,  # to the right, 1 is the picture's width

@@ -72,7 +72,6 @@ def _shapes_only():
         yield
 
 # %% ../../nbs/base/21_memory.ipynb #e5068212
-#| echo: true
 _SPARE = How(offload=True, checkpointing=True)
 LEVELS = {"full": How(), "spare": _SPARE, "8bit": replace(_SPARE, adam8bit=True), "low": _SPARE}
 _LORA_LR = 1e-4  # what diffusers' LoRA training takes; thin factors that start at zero need larger steps than weights
@@ -211,7 +210,6 @@ def _count_sam(sam) -> int:  # bytes at most
     return _weight_bytes(sam) + live.peak
 
 # %% ../../nbs/base/21_memory.ipynb #b32f1732
-#| echo: true
 _WORKSPACE = 120 * 10**6  # bytes of oneDNN's own, on a CPU
 
 
@@ -283,7 +281,6 @@ def _measure_peak(work: Callable) -> int:  # bytes
     return peak
 
 # %% ../../nbs/base/21_memory.ipynb #d3f8b6c1
-#| echo: true
 _ROOM = 1.1  # what is asked for may be so much more than all tensors together
 
 
@@ -327,7 +324,6 @@ def _has_8bit() -> bool:
     return importlib.util.find_spec("bitsandbytes") is not None
 
 # %% ../../nbs/base/21_memory.ipynb #70783f9e
-#| echo: true
 def plan(
     models: Models,
     level: str = "auto",  # of `LEVELS`, or "auto": by what is free
@@ -384,7 +380,6 @@ def _warning(stages: dict, free: int | None) -> str:
     return f" It may not fit into {gigabytes(free)}; fewer --seeds and a smaller SAM need less."
 
 # %% ../../nbs/base/21_memory.ipynb #1c14d73e
-#| echo: true
 def _next_level(level: str) -> str | None:
     "The level below one, of those that can be had here."
     return next((name for name in list(LEVELS)[list(LEVELS).index(level) + 1 :] if name != "8bit" or _has_8bit()), None)

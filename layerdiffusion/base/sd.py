@@ -37,7 +37,6 @@ from layerdiffusion.method import (
 )
 
 # %% ../../nbs/base/02_sd.ipynb #668fee59
-#| echo: true
 @dataclass(frozen=True)
 class How:
     "How a model works: what it draws stays the same but for rounding."
@@ -93,7 +92,6 @@ class Models:
         return self
 
 # %% ../../nbs/base/02_sd.ipynb #71a357e7
-#| echo: true
 @contextmanager
 def quiet():
     "No progress bars and warnings from diffusers and transformers inside the `with`, and one thread there at a time."
@@ -114,7 +112,6 @@ def quiet():
                     m.enable_progress_bar()
 
 # %% ../../nbs/base/02_sd.ipynb #2a8e956c
-#| echo: true
 PRECISIONS = dict(fp32=torch.float32, bf16=torch.bfloat16, fp16=torch.float16)
 
 
@@ -136,7 +133,6 @@ def pick_precision(
     return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
 
 # %% ../../nbs/base/02_sd.ipynb #6c7d7ed0
-#| echo: true
 def _cast(x, dtype):
     return x.to(dtype) if isinstance(x, torch.Tensor) and x.is_floating_point() else x
 
@@ -161,7 +157,6 @@ def speak_float32(part):  # a U-Net or a text encoder in half precision
     return part
 
 # %% ../../nbs/base/02_sd.ipynb #1e136efc
-#| echo: true
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
 
 # %% ../../nbs/base/02_sd.ipynb #4b0221ad
@@ -333,7 +328,6 @@ def load_models(
     return Models(str(name), folder, vae, unet, text_encoder, tokenizer, scheduler, torch.device(device), dtype, card)
 
 # %% ../../nbs/base/02_sd.ipynb #fff53df0
-#| echo: true
 @contextmanager
 def on_device(models: Models, part: str):  # "vae" or "text_encoder"
     "A part where the model works; back to the CPU after the `with` where parts wait there."
@@ -356,7 +350,6 @@ def unet_on_cpu(models: Models):
         models.unet.to(models.device)
 
 # %% ../../nbs/base/02_sd.ipynb #f550caa1
-#| echo: true
 def use(
     models: Models,
     how: How,  # see there
@@ -414,7 +407,6 @@ def _check_words(text, words):
         )
 
 # %% ../../nbs/base/02_sd.ipynb #f0308bd8
-#| echo: true
 def check_text(models: Models, text: str):
     """Refuse a text that the model cannot read whole.
 
@@ -461,7 +453,6 @@ def _as_batch(models, image):
     return image.to(models.device, models.dtype)
 
 # %% ../../nbs/base/02_sd.ipynb #1a672714
-#| echo: true
 @torch.no_grad()
 def encode_image(
     models: Models,
@@ -478,7 +469,6 @@ def encode_image(
         return to_latents(vae, pictures, generator)
 
 # %% ../../nbs/base/02_sd.ipynb #6b884d6e
-#| echo: true
 @torch.no_grad()
 def decode_latents(
     models: Models,
@@ -491,7 +481,6 @@ def decode_latents(
         return torch.cat([to_pictures(vae, x) for x in latents.split(batch)])
 
 # %% ../../nbs/base/02_sd.ipynb #18e1e98f
-#| echo: true
 def vae_psnr(models: Models,
              image: torch.Tensor  # (B, 3, H, W) or (3, H, W), 0-1
             ) -> float:  # dB
@@ -514,7 +503,6 @@ def _predict_x0(
     return (latents - sigma * noise_pred) / share if kind == "epsilon" else share * latents - sigma * noise_pred
 
 # %% ../../nbs/base/02_sd.ipynb #0700d8f8
-#| echo: true
 @contextmanager
 def whole_step():
     "Hold Ctrl-C back until the end of the `with`."
@@ -541,7 +529,6 @@ def _gradients(loss, params, scale: float = 1.0) -> torch.Tensor:
     return torch.stack([loss.detach().float(), *(n.float() for n in torch._foreach_norm(found))]).isfinite().all()
 
 # %% ../../nbs/base/02_sd.ipynb #46e11b66
-#| echo: true
 def optimise(
     loss_fn: Callable[[int, torch.Generator], torch.Tensor],  # (step, generator) -> loss, a scalar
     params: Sequence[torch.Tensor],  # changed in place; float32
@@ -596,7 +583,6 @@ def _check_steps(good: list, loss, blame: str) -> list:
     return []
 
 # %% ../../nbs/base/02_sd.ipynb #1f568fe1
-#| echo: true
 def initial_latents(models: Models,
                     seeds: Sequence[int],  # one picture each
                     height: int | None = None,  # px; None: the model's own size
@@ -613,7 +599,6 @@ def initial_latents(models: Models,
     return initial_noise(shape, seeds).to(models.device) * models.scheduler.init_noise_sigma
 
 # %% ../../nbs/base/02_sd.ipynb #ed5f604e
-#| echo: true
 def timesteps(scheduler, num_inference_steps: int, device="cpu") -> torch.Tensor:
     """The timesteps that `num_inference_steps` steps visit.
 
@@ -636,7 +621,6 @@ def _check_numbers(latents, stage: str, step: int):
         )
 
 # %% ../../nbs/base/02_sd.ipynb #5138fa92
-#| echo: true
 @torch.no_grad()
 def ddim_sample(
     models: Models,
@@ -680,7 +664,6 @@ def ddim_sample(
     )
 
 # %% ../../nbs/base/02_sd.ipynb #ae4c95fc
-#| echo: true
 def with_scheduler(
     models: Models,
     name: str,  # "ddim" or "pndm"

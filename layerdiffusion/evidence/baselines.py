@@ -52,7 +52,6 @@ def _guidance_of(models: Models, guidance_scale: float | None) -> float:
     return models.card.get("guidance_scale", PAPER["guidance_scale"]) if guidance_scale is None else guidance_scale
 
 # %% ../../nbs/evidence/16_baselines.ipynb #bad0c2ad
-#| echo: true
 def sdedit(
     models: Models,
     image: torch.Tensor,  # (3, H, W), 0-1
@@ -161,7 +160,6 @@ def _imagic_fit(
     return _ImagicFit(e_tgt, e.detach().to(e_tgt), unet, tuple(image.shape[-2:]), dict(words=words, tuning=tuning))
 
 # %% ../../nbs/evidence/16_baselines.ipynb #8e9467f7
-#| echo: true
 def _imagic_draw(
     models: Models,
     fit: _ImagicFit,  # from `_imagic_fit`
@@ -284,7 +282,6 @@ def _lend_features(
         yield ask
 
 # %% ../../nbs/evidence/16_baselines.ipynb #399b0f47
-#| echo: true
 def plug_and_play(
     models: Models,
     image: torch.Tensor,  # (3, H, W), 0-1

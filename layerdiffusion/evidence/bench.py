@@ -17,7 +17,6 @@ from statistics import median
 
 
 # %% ../../nbs/evidence/20_bench.ipynb #863030dd
-#| echo: true
 def fresh(code: str,  # Python to run in a new interpreter
           times: int = 5,
          ) -> float:  # seconds, the median
@@ -143,7 +142,6 @@ def _bare_learn(pipe, image, reference, mask, e_a, e_b, config, watch):
         return e_a, e_opt, method.tune_unet(*own, e_opt, layers, config.tuning_steps, config.tuning_lr, config.seed)
 
 # %% ../../nbs/evidence/20_bench.ipynb #a68a520e
-#| echo: true
 JOB = dict(image="example:dog", words=("a dog jumping", "in a forest"), point=(32, 36), seeds=list(range(8)))
 
 _READING = dict(
@@ -178,7 +176,6 @@ def schedule(quick: bool = False, **changes):
     return EditConfig(**_READING | {k: n // 10 if quick else n for k, n in steps.items()} | changes)
 
 # %% ../../nbs/evidence/20_bench.ipynb #a590d20b
-#| echo: true
 def _count_flops(work) -> int:
     "Multiplications and additions of matrix products, convolutions and attention in `work()`."
     from torch.utils.flop_counter import FlopCounterMode
@@ -409,7 +406,6 @@ def bench(
     )
 
 # %% ../../nbs/evidence/20_bench.ipynb #c331143c
-#| echo: true
 def total(run: dict) -> float:
     return sum(stage["seconds"] for name, stage in run["stages"].items() if name != "warm-up")
 

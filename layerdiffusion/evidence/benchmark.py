@@ -20,7 +20,6 @@ from .scores import Task, edit_set, interval
 from ..mini.world import Scenes
 
 # %% ../../nbs/evidence/24_benchmark.ipynb #a898c288
-#| echo: true
 _NAME, VERSION = "layerdiffusion-joint-15", 1
 
 def _benchmark_tasks() -> list:  # of `Task`
@@ -40,7 +39,6 @@ def _scene_numbers(scenes: Scenes) -> dict:
     return {f.name: (getattr(scenes, f.name).double() * 1000).round().int().tolist() for f in fields(scenes)}
 
 # %% ../../nbs/evidence/24_benchmark.ipynb #b710be20
-#| echo: true
 def given(task: Task) -> dict:
     "What a method is given of a task; not the answer."
     e = task.edit

@@ -47,7 +47,6 @@ def _need_tools():
         )
 
 # %% ../../nbs/evidence/26_docs.ipynb #1a4a0f50
-#| echo: true
 def brief(sym, name: str) -> str:
     "The signature with names and defaults only."
     sig = inspect.signature(sym)
@@ -68,7 +67,6 @@ def _as_cell(value) -> str:
     return re.sub(r"([|*\[\]])", r"\\\1", text.replace("<", "&lt;").replace("\n", " "))
 
 # %% ../../nbs/evidence/26_docs.ipynb #e2d22181
-#| echo: true
 def parameters(sym) -> list[tuple]:
     "(name, type, default, comment) of each argument, and of what is returned; of each field, for settings."
     from fastcore.docments import docments
@@ -97,7 +95,6 @@ def _parameter_table(sym) -> str:
     return "\n".join(["| argument | type | default | meaning |", "| --- | --- | --- | --- |", *body])
 
 # %% ../../nbs/evidence/26_docs.ipynb #6fdf6ddc
-#| echo: true
 def render_doc(sym, name: str | None = None, title_level: int = 3):
     "What nbdev shows of a symbol: heading, link to the source, short signature, docstring, table."
     from nbdev.showdoc import BasicMarkdownRenderer
@@ -113,7 +110,6 @@ def render_doc(sym, name: str | None = None, title_level: int = 3):
     return WithTable(sym, name=name, title_level=title_level)
 
 # %% ../../nbs/evidence/26_docs.ipynb #23baff63
-#| echo: true
 _NUMBERED = re.compile(r"\b\d\d_(\w+\.ipynb)\b")
 
 def flatten(root: Path):
@@ -239,7 +235,6 @@ def _build_here():
         sys.exit("the site has warnings: " + "; ".join(left))
 
 # %% ../../nbs/evidence/26_docs.ipynb #6295c38c
-#| echo: true
 def _settings_of(root: Path) -> dict:
     "The checkout's settings.ini."
     from configparser import ConfigParser
@@ -271,7 +266,6 @@ def finish(site: Path, katex: Path, host: str):
     (site / ".nojekyll").touch()  # GitHub Pages: publish the files as they are
 
 # %% ../../nbs/evidence/26_docs.ipynb #a2e89da3
-#| echo: true
 def build_site(
     out: Path | None = None,  # folder of the site; None: `_docs` in the checkout
     root: Path | None = None,  # a folder in the checkout; None: where you are
@@ -314,7 +308,6 @@ def build_site(
     return out
 
 # %% ../../nbs/evidence/26_docs.ipynb #b0c6382d
-#| echo: true
 def serve_site(
     folder: Path,  # a built site
     port: int = 8000,  # 0: any free one

@@ -113,7 +113,6 @@ def _step_sweep(of: str) -> list:
     ]
 
 # %% ../../nbs/evidence/18_experiments.ipynb #6b13aefa
-#| echo: true
 def comparison(of: str) -> list:
     "Figs. 4 and 7: ours beside the baselines on the same edits and seeds."
     return [
@@ -129,7 +128,6 @@ EXPERIMENTS = dict(
 )
 
 # %% ../../nbs/evidence/18_experiments.ipynb #67bcf2f3
-#| echo: true
 SIZES = dict(quick=dict(edits=1, seeds=4, share=.2), paper=dict(edits=15, seeds=20, share=1.))
 _SHEETS = dict(edits=3, seeds=50)  # of `validity` at paper size
 _SHORTENED = ("embedding_steps", "tuning_steps", "target_draws", "num_inference_steps", "sampling_steps")
@@ -143,7 +141,6 @@ def _shorten(numbers: dict, share: float) -> dict:
     return {k: -(-int(v * share * 1000) // 1000) if k in _SHORTENED and v else v for k, v in numbers.items()}
 
 # %% ../../nbs/evidence/18_experiments.ipynb #8b09dfdc
-#| echo: true
 SCORES = ("right", "valid", "identity", "background", "clip")  # of each picture
 
 
@@ -321,7 +318,6 @@ def _packed_records(folder):
 
 
 # %% ../../nbs/evidence/18_experiments.ipynb #7ffb0054
-#| echo: true
 def score_cell(method, task, images: torch.Tensor, judge=None) -> list:  # a dict for each picture
     "The four scores of each picture, and its CLIP score: the raw cosine with the text, without prefix."
     cosine = clip_score(method.once("clip score", [], lambda _: Clip("mini")), images, task.edit.text).cosine
@@ -456,7 +452,6 @@ def _run_experiment(
     return run_experiments([name], size, [of], folder, workers, device, model)[name, of]
 
 # %% ../../nbs/evidence/18_experiments.ipynb #bdf91eb1
-#| echo: true
 def plan(name: str, size: str, of: str) -> list:
     "The settings of an experiment; refuses names that there are not."
     for what, given, there in (("experiment", name, EXPERIMENTS), ("size", size, SIZES), ("preset", of, PRESETS)):
@@ -498,7 +493,6 @@ def watch(jobs: list, ticks, total: int, pool: ProcessPoolExecutor, keep: Callab
             raise
 
 # %% ../../nbs/evidence/18_experiments.ipynb #f787187f
-#| echo: true
 def summary(name, size, of, settings: list, rows: list) -> dict:
     "The table of an experiment, of those edits that are complete."
     there, names = {(r["setting"], r["edit"]): r for r in rows}, [s.name for s in settings]
@@ -563,7 +557,6 @@ def load_experiment(
     return found
 
 # %% ../../nbs/evidence/18_experiments.ipynb #fd427ec7
-#| echo: true
 def recorded(name: str, folder: Path = Path("../results/experiments")) -> dict:  # preset -> record
     "The largest record of an experiment for each preset that has one."
     there = [of for of in ("best", "paper") if any(_find_record(name, of, s, folder) for s in SIZES)]
@@ -598,7 +591,6 @@ def show_experiment(record: dict, fields: Sequence[str] = ("right", "valid", "id
     return "\n".join(lines)
 
 # %% ../../nbs/evidence/18_experiments.ipynb #28933d95
-#| echo: true
 def row_of(record: dict, setting: str) -> dict:
     "A setting of a record by its name."
     row = next((r for r in record["settings"] if r["setting"] == setting), None)
@@ -658,7 +650,6 @@ def count_answers(sentences: Sequence[str]) -> str:  # such as "yes: 3, no: 1"
 _FEW = 6  # edits: with fewer, an interval over edits is hardly more than their range
 
 # %% ../../nbs/evidence/18_experiments.ipynb #7ce354a5
-#| echo: true
 def plot_experiment(record: dict):
     "The scores of all settings, with 95 % intervals."
     import matplotlib.pyplot as plt
@@ -678,7 +669,6 @@ def plot_experiment(record: dict):
     return fig
 
 # %% ../../nbs/evidence/18_experiments.ipynb #bdccfbfb
-#| echo: true
 def plot_curve(records: dict,  # preset -> record, from `recorded`
                option: str,  # such as "alpha": the settings that differ in it alone
                fields: Sequence[str] = SCORES):
@@ -699,7 +689,6 @@ def plot_curve(records: dict,  # preset -> record, from `recorded`
     return fig
 
 # %% ../../nbs/evidence/18_experiments.ipynb #e41ef2be
-#| echo: true
 def _framed(picture, good: bool, width: int = 3):
     "The picture, in a red frame if it is good."
     from PIL import ImageOps
@@ -742,7 +731,6 @@ def picture_grid(
     )
 
 # %% ../../nbs/evidence/18_experiments.ipynb #b5517e26
-#| echo: true
 def load_corrections(path: Path | None) -> dict:  # cell -> place of the picture, as text -> valid or not
     "Corrections made by hand; none where there is no file."
     return json.loads(Path(path).read_text()) if path and Path(path).exists() else {}
@@ -774,7 +762,6 @@ def sheet_title(
     return f"{setting}: {sum(marks)} of {len(marks)} valid, {sum(marks) / len(marks):.0%} [{low:.0%}, {high:.0%}]"
 
 # %% ../../nbs/evidence/18_experiments.ipynb #ca8fa520
-#| echo: true
 class SheetForm:
     "Sheets to choose from; where corrections may be saved, the button under a picture turns the judge's mark round."
 

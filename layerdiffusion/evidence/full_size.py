@@ -162,7 +162,6 @@ def _build_model(
     return folder
 
 # %% ../../nbs/evidence/25_full_size.ipynb #ae1925b2
-#| echo: true
 _SAM_SHAPES = dict(vit_b=(768, 12, 12), vit_l=(1024, 24, 16), vit_h=(1280, 32, 16))  # width, blocks, heads
 
 
@@ -228,7 +227,6 @@ def _sd_models(
     )
 
 # %% ../../nbs/evidence/25_full_size.ipynb #1e86f1d1
-#| echo: true
 def bench_job(
     size: str,  # "sd14" or "tiny"
     folder: str | Path,

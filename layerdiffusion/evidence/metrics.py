@@ -96,7 +96,6 @@ def _subject_crop(
     return F.interpolate(square[None], (side, side), mode="bilinear", antialias=True)[0].clamp(0, 1)
 
 # %% ../../nbs/evidence/17_metrics.ipynb #bc5bb6b2
-#| echo: true
 def subject_likeness(
     encode: Callable[[torch.Tensor], torch.Tensor],  # pictures (B, 3, side, side), 0-1 -> vectors (B, D)
     images: torch.Tensor,  # (B, 3, H, W), 0-1

@@ -16,7 +16,6 @@ from .scores import edit_set, interval, measure, summary_line
 from ..settings import EditConfig
 
 # %% ../../nbs/evidence/14_readings.ipynb #388dc3fa
-#| echo: true
 _READINGS = {
     "": [{}],
     "Eq. 7-8": [
@@ -108,7 +107,6 @@ def _measure_readings(
     return out
 
 # %% ../../nbs/evidence/14_readings.ipynb #1dfc905f
-#| echo: true
 def _load_readings(folder: Path = Path("../results")) -> dict:
     "The summary of the recorded measurement."
     return json.loads((Path(folder) / "readings.json").read_text())

@@ -78,7 +78,6 @@ def _draw_edit(kind, k, g, size):
     return make_edit(before, size, layout=layout, **changes)
 
 # %% ../../nbs/evidence/13_scores.ipynb #c55cfe7c
-#| echo: true
 def parts(image: torch.Tensor,  # (3, H, W), 0-1
           mask: torch.Tensor,  # (1, H, W), 0 or 1
           side: int = 8  # cells in a row
@@ -102,7 +101,6 @@ def _subject_distance(image, mask, other, other_mask) -> torch.Tensor:
     return torch.stack([by_parts, (palette(image, mask) - palette(other, other_mask)).abs().mean()])
 
 # %% ../../nbs/evidence/13_scores.ipynb #16f18f2f
-#| echo: true
 def redraw(edit: Edit, n: int, same: bool):
     "The true answer's scene drawn `n` times: the same individual at other moments, or others of the same words."
     fresh = sample_scenes(n, stream(f"scale {edit.source} {edit.text} {same}"))
@@ -196,7 +194,6 @@ class Scorer:
         return torch.stack([self.distance(x, m) for x, m in found]).mean(0)
 
 # %% ../../nbs/evidence/13_scores.ipynb #4cbc1056
-#| echo: true
 _LIMIT = 0.4  # of identity and of background, for a picture to be right
 
 
@@ -294,7 +291,6 @@ def check_individuals(
     return [row | dict(quick=True) for row in rows] if quick else rows
 
 # %% ../../nbs/evidence/13_scores.ipynb #0865097e
-#| echo: true
 def load_result(
     name: str,  # such as "speed"
     folder: Path = Path("../results"),
@@ -324,7 +320,6 @@ def keep_result(
 
 
 # %% ../../nbs/evidence/13_scores.ipynb #19cfab1e
-#| echo: true
 def scorer_of(method, task: Task, judge=None) -> Scorer:
     "The scorer of an edit, made once for each judge."
     return method.once(
@@ -378,7 +373,6 @@ def measure(
     return rows
 
 # %% ../../nbs/evidence/13_scores.ipynb #21c87d52
-#| echo: true
 def read_record(path: Path | None) -> dict:
     "The lines of a record by their keys; a last line that was cut off is left out."
     if not path or not Path(path).exists():
@@ -436,7 +430,6 @@ def _measure_card(
     return dict(chosen=chosen, found=found)
 
 # %% ../../nbs/evidence/13_scores.ipynb #9361b2f9
-#| echo: true
 def interval(
     rows: Sequence[dict],  # from `measure`
     field: str,  # "valid", "identity", "background" or "right"

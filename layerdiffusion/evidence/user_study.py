@@ -17,7 +17,6 @@ from .experiments import read_cell
 from .scores import append_line, edit_set, interval, read_record
 
 # %% ../../nbs/evidence/19_user_study.ipynb #c33f6d3a
-#| echo: true
 QUESTIONS = dict(
     background="How well does the place match the reference picture?",
     action="How well does the animal do what the words say?",
@@ -52,7 +51,6 @@ def _show_trial(trial: dict, folder: Path) -> tuple:  # words, reference, pictur
     return edit.text, edit.reference, pictures[trial["place"]]
 
 # %% ../../nbs/evidence/19_user_study.ipynb #4f6aa1c8
-#| echo: true
 def _ratings_file(folder: Path, rater: str) -> Path:
     "Where a rater's answers are."
     if not rater or any(c in rater for c in "/\\:") or rater.startswith("."):

@@ -51,7 +51,6 @@ from ..base.sd import decode_latents, encode_text
 from ..settings import GROUPS, PAPER, SETTINGS, Declared, EditConfig, preset
 
 # %% ../../nbs/interface/23_app.ipynb #b4bc8c9c
-#| echo: true
 @dataclass(frozen=True)
 class _Order:
     "All that an edit is made of, as somebody would type it."
@@ -72,7 +71,6 @@ class _Order:
 def span(seeds: tuple) -> range: return range(seeds[0], sum(seeds))
 
 # %% ../../nbs/interface/23_app.ipynb #5eff9bdd
-#| echo: true
 def short(value):
     "A value as it is typed: 40 for 40.0, a list for a tuple of points."
     if isinstance(value, float):
@@ -159,7 +157,6 @@ def _shell_line(
     return f"{shlex.join(words)} && python -c {shlex.quote(again)}"
 
 # %% ../../nbs/interface/23_app.ipynb #c25f1631
-#| echo: true
 def sentence(error: BaseException) -> str:
     "What a person should read instead of a traceback."
     if isinstance(error, BadInput):
@@ -213,7 +210,6 @@ class _Job:
         return self.thread.is_alive()
 
 # %% ../../nbs/interface/23_app.ipynb #40a42e64
-#| echo: true
 def _asked_for(text: str) -> dict:
     "Colour, species, pose and place that a text of mini's world names."
     from layerdiffusion.mini.world import VALUES
@@ -611,7 +607,6 @@ def result_cards(self: LayerDiffusionApp):
         card.layout.display = "none"
 
 # %% ../../nbs/interface/23_app.ipynb #971a64d5
-#| echo: true
 def box(name: str, *inside):
     "Widgets in a box with a name for the style sheet."
     made = _widgets().VBox(inside)
@@ -1037,7 +1032,6 @@ def refresh(self: LayerDiffusionApp):
     self.reroll.description = "Another one" if self.place.layout.display != "none" and not self.reference else "Draw it"
 
 # %% ../../nbs/interface/23_app.ipynb #36a7cb09
-#| echo: true
 def enlarged(picture, size: int = 256) -> bytes:
     "A picture (tensor or Pillow) as a file, its longer side `size` pixels."
     from PIL import Image
@@ -1060,7 +1054,6 @@ def _figure(picture, size: int = 320, what: str = "") -> str:
     return f'<figure><img src="{inside}" alt="{what}"><figcaption>{what}</figcaption></figure>'
 
 # %% ../../nbs/interface/23_app.ipynb #c5291800
-#| echo: true
 STAGES = dict(
     reference="Drawing the new place",
     target="Looking for a target picture (Eq. 4)",
@@ -1333,7 +1326,6 @@ def back_to(self: LayerDiffusionApp, old: "_Shown"):
     self.refresh()
 
 # %% ../../nbs/interface/23_app.ipynb #12e00e63
-#| echo: true
 _NOWHERE_ELSE = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:"
 
 
@@ -1364,7 +1356,6 @@ def _write_page(folder: Path, options: dict) -> Path:
     )
 
 # %% ../../nbs/interface/23_app.ipynb #9e450c87
-#| echo: true
 def _free_port(port: int | None = None) -> int:
     "The port that was asked for, or the first free one from 8866."
     import socket

@@ -34,7 +34,6 @@ from layerdiffusion.base.masks import (
 from .saving import patch
 
 # %% ../../nbs/interface/22_canvas.ipynb #0dc32bde
-#| echo: true
 @dataclass(frozen=True)
 class _Stroke:
     "A line of the brush or the eraser."
@@ -324,7 +323,6 @@ def arguments(self: _Prompt) -> dict:
     return ({"point": [p[:2] for p in m.points]} if m.points else {}) | ({"box": m.box} if m.box else {}) | place
 
 # %% ../../nbs/interface/22_canvas.ipynb #cb294039
-#| echo: true
 def picture_bytes(
     image,  # Pillow picture
     longest: int = 1024,  # px; larger ones are made smaller

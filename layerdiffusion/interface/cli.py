@@ -550,7 +550,6 @@ def _read_settings(file: Path | None) -> tuple:
     raise BadInput(f"--config {str(file)!r} holds no settings; give the edit.json of an earlier edit.")
 
 # %% ../../nbs/interface/30_cli.ipynb #d1ecbee6
-#| echo: true
 def typed(ctx: typer.Context, options: dict, rows: list[_Opt]) -> dict:
     "Those of the options that stand on the command line."
     return {
@@ -587,7 +586,6 @@ def _chosen_settings(ctx: typer.Context, options: dict, earlier: dict) -> dict:
     return earlier | given | sets
 
 # %% ../../nbs/interface/30_cli.ipynb #3590b1c5
-#| echo: true
 def _read_points(options: dict) -> dict:
     "The clicks as `edit` takes them: those on the subject, then those beside it."
     on, beside = (
@@ -673,7 +671,6 @@ def _describe_mask(mask  # (1, H, W) in 0-1
     return f"{mask.mean().item():.0%} of the picture, x {x0}-{x1}, y {y0}-{y1} of {mask.shape[-1]} x {mask.shape[-2]}"
 
 # %% ../../nbs/interface/30_cli.ipynb #6b3fe4f8
-#| echo: true
 def prepare(method, text: str, request: dict, config, show: Callable):
     "Mask, words and reference; tells what was found."
     import warnings
@@ -803,7 +800,6 @@ def _workplace(request: dict, text: str):
             raise
 
 # %% ../../nbs/interface/30_cli.ipynb #7adbca07
-#| echo: true
 def save(result, out: Path, photo=None, rank: int | None = None):
     "Write the results; until they are there, the checkpoints stay."
     result.save(out, rank, photo)

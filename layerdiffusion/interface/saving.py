@@ -104,7 +104,6 @@ def sheet(self: EditResult, columns: int = 6):
     return make_sheet([p[0] for p in parts], [p[1] for p in parts], columns)
 
 # %% ../../nbs/interface/09_saving.ipynb #02d1ddb3
-#| echo: true
 _FORMAT = "layerdiffusion edit 1"
 
 
@@ -148,7 +147,6 @@ def settings(self: EditResult, rank: int | None = None) -> dict:
     )
 
 # %% ../../nbs/interface/09_saving.ipynb #a5331f21
-#| echo: true
 def photo_info(photo) -> dict:  # anything `load_image` reads
     """EXIF notes and colour profile of a photo, as keywords for Pillow's `save`.
 
@@ -325,7 +323,6 @@ def _whole_folder(folder: Path):
             shutil.rmtree(hidden, ignore_errors=True)
 
 # %% ../../nbs/interface/09_saving.ipynb #3a793107
-#| echo: true
 _CHECKPOINT = r"\.?checkpoint-(embeddings|words|tuning)(-[0-9a-f]{8})?\.safetensors"
 
 
@@ -349,7 +346,6 @@ def _at_work(hidden: Path) -> bool:
     return True
 
 # %% ../../nbs/interface/09_saving.ipynb #3a793111
-#| echo: true
 # the names of the files that `save` writes
 EDIT_FILES = (
     r"(input|mask|reference|object|object_mask|sheet)\.png|edit\.(json|safetensors)|seed-\d+\.png|full-\d+\.jpg"
@@ -382,7 +378,6 @@ def check_edit_folder(folder: str | Path) -> Path:
     return folder
 
 # %% ../../nbs/interface/09_saving.ipynb #2c1a9543
-#| echo: true
 def read_edit(path: Path) -> tuple:
     """Tensors and settings of a saved edit.
 
@@ -487,7 +482,6 @@ def pixels(image  # anything `load_image` reads
     return torch.from_numpy(np.array(load_image(image))).permute(2, 0, 1).float() / 255
 
 # %% ../../nbs/interface/09_saving.ipynb #3a8f49a3
-#| echo: true
 def lora(
     unet: nn.Module,  # the untouched U-Net: it knows each matrix's shape
     difference: dict,  # see `weight_difference`
@@ -564,7 +558,6 @@ def _draw_script(kind: str,  # "unet" or "lora"
     return _DRAW.format(scheduler=type(scheduler).__name__, unet=unet, lora=lora)
 
 # %% ../../nbs/interface/09_saving.ipynb #9932c44c
-#| echo: true
 def drawing(result: EditResult, models: Models) -> dict:
     "The settings that draw.py reads."
     c, (height, width) = result.config, result.images.shape[-2:]
@@ -596,7 +589,6 @@ def _three_embeddings(result: EditResult, models: Models) -> dict:
     return {name: x.detach().to("cpu", torch.float32).contiguous() for name, x in found.items()}
 
 # %% ../../nbs/interface/09_saving.ipynb #d6c7a561
-#| echo: true
 def same_model(
     record: dict,  # of an edit, or the settings in its file
     models: Models,
@@ -623,7 +615,6 @@ def _portable(scheduler):
     return make(scheduler.config, trained_betas=(1 - kept / torch.cat([torch.ones(1), kept[:-1]])).tolist())
 
 # %% ../../nbs/interface/09_saving.ipynb #8c8aa2c6
-#| echo: true
 def check_export(folder: str | Path) -> Path:
     """The folder for an export, refused where files of somebody else would be replaced.
 

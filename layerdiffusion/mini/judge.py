@@ -44,7 +44,6 @@ from layerdiffusion.mini.world import (
 )
 
 # %% ../../nbs/mini/11_judge.ipynb #de126e38
-#| echo: true
 _FIRST = ("present", "species", "pose", "place", "colour", "pattern", "accessory")
 ANSWERS = {k: VALUES[k] for k in _FIRST} | {mark: [False, True] for mark in MARKS}
 ANSWERS |= dict(second_hue=SHADES, second_light=["dark", "middle", "pale"], whole=[False, True])
@@ -94,7 +93,6 @@ def _visible_marks(scenes: Scenes, size: int = 32) -> dict:
     return {name: contrast & (area >= 12) for name, area in _mark_areas(scenes, size).items()}
 
 # %% ../../nbs/mini/11_judge.ipynb #3f58129f
-#| echo: true
 def truths(scenes: Scenes) -> dict:
     "Question -> (the right answers (B,), where it may be asked (B,) bool). Of rendered scenes all subjects are whole."
     here, everywhere = scenes.present, torch.ones_like(scenes.present)
@@ -130,7 +128,6 @@ class _Block(nn.Module):
         return F.silu(F.avg_pool2d(self.skip(x) + self.body(x), 2))
 
 # %% ../../nbs/mini/11_judge.ipynb #1187a270
-#| echo: true
 class Judge(nn.Module):
     "Pictures (B, 3, H, W) in 0-1 to one row of logits per question."
     def __init__(self, widths: Sequence[int] = (32, 64, 128, 192), size: int = 64, hidden: int = 256,
@@ -174,7 +171,6 @@ def ask(
     return {k: logits.argmax(1) for k, logits in judge(images.float()).items()}
 
 # %% ../../nbs/mini/11_judge.ipynb #14f03a4e
-#| echo: true
 def valid(answers: dict,  # from `ask`
           **wanted  # what the text asked for: `species="dog"`, `pose="jumping"`, or (B,) indices
          ) -> torch.Tensor:  # (B,) bool
@@ -188,14 +184,12 @@ def valid(answers: dict,  # from `ask`
     return torch.stack(right).all(0)
 
 # %% ../../nbs/mini/11_judge.ipynb #e25af7e9
-#| echo: true
 def wilson(k: int, n: int, z: float = 1.96) -> tuple:
     "The 95 % interval of a share `k` of `n` independent pictures (Wilson 1927)."
     centre, half = (k + z * z / 2) / (n + z * z), z * math.sqrt(k * (n - k) / n + z * z / 4) / (n + z * z)
     return max(0., centre - half), min(1., centre + half)
 
 # %% ../../nbs/mini/11_judge.ipynb #442f75f7
-#| echo: true
 def judge_errors(judge: Judge, n: int = 1000, level: float = 0.) -> dict:
     "Right answers on held-out renders: question -> (right, asked)."
     out = {k: (0, 0) for k in judge.heads}
@@ -318,7 +312,6 @@ UNSEEN = ["torn", "melted"]
 BROKEN = [kind for kind in _BREAK if kind not in UNSEEN]
 
 # %% ../../nbs/mini/11_judge.ipynb #0f44f4b2
-#| echo: true
 def break_subjects(
     scenes: Scenes,
     kind: str,  # one of `BROKEN` or `UNSEEN`
@@ -337,7 +330,6 @@ def break_subjects(
     return torch.where(here.view(-1, 1, 1, 1), out, background), here & (changed > mask.sum((1, 2, 3)) / 10)
 
 # %% ../../nbs/mini/11_judge.ipynb #5680a12c
-#| echo: true
 def broken_found(
     judge: Judge,
     n: int = 200,  # pictures of each kind

@@ -44,7 +44,6 @@ def _build_vae():
                          mid_block_add_attention=False, scaling_factor=_SCALING)
 
 # %% ../../nbs/mini/12_mini.ipynb #0b638e12
-#| echo: true
 def _head_area(scenes, mask: torch.Tensor  # (B, 1, H, W), from `render`
              ) -> torch.Tensor:  # (B, 1, H, W)
     "The part of the subjects' masks that is the head: what lies near the head's joint."
@@ -220,7 +219,6 @@ class _StopFlag:
         return bool(flag)
 
 # %% ../../nbs/mini/12_mini.ipynb #6bb53e81
-#| echo: true
 _LARGER = dict(batch=16, lr=2)
 
 
@@ -1377,7 +1375,6 @@ def _rate(name, k, n, **more):
     return dict(gate=name, value=k / n, low=low, high=high, n=n, bar=GATES[name.split(":")[0]], **more)
 
 # %% ../../nbs/mini/12_mini.ipynb #a289a5a1
-#| echo: true
 def psnr(x, y, area=None) -> torch.Tensor:
     "Peak signal to noise of pictures (B, 3, H, W) in 0-1, in dB, (B,); only in `area` (B, 1, H, W), if given."
     area = torch.ones_like(x[:, :1]) if area is None else area
@@ -1400,7 +1397,6 @@ def _check_vae(models, level, n=256):
     return [_mean(name, values) for name, values in found.items()] + [_rate("vae_channels", alive, len(spread))]
 
 # %% ../../nbs/mini/12_mini.ipynb #ce930889
-#| echo: true
 def draw(models, texts, seed, guidance_scale, steps=30):
     "One guided picture per text; the text's position and `seed` fix its noise."
     latents = initial_latents(models, [seed + i for i in range(len(texts))])
@@ -1592,7 +1588,6 @@ def _load_labels(file) -> tuple:
     return tiles[:len(labels)], labels
 
 # %% ../../nbs/mini/12_mini.ipynb #7135025a
-#| echo: true
 def _agrees(answers: dict, labels: list) -> torch.Tensor:  # (n,) bool
     "Whether each picture's answers are what its label says; what a label leaves open (None) is not asked."
     passes, out = valid(answers).tolist(), []

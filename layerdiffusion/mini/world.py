@@ -17,7 +17,6 @@ from ..base.core import BadInput, shielded
 from ..method import stream
 
 # %% ../../nbs/mini/01_world.ipynb #432b5c9c
-#| echo: true
 _SPECIES = ["dog", "cat", "rabbit"]
 _POSES = ["standing", "sitting", "lying", "jumping"]
 _PATTERNS = ["plain", "spotted", "striped"]
@@ -25,12 +24,10 @@ _ACCESSORIES = ["nothing", "hat", "scarf"]
 SIZES = ["medium", "small", "large"]
 
 # %% ../../nbs/mini/01_world.ipynb #004b32f1
-#| echo: true
 COLOURS = dict(white=(.93, .92, .89), grey=(.58, .59, .61), black=(.20, .19, .23), brown=(.47, .29, .16),
                orange=(.93, .52, .16), pink=(.96, .60, .74), blue=(.27, .46, .86), purple=(.55, .32, .73))
 
 # %% ../../nbs/mini/01_world.ipynb #d94e48ac
-#| echo: true
 PLACES = dict(forest=["in a forest", "in the forest", "in the woods"],
               beach=["on a beach", "on the beach", "by the sea"],
               desert=["in a desert", "in the desert"],
@@ -39,7 +36,6 @@ PLACES = dict(forest=["in a forest", "in the forest", "in the woods"],
               meadow=["in a meadow", "in the meadow"])
 
 # %% ../../nbs/mini/01_world.ipynb #e27ce65d
-#| echo: true
 TRAITS = ["tone", "tint", "hue", "light", "saddle", "saddle_at", "belly", "socks", "tail_tip", "tail",
           "ear", "leg", "plump", "patch_x", "patch_y", "patch_size"]
 
@@ -655,7 +651,6 @@ SAID = ("colour", "pattern", "size", "accessory")
 SAYABLE = (*MARKS, "second", *_BUILD)
 
 # %% ../../nbs/mini/01_world.ipynb #8ac68234
-#| echo: true
 def clear_mark(scenes: Scenes,
                name: str  # a key of `MARKS`
               ) -> torch.Tensor:
@@ -690,7 +685,6 @@ def _say_build(scenes, i, attributes, names):
     return [_BUILD[name][x > 0.5] for name, x in traits if x < 0.25 or x > 0.75]
 
 # %% ../../nbs/mini/01_world.ipynb #f22d9387
-#| echo: true
 def _article(words):
     return ("an " if words[0] in "aeiou" else "a ") + words
 
@@ -716,7 +710,6 @@ def say_subject(
     return f"{subject} {_POSES[scenes.pose[i]]}{facing}"
 
 # %% ../../nbs/mini/01_world.ipynb #d4cd353d
-#| echo: true
 def _place_parts(scenes, i):
     "What stands clearly left or right in the place."
     u, name = scenes.layout[i].tolist(), list(PLACES)[scenes.place[i]]
@@ -750,7 +743,6 @@ def say_place(
     return words[wording % len(words)] + (f" with {_list_words(more)}" if more else "")
 
 # %% ../../nbs/mini/01_world.ipynb #e8d572b0
-#| echo: true
 _FRAMES = ["{a} {b}", "{a} {b}", "{a} {b}", "a photo of {a} {b}", "{b}, {a}"]
 
 def _chance(name, say): return say if name in SAID else .75 if name in MARKS else .85 if name == "second" else .4
@@ -773,7 +765,6 @@ def captions(scenes: Scenes, generator: torch.Generator,
     return out
 
 # %% ../../nbs/mini/01_world.ipynb #730621f7
-#| echo: true
 def world_words() -> list:
     "Every word a caption of this world can use, sorted."
     said = _SPECIES + _POSES + _PATTERNS + _ACCESSORIES + SIZES + list(COLOURS)
