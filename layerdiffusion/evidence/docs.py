@@ -120,7 +120,7 @@ def flatten(root: Path):
     for page in nbs.glob("*.ipynb"):
         text = page.read_text(encoding="utf-8")
         text = re.sub(r"\]\((?:\.\./)?(?:\w+/)?(\w+\.ipynb)", r"](\1", text)
-        text = re.sub(r'#\| exporti\\n",\s*"#\| echo: true', "#| exports", text).replace("#| exporti", "#| export")
+        text = re.sub(r'#\| exporti\\n",\s*"#\| shown', "#| exports", text).replace("#| exporti", "#| export")
         page.write_text(re.sub(r"\]\(\.\./", "](", text), encoding="utf-8")
     menu.write_text(re.sub(r"\b\w+/(\w+\.ipynb)", r"\1", menu.read_text(encoding="utf-8")), encoding="utf-8")
 
