@@ -14,7 +14,7 @@ from collections.abc import Callable
 import torch
 
 from .base.core import BadInput
-from .method import embedding_loss, interpolate, noise_loss, sample_noise_and_t
+from .method import interpolate, noise_loss
 from .base.sd import Models
 
 # %% ../nbs/method/04_embeddings.ipynb #fff26ee8
@@ -36,8 +36,8 @@ _INVERTED = set(
 )  # on a hill stands a castle
 
 
-def _tidy(text: str) -> str:
-    'The sentence without its frame: no leading "a photo of", no full stop, "is jumping" as "jumping".'
+def _without_frame(text: str) -> str:
+    'No leading "a photo of", "here is" or "there is", and no full stop.'
     text = re.sub(r"\s*(?:\.{2,}|…)\s*|\s+(?:[—–-]|--)\s+", ", ", re.sub(r"\s+", " ", text))
     text = re.sub(r"(?:\s*,)+\s*(?=[^\d\s])", ", ", text)
     text = text.strip("\"'.!?,:;- ") + ("." if re.search(r"\b\w\.\w\.[\"'!?, ]*$", text) else "")
@@ -53,7 +53,12 @@ def _tidy(text: str) -> str:
         "",
         text,
     )
-    text = re.sub(r"(?i)^there(?:'s| is| are) |^what (?=an? )", "", text)
+    return re.sub(r"(?i)^there(?:'s| is| are) |^what (?=an? )", "", text)
+
+
+def _tidy(text: str) -> str:
+    'The sentence without its frame, and "is jumping" as "jumping".'
+    text = _without_frame(text)
     places = "|".join(_PLACE)
     text = re.sub(rf"(?i),? ?\bbut (?=(?:{places})\b)", " ", text).strip()
     text = re.sub(
@@ -145,7 +150,7 @@ def _pieces(text: str) -> list:
     return [" ".join(words[a:b]) for a, b in zip(edges, edges[1:], strict=False)]
 
 # %% ../nbs/method/04_embeddings.ipynb #54915e09
-_WORN = set(
+_CLOTHES = set(
     [
         "hat", "cap", "scarf", "coat", "suit", "dress", "jacket", "sweater", "shirt", "t-shirt", "glasses",
         "sunglasses", "costume", "uniform", "boots", "shoes", "socks", "collar", "tie", "helmet", "crown", "cape",
@@ -177,7 +182,7 @@ def _is_place(piece: str) -> bool:
     "Whether a piece that begins with a place word tells where the subject is."
     words = piece.replace(",", "").split()
     first, last = words[0], words[-1]
-    if first in ("over", "through") and last in _OBSTACLE or first == "in" and last in _WORN:
+    if first in ("over", "through") and last in _OBSTACLE or first == "in" and last in _CLOTHES:
         return False
     return (
         (len(words) > 1 or first in ("indoors", "outdoors", "underwater", "inside", "outside"))
@@ -200,7 +205,7 @@ def _kind(piece: str, before: str | None, subject: bool, action: bool) -> str:
         return "background" if _is_place(piece) else "object"
     if first in ("and", "while") or (_is_verb(first) and not action):
         return "object"
-    if first == "with" and last in _WORN:
+    if first == "with" and last in _CLOTHES:
         return "object"
     if first == "with" and before and not subject:
         return "background"
@@ -647,39 +652,17 @@ def passes(
     return both if conditioning == "sum" else [both[step % 2]]
 
 # %% ../nbs/method/04_embeddings.ipynb #da8e2f17
-def embedding_objective(
-    models: Models,
-    e_a: torch.Tensor,  # (1, L, D) embedding of T_a, being optimised
-    e_b: torch.Tensor,  # (1, L, D) embedding of T_b, being optimised
-    latents: torch.Tensor,  # (1, C, h, w) of the picture to match
-    mask: torch.Tensor | None,  # (1, 1, h, w) in 0-1, the subject
+def conditions_of(
+    mask: torch.Tensor | None,  # M, the subject, (1, 1, h, w) in 0-1; None only for region "none"
     conditioning: str = "concat",  # what [e_a, e_b] means, see `passes`
     region: str = "background",  # where the error counts, see `_region_masks`
-    scale: str = "all",  # mean over "all" latents or over the "mask"
     alpha: float = 0.7,  # weight of e_a, for conditioning "mix"
-    batch: int = 1,  # draws of noise and timestep in a step
-) -> Callable:  # (step, generator) -> loss
-    "Eq. 2 in one of its readings, as a function of the step, ready for `optimise`."
-    _check_choice("scale", scale, ("all", "mask"))
-    masks, latents = (
-        _region_masks(None if mask is None else mask.to(latents.device), region),
-        latents.expand(batch, -1, -1, -1),
-    )
-    passes(e_a, e_b, masks, conditioning, 0, alpha)
-
-    def loss_fn(step, generator):
-        noise, timesteps = sample_noise_and_t(models.scheduler, latents.shape, generator)
-        return embedding_loss(
-            models.unet,
-            models.scheduler,
-            passes(e_a, e_b, masks, conditioning, step, alpha),
-            latents,
-            noise,
-            timesteps,
-            scale,
-        )
-
-    return loss_fn
+) -> Callable | None:  # (e_a, e_b, step) -> (prompt_embeds, mask) pairs; None: as `fit_embeddings` does by itself
+    "The `conditions` of `fit_embeddings` in a reading of Eq. 2."
+    masks = _region_masks(mask, region)
+    if (conditioning, region) == ("concat", "background"):
+        return None
+    return lambda e_a, e_b, step: passes(e_a, e_b, masks, conditioning, step, alpha)
 
 # %% ../nbs/method/04_embeddings.ipynb #c03dda72
 @torch.no_grad()

@@ -15,7 +15,7 @@ import torch.nn as nn
 from torch.nn.utils import parametrize
 
 from .base.core import BadInput, Event, one_loader, shielded
-from .method import layered_loss, sample_noise_and_t, stack_layers
+from .method import stack_layers, tune_unet
 from .base.sd import Models, half, optimise, unet_on_cpu, copy_unet
 
 # %% ../nbs/method/05_fine_tuning.ipynb #d910dcf6
@@ -131,42 +131,30 @@ def fine_tune(
     callback: Callable[[Event], None] | None = None,  # called after each step
     begin: Callable | None = None,  # (parameters, optimizer, losses) -> step to go on from, once; may restore them
 ) -> tuple:  # the tuned copy of the U-Net, and the loss of each step
-    "Eq. 4-6: tune a copy of the U-Net on the subject's picture and the reference."
+    "`tune_unet` with all that a library needs: Eq. 4-6 on a copy of the U-Net."
     _check_sizes(subject_latents, subject_mask, reference_mask)
-    latents, weights = stack_layers(
-        subject_latents, subject_mask, reference_latents, reference_mask, lambda_obj, lambda_bg, scale
-    )
-    embeds = prompt_embeds.expand(len(latents), -1, -1)
+    pictures = subject_latents, subject_mask, reference_latents, reference_mask
+    layers = stack_layers(*pictures, lambda_obj, lambda_bg, scale)
+    embeds = prompt_embeds.expand(len(layers[0]), -1, -1)
     tuned = apply_difference(models.unet, start, torch.float32) if start else copy_unet(models.unet)
-
-    def loss_fn(step, generator):
-        x, w, e = (
-            v.repeat(batch, *[1] * (v.ndim - 1))
-            for v in _with_prior(latents, weights, embeds, prior, prior_batch, lambda_prior, generator)
-        )
-        noise, timesteps = sample_noise_and_t(models.scheduler, x.shape, generator)
-        with half(models):
-            return layered_loss(tuned, models.scheduler, x, w, noise, timesteps, e) / batch
-
-    moving = trainable(tuned, params, rank, seed)
+    moving, losses = trainable(tuned, params, rank, seed), []
     optimizer = adam(moving, learning_rate, models.how.adam8bit)
-    losses = []
-    done = begin(moving, optimizer, losses) if begin else 0
-    with unet_on_cpu(models):
-        optimise(
-            loss_fn,
-            moving,
-            steps,
-            learning_rate,
-            "tuning",
-            callback,
-            done,
-            optimizer,
-            seed,
-            losses,
-            models.gradient_scale,
-            decay,
-        )
+    watched = dict(callback=callback, optimizer=optimizer, losses=losses, decay=decay, begin=begin)
+
+    def several(generator):
+        parts = _with_prior(*layers, embeds, prior, prior_batch, lambda_prior, generator)
+        return [x.repeat(batch, *[1] * (x.ndim - 1)) for x in parts]
+
+    def run(loss_fn, *args, seed):
+        def mean(step, generator):
+            with half(models):
+                return loss_fn(step, generator) / batch
+
+        with unet_on_cpu(models):
+            optimise(mean, *args, seed=seed, scale=models.gradient_scale, **watched)
+
+    more = several if batch > 1 or (prior and prior_batch) else None
+    tune_unet(tuned, models.scheduler, embeds, layers, steps, learning_rate, seed, moving, more, run)
     return _settled(tuned, start), losses
 
 # %% ../nbs/method/05_fine_tuning.ipynb #b9b44e17

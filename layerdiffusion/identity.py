@@ -108,18 +108,18 @@ class SubjectAttention:
         return attn.to_out[0](self.attend(attn, attn.to_q(x), attn.to_k(both), attn.to_v(both), bias))
 
 # %% ../nbs/method/07_identity.ipynb #17a191e4
-def _fits(name, found, own):
+def _fits(name, found, weights):
     "Whether a change of the U-Net, whole or as two thin factors, is of one of its weights."
     weight = name.removeprefix("unet.").removesuffix(".up").removesuffix(".down")
-    if not name.startswith("unet.") or weight not in own:
+    if not name.startswith("unet.") or weight not in weights:
         return False
     if name == f"unet.{weight}":
-        return own[weight].shape == found[name].shape
+        return weights[weight].shape == found[name].shape
     up, down = (found.get(f"unet.{weight}.{part}") for part in ("up", "down"))
     return (
         up is not None
         and down is not None
-        and len(up) * down.shape[1] == own[weight].numel()
+        and len(up) * down.shape[1] == weights[weight].numel()
         and up.shape[1] == len(down)
     )
 
@@ -132,9 +132,9 @@ def subject_weights(models: Models) -> dict | None:
     if not path.is_file():
         return None
     check_weights(path)
-    found, own = load_file(path), models.unet.state_dict()
+    found, weights = load_file(path), models.unet.state_dict()
     needed = {f"{name}.{k}" for name in self_attention(models.unet) for k in ("q", "k", "v", "out", "out_bias")}
-    odd = sorted(needed - set(found)) or sorted(name for name in set(found) - needed if not _fits(name, found, own))
+    odd = sorted(needed - set(found)) or sorted(name for name in set(found) - needed if not _fits(name, found, weights))
     if odd:
         raise BadInput(
             f"The weights {path} were not made for this U-Net ({', '.join(odd[:3])}); get them with the "
@@ -219,7 +219,7 @@ def _unlike(image, mask, other, other_mask) -> float:
     return (palette(image, mask) - palette(other, other_mask)).abs().mean().item()
 
 # %% ../nbs/method/07_identity.ipynb #ac072781
-def _breed(noise: torch.Tensor,  # (p, C, h, w), the parents
+def vary_noise(noise: torch.Tensor,  # (p, C, h, w), the parents
           count: int,  # children in all
           spread: float,  # 0: copies; 1: strangers
           generator: torch.Generator) -> torch.Tensor:  # (count, C, h, w)
@@ -256,6 +256,18 @@ def _look_at(sam, noise: torch.Tensor, pictures: torch.Tensor, wanted: torch.Ten
         best.append((history[-1], z, x, p.mask, looks, p.quality))
 
 
+def _next_noise(best: list, count: int, spread: float, shape, generator: torch.Generator) -> torch.Tensor:
+    "Where `count` drawings begin (count, C, h, w): anywhere for a spread of 1, else near the best so far."
+    if spread == 1.0:
+        return torch.randn(count, *shape, generator=generator)
+    return vary_noise(torch.stack([b[1] for b in best]), count, spread, generator)
+
+
+def _nearest(best: list, wanted: torch.Tensor, target_quality: float) -> int:
+    "Which of the drawn pictures is chosen, by its palette and by what SAM thinks of its mask."
+    return choose(torch.stack([b[4] for b in best]), wanted, target_quality * torch.tensor([b[5] for b in best]))
+
+
 @torch.no_grad()
 def search_target(
     models: Models,
@@ -284,11 +296,7 @@ def search_target(
     shape = initial_latents(models, [0], *image.shape[-2:]).shape[1:]
     for spread in (1.0, *spreads):
         count = max(draws - len(spreads) * each, 1) if spread == 1.0 else each
-        noise = (
-            torch.randn(count, *shape, generator=g)
-            if spread == 1.0
-            else _breed(torch.stack([b[1] for b in best[:parents]]), count, spread, g)
-        )
+        noise = _next_noise(best[:parents], count, spread, shape, g)
         for some in noise.split(batch) if count else ():
             start = some * models.scheduler.init_noise_sigma
             drawn = ddim_sample(models, embeds, free, start, sampling_steps, guidance_scale)
@@ -305,11 +313,7 @@ def search_target(
             )
         if subject_scale and best[0][0] > _CHANGED:
             break  # another coat is wanted: children of the nearest would lead away from it
-    found = best[
-        choose(torch.stack([b[4] for b in best]), wanted, target_quality * torch.tensor([b[5] for b in best]))
-        if subject_scale
-        else 0
-    ]
+    found = best[_nearest(best, wanted, target_quality) if subject_scale else 0]
     return found[2], found[3], history
 
 # %% ../nbs/method/07_identity.ipynb #5a3c0e12
@@ -375,7 +379,7 @@ def change_coat(
     image: torch.Tensor,  # (3, H, W), 0-1
     mask: torch.Tensor,  # (1, H, W)
     asked: tuple | None,  # from `typical_coat`
-    worn: tuple | None = None,  # the same for the photo's own words; None: the new coat is the typical one
+    photo_coat: tuple | None = None,  # the same for the photo's own words; None: the new coat is the typical one
     least: float = 0.2,  # colours nearer than this are one colour, in RGB
 ) -> torch.Tensor:
     "The photo with its subject in the coat that is asked for; the photo itself where it wears that already."
@@ -385,7 +389,7 @@ def change_coat(
     if (old - new).norm() <= max(least, 3 * spread):
         return image
     tone = (
-        1.0 if worn is None or worn[1] > _NAMED else (old.mean() / worn[0].mean()).clamp(0.7, 1.4)
+        1.0 if photo_coat is None or photo_coat[1] > _NAMED else (old.mean() / photo_coat[0].mean()).clamp(0.7, 1.4)
     )
     return recolour(image, mask, old, (new * tone).clamp(0, 1))
 

@@ -38,7 +38,7 @@ from layerdiffusion.base.core import (
 from .base.core import live_preview, load_image, one_writer, pick_device, shielded, to_pil, write_atomic
 from layerdiffusion.embeddings import (
     Split,
-    embedding_objective,
+    conditions_of,
     plain_words,
     split_text,
     subject_action,
@@ -74,7 +74,7 @@ from layerdiffusion.base.masks import (
     move_subject,
     to_latent,
 )
-from .method import interpolate
+from .method import fit_embeddings, interpolate
 from layerdiffusion.interface.saving import (
     EditResult,
     pictures_beside,
@@ -177,7 +177,7 @@ class LayerDiffusion:
         self.models = models
         self._sam: Any = sam
         if sam is None:
-            self._sam = self.own("sam", "config.json", "vit_h")
+            self._sam = self.part_name("sam", "config.json", "vit_h")
         else:
             self._sam = sam if isinstance(sam, (str, Path)) else load_sam(sam, device=str(models.device))
         self.offline, self.cache, self.unfinished = False, _Kept(), _Kept()
@@ -229,7 +229,7 @@ class LayerDiffusion:
         """
         return cls(_models_of(pipe), sam)
 
-    def own(self, part: str, file: str, other: str) -> str:
+    def part_name(self, part: str, file: str, other: str) -> str:
         "The SAM or CLIP in the model's folder; without one, mini beside mini, else another."
         folder = self.models.folder / part
         return str(folder) if (folder / file).is_file() else "mini" if self.models.card.get("name") == "mini" else other
@@ -406,7 +406,7 @@ def _give_back():
 
 
 @patch
-def once(
+def cached(
     self: LayerDiffusion,
     stage: str,  # what is computed
     parts: Sequence,  # everything the result depends on
@@ -690,7 +690,7 @@ def draw(self: LayerDiffusion, text: str, size: tuple, config: EditConfig, stage
         )
         return decode_latents(models, latents)[0].cpu()
 
-    return self.once("draw", settings, compute)
+    return self.cached("draw", settings, compute)
 
 # %% ../nbs/method/10_pipeline.ipynb #f3281e20
 @patch
@@ -720,7 +720,7 @@ def find_subject(
         with unet_on_cpu(self.models):
             return find_mask(self.sam, image, point=point, box=box, labels=labels, say=self.say)
 
-    return self.once("mask", [image, point, box, *([labels] if labels else [])], compute)
+    return self.cached("mask", [image, point, box, *([labels] if labels else [])], compute)
 
 
 def _read_mask(
@@ -858,7 +858,7 @@ def target(
     source: str | None = None,
     callback=None,
 ) -> tuple:
-    "O_t and M_t: the photo and its subject, another picture and its subject, or SD(T) and SAM's subject in it."
+    "O_t and M_t: the photo and its subject, another picture and its subject, or a drawn one and SAM's subject in it."
     size = tuple(photo.shape[-2:])
     if given:
         picture = cover(given[0], *size)
@@ -878,7 +878,7 @@ def target(
         )
         if config.negative_prompt:
             settings["negative_prompt"] = config.negative_prompt
-        picture, mask = self.once(
+        picture, mask = self.cached(
             "target",
             [text, shown, found, settings],
             lambda _: search_target(self.models, self.sam, text, shown, found, **settings, callback=callback)[:2],
@@ -904,7 +904,7 @@ def in_coat(
         return photo
 
     def coat(words):
-        return self.once(
+        return self.cached(
             "coat", [words, config.seed], lambda _: typical_coat(self.models, self.sam, words, config.seed)
         )
 
@@ -926,13 +926,10 @@ def already(self: LayerDiffusion, photo: torch.Tensor, split: Split, source: str
 @patch
 def propose(self: LayerDiffusion, photo: torch.Tensor, text: str, actions: Sequence[str] = ()) -> str:
     "What the photo shows, in CLIP's eyes; the subject is that of `text`, and `actions` may be among what it does."
-    clip = self.once(
-        "clip",
-        [],
-        lambda _: load_clip(self.own("clip", "open_clip_config.json", "ViT-B-32:laion2b_s34b_b79k"), self.offline),
-    )
+    name = self.part_name("clip", "open_clip_config.json", "ViT-B-32:laion2b_s34b_b79k")
+    clip = self.cached("clip", [], lambda _: load_clip(name, self.offline))
     actions = list(dict.fromkeys([*actions, *known(self.models, ACTIONS)]))
-    return self.once(
+    return self.cached(
         "source",
         [photo, subject_phrase(text), actions],
         lambda _: propose_source(clip, to_pil(photo), subject_phrase(text), actions, known(self.models, PLACES))[0],
@@ -996,7 +993,7 @@ def clock(
 @patch
 def latents(self: LayerDiffusion, image: torch.Tensor) -> torch.Tensor:
     "Latents (1, C, h, w) of a picture, encoded once."
-    return self.once("latents", [image], lambda key: encode_image(self.models, image))
+    return self.cached("latents", [image], lambda key: encode_image(self.models, image))
 
 
 @patch
@@ -1010,6 +1007,15 @@ def small(self: LayerDiffusion, mask: torch.Tensor, config: EditConfig) -> torch
     )
 
 # %% ../nbs/method/10_pipeline.ipynb #754a69d5
+@patch
+def _kept_run(self: LayerDiffusion, point: _Checkpoint, callback: Callable | None, losses: list) -> Callable:
+    "The loop of Eq. 2, `optimise`, with a checkpoint that it goes on from and tells of each step."
+    both = join_callbacks(point, callback)
+    return functools.partial(
+        optimise, callback=both, losses=losses, scale=self.models.gradient_scale, begin=point.begin
+    )
+
+
 @patch
 @shielded
 def embed(
@@ -1030,28 +1036,15 @@ def embed(
         settings["alpha"] = config.alpha
 
     def compute(key):
-        params = [e.detach().float().clone().requires_grad_() for e in (scene.e_a, scene.e_b)]
-        how = config.eq2_conditioning, config.eq2_region, config.loss_scale, config.alpha
-        loss = embedding_objective(self.models, *params, latents, mask, *how)
-        optimizer, losses = torch.optim.Adam(params, lr=config.embedding_lr), []
+        losses: list = []
+        asked = conditions_of(mask, config.eq2_conditioning, config.eq2_region, config.alpha)
+        how = config.embedding_steps, config.embedding_lr, config.seed, asked, config.loss_scale
         with self.checkpoint("embeddings", key, folder, scene.text) as point:
-            start = point.begin(params, optimizer, losses)
-            optimise(
-                loss,
-                params,
-                config.embedding_steps,
-                config.embedding_lr,
-                "embeddings",
-                join_callbacks(point, callback),
-                start,
-                optimizer,
-                config.seed,
-                losses,
-                self.models.gradient_scale,
-            )
-        return params[0].detach(), params[1].detach(), losses
+            run, models = self._kept_run(point, callback, losses), self.models
+            words = fit_embeddings(models.unet, models.scheduler, scene.e_a, scene.e_b, latents, mask, *how, run)
+        return *words, losses
 
-    return self.once("embed", [scene.e_a, scene.e_b, latents, mask, settings], compute)
+    return self.cached("embed", [scene.e_a, scene.e_b, latents, mask, settings], compute)
 
 # %% ../nbs/method/10_pipeline.ipynb #f3f5609c
 @patch
@@ -1072,28 +1065,13 @@ def learn(
 
     def compute(key):
         vectors, losses = first_vectors(self.models, text, config.learnt_words).requires_grad_(), []
-        loss, optimizer = (
-            word_objective(self.models, text, vectors, latents, mask, config.loss_scale),
-            torch.optim.Adam([vectors], lr=config.word_lr),
-        )
+        loss = word_objective(self.models, text, vectors, latents, mask, config.loss_scale)
         with self.checkpoint("words", key, folder, scene.text) as point, on_device(self.models, "text_encoder"):
-            start = point.begin([vectors], optimizer, losses)
-            optimise(
-                loss,
-                [vectors],
-                config.embedding_steps,
-                config.word_lr,
-                "words",
-                join_callbacks(point, callback),
-                start,
-                optimizer,
-                config.seed,
-                losses,
-                self.models.gradient_scale,
-            )
+            run = self._kept_run(point, callback, losses)
+            run(loss, [vectors], config.embedding_steps, config.word_lr, "words", seed=config.seed)
         return vectors.detach(), losses
 
-    return self.once("embed", [text, latents, mask, settings], compute)
+    return self.cached("embed", [text, latents, mask, settings], compute)
 
 # %% ../nbs/method/10_pipeline.ipynb #f1a2e0cc
 @patch
@@ -1128,7 +1106,7 @@ def prior(
     drawn: dict[str, Any] = dict(guidance_scale=config.guidance_scale) | (
         dict(negative_prompt=config.negative_prompt) if config.negative_prompt else {}
     )
-    return self.once(
+    return self.cached(
         "prior",
         [texts, config.seed, *drawn.values()],
         lambda _: prior_pictures(self.models, texts, config.seed, **drawn, callback=callback),
@@ -1198,7 +1176,9 @@ def tune(
     layers = self.layers(scene, config)
     embeds = _tuning_words(self, scene, words, config, callback, folder)
     prior = self.prior(scene, config, callback)
-    settings = {short: getattr(config, name) for name, short in _TUNING.items()}
+    settings: dict[str, Any] = {short: getattr(config, name) for name, short in _TUNING.items()}
+    if not config.tuning_steps:
+        return start or {}, []
 
     def compute(key):
         looks = Looks(self, words, scene.size, config, look_every, look_seed) if look_every else None
@@ -1211,25 +1191,16 @@ def tune(
                     looks.watch(params, start)
                 return point.begin(params, *state)
 
-            tuned, losses = fine_tune(
-                self.models,
-                embeds,
-                *layers,
-                **settings,
-                prior=prior,
-                start=start,
-                callback=join_callbacks(point, looks, callback),
-                begin=begin,
-            )
+            watch = join_callbacks(point, looks, callback)
+            how: dict[str, Any] = dict(settings, prior=prior, start=start, callback=watch, begin=begin)
+            tuned, losses = fine_tune(self.models, embeds, *layers, **how)
         change = {name: x.cpu() for name, x in weight_difference(self.models.unet, tuned).items()}
         if folder:
             kept = change | {"losses": torch.tensor(losses, dtype=torch.float64)}
             self.learnt["tuning"] = key, scene.text, kept, dict(done="yes")
         return change, losses
 
-    if not config.tuning_steps:
-        return start or {}, []
-    return self.once("tune", [embeds, layers, prior, settings, start], compute)
+    return self.cached("tune", [embeds, layers, prior, settings, start], compute)
 
 # %% ../nbs/method/10_pipeline.ipynb #7a2ba07f
 @patch
@@ -1338,7 +1309,8 @@ class Looks:
         self, params: Sequence, start: dict | None = None
     ):  # those that move, and the difference that their U-Net began with
         "Make the U-Net to draw with."
-        self.unet, self.theirs = apply_difference(self.method.models.unet, start or {}), params
+        models, self.theirs = self.method.models, params
+        self.unet = apply_difference(models.unet, start or {}).to(models.device)  # the loaded one may wait on the CPU
         self.mine = trainable(self.unet, self.config.tuned_parameters, self.config.lora_rank, self.config.seed)
 
     def __call__(self, event: Event):
@@ -1411,13 +1383,11 @@ def edit(
     pictures; here the result's `images` are a tensor (B, 3, H, W), 0-1. Raises `BadInput` before anything slow begins.
     """
     _check_names(settings, LayerDiffusion.edit)
-    check_callback(callback)
+    _check_calls(callback, callback_on_step_end)
     parts = dict(mask=mask, point=point, point_labels=point_labels, box=box, reference=reference)
     parts |= dict(object=object, background=background, object_reference=object_reference, object_mask=object_mask)
     parts |= dict(move=move, scale=scale, source=source)
     seeds = check_seeds(seeds)
-    if callback_on_step_end is not None and not callable(callback_on_step_end):
-        raise BadInput(f"callback_on_step_end is {callback_on_step_end!r:.60}; give a function.")
     if scene is None:
         _check_given(image, text)
         config = self.settings(config, preset, **settings)
@@ -1444,6 +1414,13 @@ def edit(
 
 # %% ../nbs/method/10_pipeline.ipynb #f97f5e9b
 _IN_SCENE = ("target_widen", "recolour", "recolour_tone", "target_draws", "target_quality", "subject_scale")
+
+
+def _check_calls(callback, callback_on_step_end):
+    "Refuse what cannot be called."
+    check_callback(callback)
+    if callback_on_step_end is not None and not callable(callback_on_step_end):
+        raise BadInput(f"callback_on_step_end is {callback_on_step_end!r:.60}; give a function.")
 
 
 def _check_given(image, text):
@@ -1510,11 +1487,7 @@ def pack(
         **record,
         **environment(str(self.models.device)),
     )
-    own = (
-        {}
-        if scene.object_image is scene.image
-        else dict(object_image=scene.object_image, object_mask=scene.object_mask)
-    )
+    learnt_from = dict(object_image=scene.object_image, object_mask=scene.object_mask)
     return EditResult(
         images,
         seeds,
@@ -1531,7 +1504,7 @@ def pack(
         losses=losses,
         record=record,
         info=scene.info,
-        **own,
+        **({} if scene.object_image is scene.image else learnt_from),
     )
 
 # %% ../nbs/method/10_pipeline.ipynb #f98a9482
@@ -1655,7 +1628,16 @@ def _record_again(settings: dict, models: Models) -> dict:
     kept = {k: settings[k] for k in names if k in settings}
     return dict(precision=str(models.dtype).removeprefix("torch.")) | kept | environment(str(models.device))
 
-# %% ../nbs/method/10_pipeline.ipynb #716dcedf
+
+def _check_drawn(changes: dict, path: Path):
+    "Refuse a change of what a saved edit has learnt."
+    if fixed := [name for name in changes if name in EditConfig.model_fields and name not in DRAWN]:
+        raise BadInput(
+            f"{str(path)!r} was made with its {fixed[0]}, and only a new edit has another; "
+            f"a saved one can be drawn with another {', '.join(DRAWN)}."
+        )
+
+# %% ../nbs/method/10_pipeline.ipynb #93fafdcf
 @shielded
 def load_edit(
     path: str | Path,  # edit.safetensors or its folder
@@ -1669,11 +1651,7 @@ def load_edit(
     path = as_path(path, "The saved edit")
     path = path / "edit.safetensors" if path.is_dir() else path
     tensors, settings = read_edit(path)
-    if fixed := [name for name in changes if name in EditConfig.model_fields and name not in DRAWN]:
-        raise BadInput(
-            f"{str(path)!r} was made with its {fixed[0]}, and only a new edit has another; "
-            f"a saved one can be drawn with another {', '.join(DRAWN)}."
-        )
+    _check_drawn(changes, path)
     config, split = EditConfig(**settings["config"] | changes), Split(settings["object"], settings["background"])
     method = _method_for(method, settings)
     same_model(settings, method.models, repr(str(path)))
@@ -1723,6 +1701,25 @@ def _check_reuse(result, keep, draws):
         raise BadInput(f"draws is {draws!r}; it must be a whole number, at least 1.")
 
 
+def _pictures_kept(result: EditResult, split: Split, given: dict) -> dict:
+    "The reference and the object's picture that were given, else the old ones where the words are the old ones."
+    old: dict[str, Any] = {}
+    if given["reference"] is None and split.background == result.split.background:
+        old["reference"] = result.reference
+    same = result.record.get("object_given") and split.object == result.split.object
+    kept = result.config.object_picture == "input" or same
+    if given["object_reference"] is None and given["object_mask"] is None and kept:
+        old |= dict(object_reference=result.object_image, object_mask=result.object_mask)
+    return given | old
+
+
+def _share_of(difference: dict, keep: float) -> dict | None:
+    "A share of a difference; None where nothing of it is kept."
+    if not keep:
+        return None
+    return {name: x if name.endswith(".down") else (keep * x.float()).half() for name, x in difference.items()}
+
+
 @patch
 @shielded
 def reuse(
@@ -1751,36 +1748,12 @@ def reuse(
     _check_reusable(result, self.models)
     old, seeds = result.config, check_seeds(seeds)
     config = _shorter(old, steps, learning_rate, sampling_steps, draws)
-    split = split_text(text, object, background)
-    if reference is None and split.background == result.split.background:
-        reference = result.reference
-    kept = old.object_picture == "input" or result.record.get("object_given") and split.object == result.split.object
-    if object_reference is None and object_mask is None and kept:
-        object_reference, object_mask = result.object_image, result.object_mask
-    scene = replace(
-        self.prepare(
-            result.image,
-            text,
-            mask=result.mask,
-            reference=reference,
-            object=object,
-            background=background,
-            object_reference=object_reference,
-            object_mask=object_mask,
-            move=move,
-            scale=scale,
-            source=result.record.get("source"),
-            config=config,
-            callback=callback,
-        ),
-        vectors=result.vectors,
-    )
-    times, words = dict(scene.times), self.carry(result, scene)
-    start = (
-        {name: x if name.endswith(".down") else (keep * x.float()).half() for name, x in result.difference.items()}
-        if keep
-        else None
-    )
+    given = dict(reference=reference, object_reference=object_reference, object_mask=object_mask)
+    given = _pictures_kept(result, split_text(text, object, background), given)
+    given |= dict(mask=result.mask, object=object, background=background, move=move, scale=scale)
+    given |= dict(source=result.record.get("source"), config=config, callback=callback)
+    scene = replace(self.prepare(result.image, text, **given), vectors=result.vectors)
+    times, words, start = dict(scene.times), self.carry(result, scene), _share_of(result.difference, keep)
     with clock(times, "tune"):
         difference, losses = self.tune(scene, words, config, callback, None, look_every, seeds[0], start)
     with clock(times, "sample"):

@@ -18,13 +18,13 @@ from collections.abc import Callable, Sequence
 import torch
 from layerdiffusion.base.core import BadInput, Event, Notice, as_path, check_callback, content_hash, environment, fit_image, fit_points, join_callbacks
 from .base.core import live_preview, load_image, one_writer, pick_device, shielded, to_pil, write_atomic
-from layerdiffusion.embeddings import Split, embedding_objective, plain_words, split_text, subject_action, subject_phrase
+from layerdiffusion.embeddings import Split, conditions_of, plain_words, split_text, subject_action, subject_phrase
 from .base.folders import read_json, resolve_model
 from .fine_tuning import apply_difference, fine_tune, trainable, union, weight_difference
 from .guidance import turns
 from layerdiffusion.identity import ACTIONS, PLACES, change_coat, encode_with, first_vectors, known, load_clip, prior_pictures, prior_texts, propose_source, search_target, typical_coat, with_words, word_objective
 from layerdiffusion.base.masks import check_labels, check_mask, composite, dilate, find_mask, load_sam, mask_from_file, move_subject, to_latent
-from .method import interpolate
+from .method import fit_embeddings, interpolate
 from layerdiffusion.interface.saving import EditResult, pictures_beside, check_tensors, clear_checkpoints, patch, photo_info, pixels, read_edit
 from .interface.saving import same_model
 from layerdiffusion.base.sd import PRECISIONS, PREDICTIONS, Models, on_device, check_text, ddim_sample, decode_latents, encode_image, encode_text, half, initial_latents, load_models, optimise, unet_on_cpu, pick_precision, quiet, speak_float32, use, vae_psnr, with_scheduler
@@ -68,7 +68,7 @@ class LayerDiffusion:
         """
         ...
 
-    def own(self, part: str, file: str, other: str) -> str:
+    def part_name(self, part: str, file: str, other: str) -> str:
         """The SAM or CLIP in the model's folder; without one, mini beside mini, else another."""
         ...
 
@@ -102,7 +102,7 @@ class LayerDiffusion:
     """
         ...
 
-    def once(self, stage: str, parts: Sequence, compute: Callable):
+    def cached(self, stage: str, parts: Sequence, compute: Callable):
         """The result of `compute`, kept by the content of `parts`."""
         ...
 
@@ -149,7 +149,7 @@ class LayerDiffusion:
         ...
 
     def target(self, text: str, split: Split, photo: torch.Tensor, found: torch.Tensor, config: EditConfig, given: tuple | None=None, source: str | None=None, callback=None) -> tuple:
-        """O_t and M_t: the photo and its subject, another picture and its subject, or SD(T) and SAM's subject in it."""
+        """O_t and M_t: the photo and its subject, another picture and its subject, or a drawn one and SAM's subject in it."""
         ...
 
     def in_coat(self, split: Split, photo: torch.Tensor, found: torch.Tensor, config: EditConfig, source: str | None=None) -> torch.Tensor:
@@ -174,6 +174,10 @@ class LayerDiffusion:
 
     def small(self, mask: torch.Tensor, config: EditConfig) -> torch.Tensor:
         """A mask (1, 1, h, w) at latent size."""
+        ...
+
+    def _kept_run(self, point: _Checkpoint, callback: Callable | None, losses: list) -> Callable:
+        """The loop of Eq. 2, `optimise`, with a checkpoint that it goes on from and tells of each step."""
         ...
 
     def embed(self, scene: Scene, config: EditConfig | None=None, callback: Callable | None=None, folder=None) -> tuple:
@@ -417,6 +421,10 @@ def _in_its_folder(edit: Callable) -> Callable:
     ...
 _IN_SCENE = ('target_widen', 'recolour', 'recolour_tone', 'target_draws', 'target_quality', 'subject_scale')
 
+def _check_calls(callback, callback_on_step_end):
+    """Refuse what cannot be called."""
+    ...
+
 def _check_given(image, text):
     """Refuse an edit of nothing."""
     ...
@@ -449,12 +457,24 @@ def _record_again(settings: dict, models: Models) -> dict:
     """The record of a saved edit that is drawn again."""
     ...
 
+def _check_drawn(changes: dict, path: Path):
+    """Refuse a change of what a saved edit has learnt."""
+    ...
+
 def load_edit(path: str | Path, method: Any=None, seeds: Sequence[int] | None=None, callback: Callable | None=None, draw: bool=True, **changes) -> EditResult:
     """Draw a saved edit again: with nothing changed, the same pictures, on the same device in the same precision."""
     ...
 
 def _check_reuse(result, keep, draws):
     """Refuse what is no edit, no share and no number."""
+    ...
+
+def _pictures_kept(result: EditResult, split: Split, given: dict) -> dict:
+    """The reference and the object's picture that were given, else the old ones where the words are the old ones."""
+    ...
+
+def _share_of(difference: dict, keep: float) -> dict | None:
+    """A share of a difference; None where nothing of it is kept."""
     ...
 
 def _shorter(old: EditConfig, steps: int | None=None, learning_rate: float | None=None, sampling_steps: int | None=None, draws: int=32) -> EditConfig:

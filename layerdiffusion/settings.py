@@ -130,9 +130,10 @@ class EditConfig(BaseModel):
         "concat", "How the pair [e_a, e_b] enters the U-Net in Eq. 2."
     )
     object_picture: Literal["input", "target", "auto"] = _reading(
-        "target",
-        "O_t, the picture that Eq. 4 learns the subject from. target: one drawn from the text, with SAM's mask of it; "
-        "input: your picture; auto (beyond the paper): yours where its subject does already what the text says.",
+        "input",
+        "O_t, the picture that Eq. 4 learns the subject from. input: your photo; target: one drawn from the text, "
+        "SD(T), with SAM's mask of it, so that nothing of the photo's subject enters the edit; auto (beyond the "
+        "paper): the photo where its subject does already what the text says, else a drawn one.",
     )
     eq45_pictures: Literal["each", "one", "composite"] = _reading(
         "composite",
@@ -192,8 +193,8 @@ class EditConfig(BaseModel):
     tuning_decay: bool = _beyond(False, "Let the learning rate of Eq. 6 fall to nothing along half a cosine.")
     target_draws: int = _beyond(
         1,
-        "O_t is the best of so many drawn pictures. The one whose subject looks most like the photo's; 1: as in the "
-        "paper.",
+        "O_t is the best of so many drawn pictures. The one whose subject looks most like the photo's; 1: the first. "
+        "Only where O_t is drawn, with object_picture target or auto.",
         ge=1,
         le=1024,
     )
@@ -206,13 +207,15 @@ class EditConfig(BaseModel):
     )
     target_widen: float = _beyond(
         0.0,
-        "Grow the mask of a drawn O_t by this share of the picture's longer side, for its outline is soft.",
+        "Grow the mask of a drawn O_t by this share of the picture's longer side. Its outline is soft. Only with "
+        "object_picture target or auto.",
         ge=0,
         le=0.2,
     )
     subject_scale: float = _beyond(
         0.0,
-        "How strongly the model that draws O_t sees the photo's subject. 0: not at all, as in the paper.",
+        "How strongly the model that draws O_t sees the photo's subject. 0: not at all. Only where O_t is drawn, with "
+        "object_picture target or auto.",
         ge=0,
         le=20,
     )
@@ -299,10 +302,10 @@ class EditConfig(BaseModel):
     def resolve(self, card: dict) -> "EditConfig":
         "Every setting named, with the model's own numbers (and those for the preset) where nothing was asked for."
         numbers = {name: card.get(name, value) for name, value in PAPER.items() if getattr(self, name) is None}
-        own = card.get("presets", {}).get(self.preset, {})
+        of_preset = card.get("presets", {}).get(self.preset, {})
         numbers |= {
             name: value
-            for name, value in own.items()
+            for name, value in of_preset.items()
             if name not in self.model_fields_set or getattr(self, name) is None
         }
         return EditConfig(**{name: getattr(self, name) for name in EditConfig.model_fields} | numbers)
@@ -311,7 +314,7 @@ class EditConfig(BaseModel):
         "What records and caches are called by; of some settings, or of all."
         return settings_key(self.model_dump(mode="json", include=names and set(names)))
 
-# %% ../nbs/method/08_settings.ipynb #197c4957
+# %% ../nbs/method/08_settings.ipynb #ec939d9e
 DEFAULTS = {name: field.default for name, field in EditConfig.model_fields.items() if name != "preset"}
 
 # %% ../nbs/method/08_settings.ipynb #1706e536
@@ -366,15 +369,18 @@ def _declared(name: str) -> Declared:
 SETTINGS = {name: _declared(name) for name in DEFAULTS}
 
 # %% ../nbs/method/08_settings.ipynb #dba2ba05
-VERSION = 1  # of what the settings mean
+VERSION = 2  # of what the settings mean
+_BEFORE = {1: dict(object_picture="target")}  # version -> the defaults that were others then
 
 
 def settings_key(
     settings: dict,  # values by name, as `EditConfig.model_dump` gives them
+    version: int | None = None,  # an earlier one, to find what was kept then; None: `VERSION`
 ) -> dict:
     "What settings differ in from the defaults, and the version of their meaning: the key of a record or a cache."
-    odd = object()
-    return dict(version=VERSION) | {k: v for k, v in settings.items() if v != DEFAULTS.get(k, odd)}
+    version, odd = version or VERSION, object()
+    usual = DEFAULTS | _BEFORE.get(version, {})
+    return dict(version=version) | {k: v for k, v in settings.items() if v != usual.get(k, odd)}
 
 # %% ../nbs/method/08_settings.ipynb #1a8b64a1
 PAPER = {name: setting.unset for name, setting in SETTINGS.items() if setting.unset is not None}

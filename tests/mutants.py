@@ -106,8 +106,8 @@ MUTANTS = [
     way(
         "the new words' rate",
         "pipeline",
-        "[vectors], lr=config.word_lr",
-        "[vectors], lr=config.embedding_lr",
+        "config.embedding_steps, config.word_lr",
+        "config.embedding_steps, config.embedding_lr",
         "first_step",
     ),
     way(
@@ -171,8 +171,10 @@ MUTANTS = [
         "default",
     ),
     way("one term for two", "method", "return len(latents) * noise_loss", "return noise_loss", "two_terms"),
-    loop("a sum over the draws", "fine_tuning", "noise, timesteps, e) / batch", "noise, timesteps, e)", "several"),
-    loop("the decay kept back", "fine_tuning", "            decay,\n        )", "            0.0,\n        )", "decay"),
+    loop("a sum over the draws", "fine_tuning", "(step, generator) / batch", "(step, generator)", "several"),
+    loop("one draw for several", "fine_tuning", "several if batch > 1", "several if batch > 9", "several"),
+    loop("Eq. 2 in no other reading", "method", "conditions(*words, step) if conditions else ", "", "mix"),
+    loop("the decay kept back", "fine_tuning", "decay=decay, begin", "decay=False, begin", "decay"),
     loop("the decay forgotten", "pipeline", '    tuning_decay="decay",\n', "", "decay"),
     loop(
         "Eq. 4's words",
@@ -243,7 +245,7 @@ MUTANTS = [
         "pipeline",
         "initial_latents(models, [config.seed], *size)",
         "initial_latents(models, [0], *size)",
-        "draws_both",
+        "not_given",
     ),
     # Masks
     way(
@@ -291,7 +293,7 @@ MUTANTS = [
     ),
     way("a noisy look", "identity", "models.unet(subject.latents, 0,", "models.unet(subject.latents, 500,", "reads"),
     # The search for O_t
-    way("the worst is bred", "identity", "best.sort(key=lambda b: b[0])", "best.sort(key=lambda b: -b[0])", "breeds"),
+    way("the worst is varied", "identity", "best.sort(key=lambda b: b[0])", "best.sort(key=lambda b: -b[0])", "varies"),
     way("the stop rule", "identity", "best[0][0] > CHANGED", "best[0][0] < CHANGED", "stops"),
     way("no seed", "identity", 'stream("target search", seed)', 'stream("target search", 0)', "prior_coat_and_search"),
     way(
@@ -311,7 +313,7 @@ MUTANTS = [
     # Another coat
     way("the old colour", "identity", "share * (new * shade)", "share * (old * shade)", "coat"),
     way("a worn coat is changed", "identity", "norm() <= max(least", "norm() >= max(least", "coat"),
-    way("lighter for darker", "identity", "(old.mean() / worn[0].mean())", "(worn[0].mean() / old.mean())", "coat"),
+    way("lighter for darker", "identity", "old.mean() / photo_coat[0]", "1 / old.mean() * photo_coat[0]", "coat"),
     way(
         "tone where none is asked for",
         "pipeline",

@@ -84,11 +84,11 @@ def test_batches_are_larger_on_an_accelerator(tmp_path):
     objective.loss = lambda drawn, g, look: look(torch.zeros(1, 48, 128))
     objective.looking = lambda null, alone, mask: seen.update(alone=alone, mask=mask)
     objective.forward(scenes, g)
-    own = objective.pool[-1]["alone"].view(16, 4, -1)
+    pooled = objective.pool[-1]["alone"].view(16, 4, -1)
     another = seen["alone"][:64].view(16, 4, -1)
     for i in there[:, 0].nonzero().flatten().tolist():
         for k in range(4):
-            turn = [j for j in range(4) if torch.equal(another[i, k], own[i, j])]
+            turn = [j for j in range(4) if torch.equal(another[i, k], pooled[i, j])]
             assert turn and k not in turn
 
 

@@ -195,7 +195,7 @@ def test_a_seed_is_a_picture(method, scene):
     assert mean(three[1], again[0]) < 1e-5 and min(mean(three[i], three[k]) for i, k in ((0, 1), (0, 2), (1, 2))) > 0.01
 
 
-def test_seeds_of_prior_coat_and_search(models, monkeypatch):
+def test_seeds_drawn_coat_and_search(models, monkeypatch):
     "The noise each of them begins with."
     from layerdiffusion.mini.world import stream
 
@@ -277,7 +277,7 @@ def test_the_models_own_pictures(method, plain, scene):
     k = torch.randint(3, (2,), generator=g)
     noise, t = torch.randn(3, 4, 16, 16, generator=g), torch.randint(1000, (3,), generator=g)
     with torch.no_grad():
-        own = (
+        drawn = (
             sum(
                 plain.error(plain.unet, pictures[i : i + 1], noise[1 + n : 2 + n], t[1 + n : 2 + n], words[i : i + 1])
                 .square()
@@ -288,8 +288,8 @@ def test_the_models_own_pictures(method, plain, scene):
             / 2
         )
     losses = {w: method.tune(scene, (scene.e_a, scene.e_b), config(w))[1][0] for w in (0.0, 1.0, 3.0)}
-    assert losses[1.0] - losses[0.0] == pytest.approx(own, abs=1e-5) and losses[3.0] - losses[0.0] == pytest.approx(
-        3 * own, abs=3e-5
+    assert losses[1.0] - losses[0.0] == pytest.approx(drawn, abs=1e-5) and losses[3.0] - losses[0.0] == pytest.approx(
+        3 * drawn, abs=3e-5
     )
 
 
@@ -504,7 +504,7 @@ class Drawn:
     "A model whose pictures are grey, the lighter the larger their noise, so that a search among them can be followed."
 
     def __init__(self, monkeypatch, quality=lambda grey: 0.0):
-        self.noise, self.bred, self.saw, breed = [], [], [], identity._breed
+        self.noise, self.varied, self.saw, vary = [], [], [], identity.vary_noise
         self.scheduler, self.folder = SimpleNamespace(init_noise_sigma=1.0), None
 
         def sample(models, embeds, none, latents, steps, guidance):
@@ -515,8 +515,8 @@ class Drawn:
             return SimpleNamespace(mask=torch.ones(1, 8, 8), quality=quality(x.mean().item()))
 
         def bring(noise, *args):
-            self.bred.append(noise)
-            return breed(noise, *args)
+            self.varied.append(noise)
+            return vary(noise, *args)
 
         stubs = dict(
             encode_text=lambda *a: None,
@@ -524,7 +524,7 @@ class Drawn:
             ddim_sample=sample,
             decode_latents=lambda m, z: self.grey(z),
             propose_subject=look,
-            breed=bring,
+            vary_noise=bring,
             see_subject=lambda m, subject, scale, weights: self.saw.append(scale) or m,
             cut_out=lambda *a: None,
             subject_weights=lambda m: None,
@@ -550,14 +550,14 @@ class Drawn:
         return picture.mean().item(), torch.tensor(history)
 
 
-def test_the_search_breeds_the_nearest(monkeypatch):
+def test_the_search_varies_the_nearest(monkeypatch):
     "Each generation's parents are the nearest of all draws so far, and what it gives is the nearest of all."
     drawn = Drawn(monkeypatch)
     found, far = drawn.search(0.75)
     noise = torch.cat(drawn.noise)
     grey = drawn.grey(noise).mean((1, 2, 3))
     assert len(noise) == 40 and found == pytest.approx(grey[(grey - 0.75).abs().argmin()].item(), abs=1e-6)
-    for before, parents in zip((14, 27), drawn.bred, strict=True):  # 2/3 of 40 draws are bred, 13 a generation
+    for before, parents in zip((14, 27), drawn.varied, strict=True):  # 2/3 of 40 draws are bred, 13 a generation
         nearest = noise[:before][(grey[:before] - 0.75).abs().argsort()[:3]]
         assert torch.equal(parents, nearest)
     assert torch.allclose(far, (grey - 0.75).abs() * far[0] / (grey[0] - 0.75).abs(), atol=1e-4)
@@ -593,7 +593,7 @@ def test_children_are_like_their_parents():
     parents = torch.randn(2, 1, 50, 50, generator=torch.Generator().manual_seed(0))
     like = {}
     for spread in (0.0, 0.3, 1.0):
-        children = identity._breed(parents, 4, spread, torch.Generator().manual_seed(1))
+        children = identity.vary_noise(parents, 4, spread, torch.Generator().manual_seed(1))
         assert children.std().item() == pytest.approx(1, abs=0.05)
         like[spread] = F.cosine_similarity(children[2].flatten(), parents[0].flatten(), dim=0).item()
     assert like[0.0] == pytest.approx(1) and like[0.3] == pytest.approx(0.91**0.5, abs=0.05) and abs(like[1.0]) < 0.1
@@ -617,13 +617,13 @@ def test_the_choice():
 COAT, ASKED = torch.tensor([0.6, 0.4, 0.2]), torch.tensor([0.2, 0.3, 0.7])
 
 
-def coats(monkeypatch, method, worn):
+def coats(monkeypatch, method, photo_coat):
     "The coats that words are said to name."
     said = []
 
     def typical(models, sam, words, seed):
         said.append(words)
-        return (ASKED, 0.01) if "blue" in words else (worn, 0.01)
+        return (ASKED, 0.01) if "blue" in words else (photo_coat, 0.01)
 
     monkeypatch.setattr(pipeline, "typical_coat", typical)
     image = torch.full((3, 64, 64), 0.5)
@@ -638,8 +638,8 @@ def test_the_coat_becomes_the_one_that_is_asked_for(method, monkeypatch):
 
     split = split_text("a blue dog lying in the snow")
 
-    def coat(worn, **changes):
-        image, mask, said = coats(monkeypatch, LayerDiffusion(method.models), worn)
+    def coat(photo_coat, **changes):
+        image, mask, said = coats(monkeypatch, LayerDiffusion(method.models), photo_coat)
         new = LayerDiffusion(method.models, "mini").in_coat(
             split, image, mask, short(**changes), "a brown dog lying in a city"
         )
@@ -779,8 +779,8 @@ def test_attention_by_hand(models, subject, kind):
             )
         else:
             w = p.weights
-            own = attn.to_out[0](attend(attn.to_q(x), attn.to_k(x), attn.to_v(x), 1.0))
-            expected = own + scale * (
+            alone = attn.to_out[0](attend(attn.to_q(x), attn.to_k(x), attn.to_v(x), 1.0))
+            expected = alone + scale * (
                 attend(x @ w["q"].T, seen @ w["k"].T, seen @ w["v"].T, 1.0) @ w["out"].T + w["out_bias"]
             )
         assert torch.allclose(p(attn, x), expected, atol=1e-4)

@@ -36,8 +36,6 @@ COMMAND = [
     *[
         "--mask",
         "mask.png",
-        "--object-picture",
-        "input",
         "--embedding-steps",
         "14",
         "--tuning-steps",
@@ -59,6 +57,8 @@ DRAWN = [
     *[
         "--mask",
         "mask.png",
+        "--object-picture",
+        "target",
         "--embedding-steps",
         "10",
         "--tuning-steps",
@@ -72,7 +72,7 @@ DRAWN = [
         "--out",
         "out",
     ],
-]  # with O_t = SD(T), as by default
+]  # with O_t = SD(T)
 
 
 # A life is a process that runs the command. It is forked from a server that has imported the libraries, so that it
@@ -227,7 +227,7 @@ def test_killed_again_and_again(place, whole, seed):
 
 
 def test_killed_with_a_drawn_target(place, tmp_path_factory):
-    """The default, O_t = SD(T): killed nine times at steps of all five stages and at touches of its files, and the same
+    """With O_t = SD(T): killed nine times at steps of all five stages and at touches of its files, and the same
     bytes in the end."""
     draw = random.Random(2)
     steps = [

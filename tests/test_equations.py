@@ -19,7 +19,6 @@ from layerdiffusion.mini.world import make_edit, sample_scenes
 
 T_A, T_B, SOURCE = "a pink dog standing", "in the snow", "a pink dog lying in a city at night"
 SHORT = dict(embedding_steps=3, embedding_lr=1e-2, tuning_steps=3, tuning_lr=2e-4, sampling_steps=4, guidance_scale=3.0)
-GIVEN = dict(object_picture="input")
 SEEDS, NEAR = [3, 0], 1e-5
 
 
@@ -232,11 +231,11 @@ CASES = {
 
 @pytest.fixture(scope="module")
 def ours(method, scene):
-    "Our edit with the photo's subject as O_t and a given reference, each kept."
+    "Our edit with a given reference, each kept; the photo's subject is O_t, as by default."
     photo, mask, reference = scene
 
     def edit(**changes):
-        config = EditConfig(**SHORT | GIVEN | changes)
+        config = EditConfig(**SHORT | changes)
         kept = edit.__dict__.setdefault(str(config), [])
         if not kept:
             kept.append(
@@ -266,13 +265,13 @@ def test_an_edit_is_the_plain_loop(ours, plain, scene, name):
     assert name == "the default" or max(moved) > 50 * NEAR
 
 
-def test_the_default_draws_both_pictures(method, plain, scene):
+def test_what_is_not_given_is_drawn(method, plain, scene):
     """O_t = SD(T) with SAM's mask of it, O_r = SD(T_b), both from the setting's own seed; the photo is fitted, and
     learnt from nowhere."""
     from layerdiffusion.base.masks import propose_subject
 
     photo, mask, _ = scene
-    config = EditConfig(**SHORT | dict(seed=2))
+    config = EditConfig(**SHORT, object_picture="target", seed=2)
     result = method.edit(photo, f"{T_A} {T_B}", mask=mask, seeds=[5], config=config)
     words = [plain.words(text) for text in (f"{T_A} {T_B}", T_B)]
     whole, place = (plain.draw(plain.unet, 2, lambda i, t, e=e: e, config) for e in words)

@@ -43,6 +43,7 @@ from layerdiffusion.evidence.experiments import (
     sheet_title,
     show_experiment,
     summary,
+    told,
     _valid_marks,
 )
 
@@ -339,6 +340,14 @@ def test_where_nothing_is_left_to_rise():
     answers = [compare(record, "x", "y"), compare(record, "x", "z", "right"), compare(record, "x", "y", "clip")]
     assert ": all are, with both;" in answers[0] and ": yes;" in answers[1] and ": no;" in answers[2]
     assert count_answers(answers) == "all are, with both: 1, yes: 1, no: 1"
+
+
+def test_a_record_from_before_says_what_paper_meant_then():
+    "The presets of version 1 learnt the subject from a drawn picture; a record of today has its version."
+    folder = Path(__file__).resolve().parents[1] / "nbs" / "results" / "experiments"
+    record = load_experiment("alpha", of="paper", folder=folder)
+    record.pop("version", None)
+    assert "object_picture='target'" in told(record) and "target" not in told(record | dict(version=2))
 
 
 def test_only_complete_edits_are_counted(done):

@@ -2,6 +2,7 @@
 were."""
 
 import contextlib
+import functools
 import subprocess
 import sys
 
@@ -10,9 +11,9 @@ import torch
 
 from layerdiffusion import LayerDiffusion, load_edit
 from layerdiffusion.base.core import _plain_torch, shielded
-from layerdiffusion.embeddings import embedding_objective
 from layerdiffusion.fine_tuning import fine_tune
 from layerdiffusion.base.sd import encode_image, encode_text, load_models, optimise
+from layerdiffusion.method import fit_embeddings
 
 TEXT = "a dog jumping in a forest"
 SHORT = dict(embedding_steps=2, tuning_steps=2, sampling_steps=2)
@@ -185,13 +186,13 @@ def test_training_alone(name, photo):
     mask[..., :4] = 0
 
     @shielded
-    def own_loop(e_a, e_b):
-        words = [e.clone().requires_grad_() for e in (e_a, e_b)]
-        losses = optimise(embedding_objective(models, *words, latents, mask), words, 2, 1e-3, "embeddings")
-        return [e.detach() for e in words], losses
+    def a_loop(e_a, e_b):
+        losses, parts = [], (models.unet, models.scheduler)
+        run = functools.partial(optimise, losses=losses)
+        return fit_embeddings(*parts, e_a, e_b, latents, mask, steps=2, learning_rate=1e-3, run=run), losses
 
     def learn():
-        words, losses = own_loop(e_a, e_b)
+        words, losses = a_loop(e_a, e_b)
         tuned, more = fine_tune(models, words[0], latents, mask, None, mask, steps=2, learning_rate=1e-4)
         return [*words, *tuned.state_dict().values()], [*losses, *more]
 

@@ -707,10 +707,10 @@ def published(tmp_path_factory):
 def test_sam_out_of_its_wrapping(published, tmp_path, wrap):
     from layerdiffusion.base.masks import load_sam
 
-    own = torch.load(published, weights_only=True)
-    torch.save(wrap(own), tmp_path / "sam.pth")
+    weights = torch.load(published, weights_only=True)
+    torch.save(wrap(weights), tmp_path / "sam.pth")
     loaded = load_sam(tmp_path / "sam.pth").state_dict()
-    assert set(loaded) == set(own) and all(torch.equal(loaded[n], x) for n, x in own.items())
+    assert set(loaded) == set(weights) and all(torch.equal(loaded[n], x) for n, x in weights.items())
 
 
 SAMS = [
@@ -744,9 +744,9 @@ SAMS = [
 def test_sam_called_by_its_name(published, tmp_path, name, change, words):
     from layerdiffusion.base.masks import load_sam
 
-    own = torch.load(published, weights_only=True)
-    change(own)
-    torch.save(dict(model=own), tmp_path / "sam.pth")
+    weights = torch.load(published, weights_only=True)
+    change(weights)
+    torch.save(dict(model=weights), tmp_path / "sam.pth")
     sentence = said(load_sam, tmp_path / "sam.pth")
     assert "sam.pth" in sentence and not [w for w in words if w not in sentence], sentence
 

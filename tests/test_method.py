@@ -1,6 +1,7 @@
 """The paper alone, `method`, draws what `LayerDiffusion` draws, is short, and stands on torch and diffusers."""
 
 import ast
+import sys
 from pathlib import Path
 
 import pytest
@@ -40,13 +41,34 @@ def bare(models, scene):
     )
 
 
-def test_the_paper_alone_draws_what_the_library_draws(models, scene, bare):
+def test_the_paper_alone_draws_what_the_default_edit_draws(models, scene, bare):
+    "No reading is named: the defaults are the paper's method, with the photo as the subject's picture."
     photo, mask, place = scene
-    given = dict(mask=mask, reference=place, object=T_A, background=T_B, seeds=[3, 0], object_picture="input")
+    given = dict(mask=mask, reference=place, object=T_A, background=T_B, seeds=[3, 0])
     ours = LayerDiffusion(models).edit(
         photo, f"{T_A} {T_B}", **given, **SHORT, sampling_steps=4, guidance_scale=3.0, seed=2
     )
+    assert ours.config.object_picture == "input" and ours.config.preset is None
     assert (ours.images - bare).abs().max() < 1e-5 and not torch.allclose(bare[0], bare[1], atol=0.01)
+
+
+def test_what_the_paper_map_names_is_what_a_default_edit_runs(models, scene):
+    "Every function of the module but `edit`: the public class calls them all, and has no other loop."
+    photo, mask, place = scene
+    called = set()
+
+    def note(frame, event, _):
+        if event == "call" and frame.f_code.co_filename == method.__file__:
+            called.add(frame.f_code.co_name)
+
+    sys.setprofile(note)
+    try:
+        LayerDiffusion(models).edit(
+            photo, f"{T_A} {T_B}", mask=mask, reference=place, **SHORT, sampling_steps=2, seeds=[0]
+        )
+    finally:
+        sys.setprofile(None)
+    assert called >= set(method.__all__) - {"edit"}, set(method.__all__) - called
 
 
 def test_the_model_stays_as_it_was(models, bare):

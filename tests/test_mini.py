@@ -199,7 +199,7 @@ def test_the_app_ticks_no_ghost(monkeypatch):
     monkeypatch.setattr(app, "subject_likeness", lambda *_: torch.zeros(1))
     monkeypatch.setattr(app, "Clip", lambda _: Some(pictures=None))
     monkeypatch.setattr(app, "propose_subject", lambda *_: Some(mask=torch.ones(1, 64, 64)))
-    method = Some(models=Some(card=dict(name="mini")), once=lambda name, key, make: make(None), sam=None)
+    method = Some(models=Some(card=dict(name="mini")), cached=lambda name, key, make: make(None), sam=None)
     result = Some(images=torch.zeros(1, 3, 64, 64), text="a grey cat sitting on a beach", image=None, mask=None)
 
     def seen():
@@ -269,7 +269,7 @@ def test_parts_are_left_out():
     ground = draw_places(s, 64)
     (plain, mask), all_of = draw_subjects(ground, s), torch.ones(4, dtype=torch.bool)
     assert torch.equal(draw_subjects(ground, s, {})[0], plain)
-    image, nothing = draw_subjects(ground, s, dict.fromkeys([*PARTS, "face", "worn"], all_of))
+    image, nothing = draw_subjects(ground, s, dict.fromkeys([*PARTS, "face", "accessory"], all_of))
     assert torch.equal(image, ground) and not nothing.any()
     first = torch.tensor([True, False, False, False])
     image, less = draw_subjects(ground, s, dict.fromkeys(["head", "snout", "ear", "ear_far", "face"], first))

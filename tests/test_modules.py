@@ -115,14 +115,14 @@ def test_rooms(module):
 
 @pytest.mark.parametrize("module", MODULES)
 def test_functions_are_short(module):
-    "At most 40 lines after signature and docstring."
+    "At most 30 lines after signature and docstring."
 
     def lines(f):
         body = f.body[1:] if ast.get_docstring(f) is not None else f.body
         return body[-1].end_lineno - body[0].lineno + 1 if body else 0
 
     functions = [n for n in ast.walk(tree(module)) if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef))]
-    assert not [(f.name, lines(f)) for f in functions if lines(f) > 40]
+    assert not [(f.name, lines(f)) for f in functions if lines(f) > 30]
 
 
 SOURCES = sorted(p.relative_to(ROOT).as_posix() for p in [*PACKAGE.rglob("*.py"), *(ROOT / "tests").glob("*.py")])

@@ -418,6 +418,28 @@ def test_an_edit_from_before_a_setting_loads(method, edit, tmp_path):
         assert again.config == edit.config and torch.equal(again.images, edit.images)
 
 
+def test_an_edit_of_the_first_settings_loads_as_what_it_was(method, edit, tmp_path):
+    "Its hash is of version 1, where a drawn O_t was the default; with another picture named it was tampered with."
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    from layerdiffusion.base.core import content_hash
+    from layerdiffusion.settings import settings_key
+
+    file = edit.save(tmp_path) / "edit.safetensors"
+    with safe_open(file, "pt") as f:
+        settings = json.loads(f.metadata()["edit"])
+    settings["config"]["object_picture"] = "target"
+    settings["config_hash"] = content_hash(settings_key(settings["config"], 1))
+    tensors = load_file(file)
+    save_file(tensors, file, {"edit": json.dumps(settings)})
+    assert load_edit(file, method, draw=False).config.object_picture == "target"
+    settings["config"]["object_picture"] = "input"
+    save_file(tensors, file, {"edit": json.dumps(settings)})
+    with pytest.raises(BadInput, match="settings were changed"):
+        load_edit(file, method, draw=False)
+
+
 def test_a_rank_beyond_every_matrix_costs_nothing(method, edit, tmp_path):
     "A LoRA has no more directions than its largest matrix: a million of them would fill the memory with zeros."
     folder = export(edit, method, tmp_path, "lora", 10**6)

@@ -23,13 +23,13 @@ def test_a_given_judge_is_asked(monkeypatch):
         return lambda images: [dict(judge=number) for _ in images]
 
     monkeypatch.setattr(scores, "Scorer", scorer)
-    method, own = LayerDiffusion.from_pretrained("mini"), load_judge()
-    other = copy.deepcopy(own)
+    method, shipped = LayerDiffusion.from_pretrained("mini"), load_judge()
+    other = copy.deepcopy(shipped)
     other.heads["pose"].bias.data += 1
     config = preset("paper", embedding_steps=0, tuning_steps=0, sampling_steps=1)
     said = [
         measure(method, edit_set("development")[:1], config, [0], judge=j)[0]["judge"]
-        for j in (None, own, other, copy.deepcopy(own))
+        for j in (None, shipped, other, copy.deepcopy(shipped))
     ]
     assert said == [1, 2, 3, 2] and len(made) == 3
 

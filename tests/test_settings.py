@@ -209,6 +209,16 @@ def test_a_key_is_what_differs_and_a_version(monkeypatch):
     assert content_hash(plain) != before, "a new meaning makes all records anew"
 
 
+def test_an_earlier_default_is_never_taken_for_the_new_one():
+    "Version 1 drew the subject's picture from the text: its keys are found, and are no key of today."
+    from layerdiffusion.settings import settings_key
+
+    old, new = EditConfig(object_picture="target").model_dump(), EditConfig().model_dump()
+    assert settings_key(old, 1) == dict(version=1) and settings_key(new, 1) == dict(version=1, object_picture="input")
+    assert settings_key(old) == dict(version=2, object_picture="target") and settings_key(new) == dict(version=2)
+    assert EditConfig(preset="best").object_picture == "auto", "best names its own"
+
+
 def test_what_is_written_down():
     "All settings, and a preset only while it has values to give."
     from layerdiffusion.settings import SETTINGS

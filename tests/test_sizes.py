@@ -264,7 +264,7 @@ def test_results_of_stages_are_bounded(method, monkeypatch):
     monkeypatch.setattr(pipeline, "_KEEP", 900)
 
     def ask(name):
-        return fresh.once("stage", [name], lambda key: made.append(name) or torch.zeros(100))
+        return fresh.cached("stage", [name], lambda key: made.append(name) or torch.zeros(100))
 
     for name in "ababc":
         ask(name)  # 400 bytes each, so two are kept

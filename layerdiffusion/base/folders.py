@@ -382,9 +382,9 @@ def _check_index(index: dict, file: Path) -> list:
     return [f"{file} names {', '.join(more)}, too; it is not used."] if more else []
 
 # %% ../../nbs/base/01_folders.ipynb #9dfdb86b
-def _check_fit(unet: dict, vae: dict, text: dict, folder: Path):
-    "Refuse parts that do not belong together."
-    file, latent, reads = folder / "unet" / "config.json", vae["latent_channels"], unet["in_channels"]
+def _check_channels(unet: dict, latent: int, file: Path):
+    "Refuse a U-Net that reads or gives anything but latents."
+    reads = unet["in_channels"]
     kinds = {
         2 * latent + 1: "an inpainting model, which reads a mask and a masked picture, too",
         latent + 1: "a depth model, which reads a depth map, too",
@@ -400,6 +400,12 @@ def _check_fit(unet: dict, vae: dict, text: dict, folder: Path):
         raise BadModel(
             f"{file}: the U-Net answers with {unet['out_channels']} channels and its latents have {latent}; {_FITTING}."
         )
+
+
+def _check_fit(unet: dict, vae: dict, text: dict, folder: Path):
+    "Refuse parts that do not belong together."
+    file = folder / "unet" / "config.json"
+    _check_channels(unet, vae["latent_channels"], file)
     colours, vae_file = (vae["in_channels"], vae["out_channels"]), folder / "vae" / "config.json"
     if colours != (3, 3):
         raise BadModel(

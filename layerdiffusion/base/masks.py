@@ -136,14 +136,12 @@ def _build_sam(config):
     )
 
 # %% ../../nbs/base/03_masks.ipynb #13e898bd
-def _sam_config(weights):
-    "What `_build_sam` needs, read off the shapes of weights."
-    shape = {name: tuple(x.shape) for name, x in weights.items()}
-    width, _, patch, _ = shape["image_encoder.patch_embed.proj.weight"]
-    side, dim = shape["image_encoder.pos_embed"][1], shape["image_encoder.neck.0.weight"][0]
-    depth = 1 + max(int(name.split(".")[2]) for name in weights if name.startswith("image_encoder.blocks."))
+def _encoder_config(shape: dict, side: int, patch: int) -> dict:
+    "SAM's image encoder, read off the shapes of weights."
+    width, dim = shape["image_encoder.patch_embed.proj.weight"][0], shape["image_encoder.neck.0.weight"][0]
+    depth = 1 + max(int(name.split(".")[2]) for name in shape if name.startswith("image_encoder.blocks."))
     reach = [(shape[f"image_encoder.blocks.{i}.attn.rel_pos_h"][0] + 1) // 2 for i in range(depth)]
-    encoder = dict(
+    return dict(
         img_size=side * patch,
         patch_size=patch,
         embed_dim=width,
@@ -156,6 +154,13 @@ def _sam_config(weights):
         global_attn_indexes=[i for i, n in enumerate(reach) if n == side],
         norm_layer=lambda n: torch.nn.LayerNorm(n, eps=1e-6),
     )
+
+
+def _sam_config(weights):
+    "What `_build_sam` needs, read off the shapes of weights."
+    shape = {name: tuple(x.shape) for name, x in weights.items()}
+    patch = shape["image_encoder.patch_embed.proj.weight"][2]
+    side, dim = shape["image_encoder.pos_embed"][1], shape["image_encoder.neck.0.weight"][0]
     prompts = dict(
         embed_dim=dim,
         image_embedding_size=(side, side),
@@ -170,7 +175,7 @@ def _sam_config(weights):
         iou_head_hidden_dim=shape["mask_decoder.iou_prediction_head.layers.0.weight"][0],
     )
     return dict(
-        image_encoder=encoder,
+        image_encoder=_encoder_config(shape, side, patch),
         prompt_encoder=prompts,
         transformer=transformer,
         mask_decoder=decoder,

@@ -27,10 +27,9 @@ from .core import LOADING, BadInput, BadModel, Event, check_callback, one_loader
 from .folders import PARTS, check_folder, read_json, resolve_model, say_once, weight_files, weights_hash
 from layerdiffusion.method import (
     denoise,
-    each_loss,
     embed_text,
-    gradients,
     initial_noise,
+    minimise,
     signal_and_noise,
     to_latents,
     to_pictures,
@@ -520,13 +519,12 @@ def whole_step():
         old(*pressed[0])
 
 # %% ../../nbs/base/02_sd.ipynb #0669cce9
-def _gradients(loss, params, scale: float = 1.0) -> torch.Tensor:
-    "The `gradients` of `loss`; tells whether all are numbers."
-    gradients(loss if scale == 1 else loss * scale, params)
+def _all_numbers(loss, params, scale: float = 1.0) -> torch.Tensor:
+    "Whether the loss and all gradients are numbers; the gradients are divided by `scale`."
     found = [p.grad for p in params if p.grad is not None]
     if scale != 1:
         torch._foreach_div_(found, scale)
-    return torch.stack([loss.detach().float(), *(n.float() for n in torch._foreach_norm(found))]).isfinite().all()
+    return torch.stack([loss.float(), *(n.float() for n in torch._foreach_norm(found))]).isfinite().all()
 
 # %% ../../nbs/base/02_sd.ipynb #46e11b66
 def optimise(
@@ -543,44 +541,49 @@ def optimise(
     scale: float = 1.0,  # of the loss in the backward pass, see `Models.gradient_scale`
     decay: bool = False,  # the learning rate falls to nothing along half a cosine
     every: int | None = None,  # steps between two looks at the numbers; None: 1 on a CPU, 16 on a GPU
+    begin: Callable | None = None,  # (params, optimizer, losses) -> steps done before, once; may restore them
 ) -> list:  # the losses
-    """`minimise` with all that a long run needs: what Eqs. 2 and 4–6 are trained with.
+    """`minimise` with all that a long run needs around each step: what Eqs. 2 and 4–6 are trained with.
 
     Raises:
         BadInput: a loss or a gradient is no number any more, or the callback cannot be called.
     """
     check_callback(callback)
-    params, losses, begin, good, known = list(params), [] if losses is None else losses, time.perf_counter(), [], None
-    optimizer = optimizer or torch.optim.Adam(params, lr=learning_rate)
+    params, losses, began, good, known = list(params), [] if losses is None else losses, time.perf_counter(), [], None
+    adam = optimizer or torch.optim.Adam(params, lr=learning_rate)
     every = every or (1 if params[0].device.type == "cpu" else 16)
-    for step, loss in each_loss(loss_fn, steps, stage, seed, start):
-        for group in optimizer.param_groups if decay else ():
+
+    def watch(step, loss, move):
+        nonlocal known
+        loss, look = loss.detach() / scale, (step + 1) % every == 0 or step + 1 == steps
+        for group in adam.param_groups if decay else ():
             group["lr"] = learning_rate * (1 + math.cos(math.pi * step / steps)) / 2
-        good.append(_gradients(loss, params, scale))
-        look = (step + 1) % every == 0 or step + 1 == steps
+        good.append(_all_numbers(loss, params, scale))
         if look:
-            good = _check_steps(
-                good, loss, f"The stage {stage!r} stopped at step {step} (learning rate {learning_rate:g})"
-            )
+            _check_steps(good, loss, f"The stage {stage!r} stopped at step {step} (learning rate {learning_rate:g})")
         with whole_step():
-            optimizer.step()
-            optimizer.zero_grad()
-            losses.append(loss.detach())
+            move()
+            adam.zero_grad()
+            losses.append(loss)
             if look:
                 losses[:] = map(float, losses)
                 known = losses[-1]
         if callback:
-            callback(Event(stage, step + 1, steps, known, time.perf_counter() - begin))
+            callback(Event(stage, step + 1, steps, known, time.perf_counter() - began))
+
+    scaled = loss_fn if scale == 1 else lambda step, generator: loss_fn(step, generator) * scale
+    start = begin(params, adam, losses) if begin else start
+    minimise(scaled, params, steps, learning_rate, stage, seed, start, adam, watch)
     return losses
 
 
-def _check_steps(good: list, loss, blame: str) -> list:
-    "Refuse to go on where a step since the last look had a loss or a gradient that is no number; an empty list."
+def _check_steps(good: list, loss, blame: str):
+    "Refuse to go on where a step since the last look had a loss or a gradient that is no number, and forget them."
     if not torch.stack(good).all():
         raise BadInput(
             f"{blame}: the loss became {loss.item():.3g}, or its gradient is not a number; try a smaller learning rate."
         )
-    return []
+    good.clear()
 
 # %% ../../nbs/base/02_sd.ipynb #1f568fe1
 def initial_latents(models: Models,

@@ -21,11 +21,11 @@ def fresh(code: str,  # Python to run in a new interpreter
           times: int = 5,
          ) -> float:  # seconds, the median
     "How long a new Python takes to start, run `code` and end."
-    def once():
+    def one_run():
         start = time.perf_counter()
         subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
         return time.perf_counter() - start
-    return median(once() for _ in range(times))
+    return median(one_run() for _ in range(times))
 
 # %% ../../nbs/evidence/20_bench.ipynb #2711ae3d
 _STARTS = {"python itself": "pass",
@@ -72,11 +72,11 @@ class _Stopwatch:
     @contextmanager
     def __call__(self, name: str):
         gc.collect()
-        own = _forget_peak(self.device)
+        forgot = _forget_peak(self.device)
         start = time.perf_counter()
         yield
         peak = _peak(self.device)
-        self.stages[name] = dict(seconds=time.perf_counter() - start, peak_mb=peak / 2**20, own_peak=own)
+        self.stages[name] = dict(seconds=time.perf_counter() - start, peak_mb=peak / 2**20, own_peak=forgot)
 
 # %% ../../nbs/evidence/20_bench.ipynb #5e04a385
 def _bare_pipe(folder, device: str = "cpu"):
@@ -129,17 +129,17 @@ def _bare_learn(pipe, image, reference, mask, e_a, e_b, config, watch):
     import torch
     from layerdiffusion import method
 
-    own = pipe.unet, pipe.scheduler
+    parts = pipe.unet, pipe.scheduler
     with torch.no_grad():
         photo, place = (method.to_latents(pipe.vae, x) for x in (image, reference))
     with watch("embed"):
         e_a, e_b = method.fit_embeddings(
-            *own, e_a, e_b, photo, mask, config.embedding_steps, config.embedding_lr, config.seed
+            *parts, e_a, e_b, photo, mask, config.embedding_steps, config.embedding_lr, config.seed
         )
         e_opt = method.interpolate(e_a, e_b, config.alpha)
     with watch("tune"):
         layers = method.stack_layers(photo, mask, place, mask, config.lambda_obj, config.lambda_bg)
-        return e_a, e_opt, method.tune_unet(*own, e_opt, layers, config.tuning_steps, config.tuning_lr, config.seed)
+        return e_a, e_opt, method.tune_unet(*parts, e_opt, layers, config.tuning_steps, config.tuning_lr, config.seed)
 
 # %% ../../nbs/evidence/20_bench.ipynb #a68a520e
 JOB = dict(image="example:dog", words=("a dog jumping", "in a forest"), point=(32, 36), seeds=list(range(8)))
@@ -264,11 +264,11 @@ def _find_and_prepare(method, job: dict, config):
 
 def _warm_up(method, job: dict, config):
     "One step of everything, on a method of its own."
-    once = config.model_copy(update=dict(embedding_steps=1, tuning_steps=1, sampling_steps=1))
+    one_step = config.model_copy(update=dict(embedding_steps=1, tuning_steps=1, sampling_steps=1))
     other = type(method)(method.models, method.sam)
-    scene = _find_and_prepare(other, job, once)
-    *words, _ = other.embed(scene, once)
-    other.sample(words, other.tune(scene, words, once)[0], scene.size, job["seeds"], once)
+    scene = _find_and_prepare(other, job, one_step)
+    *words, _ = other.embed(scene, one_step)
+    other.sample(words, other.tune(scene, words, one_step)[0], scene.size, job["seeds"], one_step)
 
 # %% ../../nbs/evidence/20_bench.ipynb #a2bd1360
 def _bare_edit(
@@ -410,11 +410,10 @@ def total(run: dict) -> float:
     return sum(stage["seconds"] for name, stage in run["stages"].items() if name != "warm-up")
 
 
-def table(record: dict) -> str:
-    "A record of `bench` as lines of text."
-    c, run = record["library"]["config"], record["library"]
-    lines = [f"{name:28} {seconds:8.2f} s" for name, seconds in record["start"].items()]
-    lines += [
+def _stage_lines(record: dict) -> list:
+    "The table of the stages, line by line."
+    run = record["library"]
+    lines = [
         "",
         f"{'stage':10} {'library':>10} {'plain loop':>12} {'ratio':>7} {'library':>11} {'plain loop':>12}"
         f"{'of the limit' if 'rate' in run else '':>14}",
@@ -430,6 +429,13 @@ def table(record: dict) -> str:
             )
         else:
             lines.append(f"{stage:10} {ours['seconds']:8.1f} s, not in the total")
+    return lines
+
+
+def table(record: dict) -> str:
+    "A record of `bench` as lines of text."
+    c, run = record["library"]["config"], record["library"]
+    lines = [f"{name:28} {seconds:8.2f} s" for name, seconds in record["start"].items()] + _stage_lines(record)
     ours, plain, env = total(record["library"]), total(record["plain"]), record["environment"]
     lines += [
         f"{'total':10} {ours:8.1f} s {plain:10.1f} s {plain / ours:6.1f}x",

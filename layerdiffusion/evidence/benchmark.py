@@ -65,12 +65,8 @@ def _as_tensors(pictures, count: int, size: int = 64) -> torch.Tensor:  # (B, 3,
         raise BadInput(
             f"The method gave a {type(wrong).__name__}; give Pillow pictures, or a tensor (B, 3, H, W) in 0-1."
         )
-    fitted = [
-        fit_image(
-            load_image(p.detach().float().cpu() if isinstance(p, torch.Tensor) and p.is_floating_point() else p), size
-        )
-        for p in pictures
-    ]
+    on_cpu = [p.detach().float().cpu() if torch.is_tensor(p) and p.is_floating_point() else p for p in pictures]
+    fitted = [fit_image(load_image(p), size) for p in on_cpu]
     wrong = next((p for p in fitted if p.shape != (3, size, size)), None)
     if wrong is not None:
         raise BadInput(

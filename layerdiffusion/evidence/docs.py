@@ -266,6 +266,26 @@ def finish(site: Path, katex: Path, host: str):
     (site / ".nojekyll").touch()  # GitHub Pages: publish the files as they are
 
 # %% ../../nbs/evidence/26_docs.ipynb #a2e89da3
+def _build_in(work: Path, root: Path):
+    "Build the pages in a copy of the checkout, in a process of its own."
+    env = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")]),
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "MPLBACKEND": "agg",
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", "from layerdiffusion.evidence.docs import build_here; build_here()"],
+        cwd=work,
+        env=env,
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+    )
+    if done.returncode:
+        raise BadInput(f"The site could not be built: {(done.stderr.strip().splitlines() or ['no reason given'])[-1]}")
+
+
 def build_site(
     out: Path | None = None,  # folder of the site; None: `_docs` in the checkout
     root: Path | None = None,  # a folder in the checkout; None: where you are
@@ -281,24 +301,7 @@ def build_site(
         for name in ("settings.ini", "_quarto.yml"):
             shutil.copy(root / name, work)
         flatten(work)
-        env = {
-            **os.environ,
-            "PYTHONPATH": os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")]),
-            "PYTHONDONTWRITEBYTECODE": "1",
-            "MPLBACKEND": "agg",
-        }
-        done = subprocess.run(
-            [sys.executable, "-c", "from layerdiffusion.evidence.docs import build_here; build_here()"],
-            cwd=work,
-            env=env,
-            capture_output=True,
-            text=True,
-            stdin=subprocess.DEVNULL,
-        )
-        if done.returncode:
-            raise BadInput(
-                f"The site could not be built: {(done.stderr.strip().splitlines() or ['no reason given'])[-1]}"
-            )
+        _build_in(work, root)
         site = work / "_proc/_docs"
         finish(site, root / "nbs/katex", cfg["doc_host"] + cfg["doc_baseurl"])
         if wrong := _faults(site):

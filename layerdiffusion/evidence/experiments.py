@@ -43,7 +43,7 @@ from ..mini.judge import wilson
 from .metrics import Clip, clip_score
 from .scores import edit_set, interval, scorer_of
 from ..base.folders import resolve_model
-from ..settings import PRESETS, EditConfig, preset, settings_key
+from ..settings import PRESETS, VERSION, EditConfig, preset, settings_key
 from ..mini.world import stream
 
 # %% ../../nbs/evidence/18_experiments.ipynb #afcd49d6
@@ -320,7 +320,7 @@ def _packed_records(folder):
 # %% ../../nbs/evidence/18_experiments.ipynb #7ffb0054
 def score_cell(method, task, images: torch.Tensor, judge=None) -> list:  # a dict for each picture
     "The four scores of each picture, and its CLIP score: the raw cosine with the text, without prefix."
-    cosine = clip_score(method.once("clip score", [], lambda _: Clip("mini")), images, task.edit.text).cosine
+    cosine = clip_score(method.cached("clip score", [], lambda _: Clip("mini")), images, task.edit.text).cosine
     rows = scorer_of(method, task, judge)(images)
     return [dict(row, clip=round(c, 4)) for row, c in zip(rows, cosine.tolist(), strict=True)]
 
@@ -493,35 +493,38 @@ def watch(jobs: list, ticks, total: int, pool: ProcessPoolExecutor, keep: Callab
             raise
 
 # %% ../../nbs/evidence/18_experiments.ipynb #f787187f
+def _table_row(s: _Setting, mine: list) -> dict:
+    "One setting's row of a table, of its cells."
+    flat = [dict(edit=r["edit"], **score) for r in mine for score in r["scores"]]
+
+    def mean(row, f):
+        return round(sum(float(p[f]) for p in row["scores"]) / len(row["scores"]), 4)
+
+    return dict(
+        setting=s.name,
+        method=s.method,
+        options=s.options,
+        n=len(flat),
+        valid_count=sum(r["valid"] for r in flat),
+        cells=[r["name"] for r in mine],
+        seconds=round(sum(r["seconds"] for r in mine) / len(mine), 1),
+        **{f: [round(v, 3) for v in interval(flat, f)] for f in SCORES},
+        by_edit={f: [mean(r, f) for r in mine] for f in SCORES},
+    )
+
+
 def summary(name, size, of, settings: list, rows: list) -> dict:
     "The table of an experiment, of those edits that are complete."
     there, names = {(r["setting"], r["edit"]): r for r in rows}, [s.name for s in settings]
     edits = sorted({r["edit"] for r in rows if all((s, r["edit"]) in there for s in names)}, key=lambda e: (len(e), e))
     if not edits:
         raise BadInput(f"No edit of the experiment {name!r} is complete; run the same command again.")
-    table = []
-    for s in settings:
-        mine = [there[s.name, e] for e in edits]
-        flat = [dict(edit=r["edit"], **score) for r in mine for score in r["scores"]]
-        def mean(row, f):
-            return round(sum(float(p[f]) for p in row["scores"]) / len(row["scores"]), 4)
-        table.append(
-            dict(
-                setting=s.name,
-                method=s.method,
-                options=s.options,
-                n=len(flat),
-                valid_count=sum(r["valid"] for r in flat),
-                cells=[r["name"] for r in mine],
-                seconds=round(sum(r["seconds"] for r in mine) / len(mine), 1),
-                **{f: [round(v, 3) for v in interval(flat, f)] for f in SCORES},
-                by_edit={f: [mean(r, f) for r in mine] for f in SCORES},
-            )
-        )
+    table = [_table_row(s, [there[s.name, e] for e in edits]) for s in settings]
     return dict(
         name=name,
         size=size,
         preset=of,
+        version=VERSION,
         command=f"layerdiffusion experiment {name} --size {size} --preset {of}",
         edits=edits,
         asked=_extent(name, size)["edits"],
@@ -556,7 +559,7 @@ def load_experiment(
         )
     return found
 
-# %% ../../nbs/evidence/18_experiments.ipynb #fd427ec7
+# %% ../../nbs/evidence/18_experiments.ipynb #62ab4afa
 def recorded(name: str, folder: Path = Path("../results/experiments")) -> dict:  # preset -> record
     "The largest record of an experiment for each preset that has one."
     there = [of for of in ("best", "paper") if any(_find_record(name, of, s, folder) for s in SIZES)]
@@ -571,11 +574,13 @@ def told(record: dict) -> str:
         if SIZES.get(record["size"], {}).get("share") == 1
         else "; A TRIAL: a share of all steps, so its numbers say nothing about the method"
     )
+    drawn = "version" not in record and any(s["method"] == "paper" for s in record["settings"])
+    before = "; `paper` had object_picture='target' then" if drawn else ""
     hours = sum(r["seconds"] * len(r["cells"]) for r in record["settings"]) / 3600
     return (
         f"{record['command']}: {len(record['edits'])} edits{whole} × {len(record['seeds'])} seeds, "
         f"{hours:.1f} hours of one process on {record['environment']['device']}, "
-        f"drawn with commit {', '.join(record['commits'])}{steps}"
+        f"drawn with commit {', '.join(record['commits'])}{before}{steps}"
     )
 
 

@@ -55,7 +55,7 @@ _READINGS = {
     "none": [dict(embedding_steps=0, tuning_steps=0), dict(embedding_steps=0, tuning_steps=0, alpha=0.5)],
 }
 
-CENTRE = dict(eq45_pictures="each")  # beside the defaults
+CENTRE = dict(object_picture="target", eq45_pictures="each")  # beside the defaults
 
 
 def _setting_name(changes: dict) -> str:

@@ -322,13 +322,13 @@ def keep_result(
 # %% ../../nbs/evidence/13_scores.ipynb #19cfab1e
 def scorer_of(method, task: Task, judge=None) -> Scorer:
     "The scorer of an edit, made once for each judge."
-    return method.once(
+    return method.cached(
         "scorer",
         [task.name, task.edit.image, task.edit.answer, *([judge.state_dict()] if judge else [])],
         lambda _: Scorer(task.edit, method.models, method.sam, judge or load_judge()),
     )
 
-# %% ../../nbs/evidence/13_scores.ipynb #950b3fae
+# %% ../../nbs/evidence/13_scores.ipynb #dcf0af90
 def measure(
     method,  # a `LayerDiffusion`
     tasks: Sequence[Task],
@@ -346,16 +346,8 @@ def measure(
         key = content_hash(config, task.name, list(seeds), method.models.hash, *seen)
         if key not in kept:
             e = task.edit
-            images = method.edit(
-                to_pil(e.image),
-                e.text,
-                mask=e.mask,
-                reference=to_pil(e.reference),
-                source=e.source,
-                seeds=seeds,
-                config=config,
-                callback=callback,
-            ).images
+            given = dict(mask=e.mask, reference=to_pil(e.reference), source=e.source, seeds=seeds, callback=callback)
+            images = method.edit(to_pil(e.image), e.text, config=config, **given).images
             kept[key] = dict(
                 key=key,
                 setting=setting,

@@ -231,10 +231,8 @@ def scores(method: LayerDiffusion, result: EditResult) -> list:  # a dict for ea
     from layerdiffusion.mini.judge import ask, load_judge
     from layerdiffusion.mini.world import VALUES
 
-    clip, judge = (
-        method.once("app clip", [], lambda _: Clip("mini")),
-        method.once("app judge", [], lambda _: load_judge()),
-    )
+    clip = method.cached("app clip", [], lambda _: Clip("mini"))
+    judge = method.cached("app judge", [], lambda _: load_judge())
     masks = []
     for x in result.images:
         try:
@@ -832,6 +830,13 @@ def set_preset(self: LayerDiffusionApp):
 
 # %% ../../nbs/interface/23_app.ipynb #b1a244e1
 @patch
+def _open_upload(self: LayerDiffusionApp):
+    "Open the picture that was just given, if there is one."
+    if self.upload.value:
+        self.open_picture(*_read_upload(self.upload.value[-1])[::-1])
+
+
+@patch
 def connect(self: LayerDiffusionApp):
     "What happens when something is touched."
 
@@ -841,10 +846,7 @@ def connect(self: LayerDiffusionApp):
     self.example.observe(
         loud(lambda: self.example.value and self.open_picture(f"example:{self.example.value}"), "picture"), "value"
     )
-    self.upload.observe(
-        loud(lambda: self.upload.value and self.open_picture(*_read_upload(self.upload.value[-1])[::-1]), "picture"),
-        "value",
-    )
+    self.upload.observe(loud(self._open_upload, "picture"), "value")
     self.path.observe(loud(lambda: self.path.value and self.open_picture(self.path.value), "picture"), "value")
     self.text.observe(loud(self.split), "value")
     for each in (self.object, self.background):
@@ -1369,6 +1371,23 @@ def _free_port(port: int | None = None) -> int:
     )
 
 
+def _start_voila(page: Path, port: int, theme: str, browser: bool) -> subprocess.Popen:
+    "A process that serves a page."
+    where = dict(PYTHONPATH=os.pathsep.join(filter(None, [str(package_folder().parent), os.environ.get("PYTHONPATH")])))
+    command = [
+        sys.executable,
+        "-m",
+        "voila",
+        page.name,
+        "--Voila.ip=127.0.0.1",
+        f"--port={port}",
+        f"--theme={theme}",
+        "--Voila.log_level=ERROR",
+        *([] if browser else ["--no-browser"]),
+    ]
+    return subprocess.Popen(command, cwd=page.parent, env=dict(os.environ, **where))
+
+
 def serve(
     theme: str = "light",  # "light" or "dark"
     port: int | None = None,  # None: the first free one from 8866
@@ -1385,28 +1404,10 @@ def serve(
     port = _free_port(port)
     with tempfile.TemporaryDirectory() as folder:
         page = _write_page(Path(folder), options)
-        command = [
-            sys.executable,
-            "-m",
-            "voila",
-            page.name,
-            "--Voila.ip=127.0.0.1",
-            f"--port={port}",
-            f"--theme={theme}",
-            "--Voila.log_level=ERROR",
-            *([] if browser else ["--no-browser"]),
-        ]
         say(f"The editor is at http://127.0.0.1:{port}; it takes a few seconds to appear, and Ctrl-C ends it.")
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, signal.default_int_handler)  # ended like by Ctrl-C
-        server = subprocess.Popen(
-            command,
-            cwd=folder,
-            env=dict(
-                os.environ,
-                PYTHONPATH=os.pathsep.join(filter(None, [str(package_folder().parent), os.environ.get("PYTHONPATH")])),
-            ),
-        )
+        server = _start_voila(page, port, theme, browser)
         try:
             server.wait()
         except KeyboardInterrupt:

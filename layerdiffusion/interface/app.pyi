@@ -255,6 +255,10 @@ class LayerDiffusionApp:
         """Set the sliders to a preset's values for this model."""
         ...
 
+    def _open_upload(self):
+        """Open the picture that was just given, if there is one."""
+        ...
+
     def connect(self):
         """What happens when something is touched."""
         ...
@@ -419,6 +423,10 @@ def _write_page(folder: Path, options: dict) -> Path:
 
 def _free_port(port: int | None=None) -> int:
     """The port that was asked for, or the first free one from 8866."""
+    ...
+
+def _start_voila(page: Path, port: int, theme: str, browser: bool) -> subprocess.Popen:
+    """A process that serves a page."""
     ...
 
 def serve(theme: str='light', port: int | None=None, browser: bool=True, say: Callable=print, **options):

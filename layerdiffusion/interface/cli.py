@@ -609,6 +609,9 @@ def _stopped_words(out: Path, text: str) -> str | None:
     return said
 
 
+_GIVEN = ("mask", "reference", "object", "background", "source", "object_reference", "object_mask")  # options of `edit`
+
+
 def _read_request(image: str, options: dict, text: str = "") -> dict:
     "Everything about an edit that can be known without a model."
     request = dict(
@@ -633,20 +636,7 @@ def _read_request(image: str, options: dict, text: str = "") -> dict:
         open_image(options[name] or request["image"])
     _check_writable(request["out"])
     request |= dict(preview=_check_preview(options["preview"]))
-    return request | {
-        name: options[name]
-        for name in (
-            "mask",
-            "reference",
-            "object",
-            "background",
-            "source",
-            "object_reference",
-            "object_mask",
-            "look_every",
-            "resume",
-        )
-    }
+    return request | {name: options[name] for name in (*_GIVEN, "look_every", "resume")}
 
 
 def placement(ctx: typer.Context, options: dict, earlier: dict) -> dict:
@@ -675,23 +665,7 @@ def prepare(method, text: str, request: dict, config, show: Callable):
     "Mask, words and reference; tells what was found."
     import warnings
 
-    given = {
-        k: request[k]
-        for k in (
-            "mask",
-            "point",
-            "point_labels",
-            "box",
-            "reference",
-            "object",
-            "background",
-            "source",
-            "object_reference",
-            "object_mask",
-            "move",
-            "scale",
-        )
-    }
+    given = {name: request[name] for name in (*_GIVEN, "point", "point_labels", "box", "move", "scale")}
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         scene = method.prepare(request["image"], text, config=config, callback=show, **given)
@@ -721,36 +695,26 @@ def _choose_level(method, wanted: str, request: dict, config) -> str:
 # %% ../../nbs/interface/30_cli.ipynb #48f1e776
 def _run_edit(method, text: str, request: dict, config, level: str = "full"):
     "The four stages with progress, their checkpoints in the folder of the results; gives the result and early looks."
-    from layerdiffusion.base.core import join_callbacks, progress_bars
+    from layerdiffusion.base.core import progress_bars
     from layerdiffusion.base.memory import run_in
     from layerdiffusion.interface.saving import clear_checkpoints
     from layerdiffusion.base.sd import whole_step
 
     show, out, looks = method.preview(request["preview"]) if request["preview"] else progress_bars(), request["out"], []
-    show = join_callbacks(
-        show, lambda event: event.image is not None and looks.append((f"step {event.step}", event.image[0]))
-    )
 
     def watch(event):
         with whole_step():
             show(event)  # Ctrl-C leaves no half line
+            if event.image is not None:
+                looks.append((f"step {event.step}", event.image[0]))
 
     def work(config):
         scene, given = prepare(method, text, request, config, watch)
         if not request["resume"]:
             clear_checkpoints(out)  # of an earlier edit; what a higher level of memory leaves is gone on with
         request["resume"] = True
-        return scene, method.edit(
-            request["image"],
-            text,
-            seeds=request["seeds"],
-            config=config,
-            callback=watch,
-            look_every=request["look_every"],
-            folder=out,
-            resume=request["resume"],
-            **given,
-        )
+        how = dict(config=config, callback=watch, folder=out, resume=True, look_every=request["look_every"])
+        return scene, method.edit(request["image"], text, seeds=request["seeds"], **how, **given)
 
     try:
         scene, result = run_in(level, method, config, work, _announce)
@@ -845,9 +809,7 @@ def edit(
     from layerdiffusion.embeddings import plain_words, split_text
 
     text = plain_words(text, "TEXT")
-    split_text(
-        text, options["object"], options["background"]
-    )  # refuses what is no description before anything is loaded
+    split_text(text, options["object"], options["background"])  # refuses what is no description, before loading
     request, (settings, earlier) = _read_request(image, options, text), _read_settings(options["config"])
     settings, request = _chosen_settings(ctx, options, settings), request | placement(ctx, options, earlier)
     chosen = settings.pop("preset", None) or options["preset"]

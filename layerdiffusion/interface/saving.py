@@ -44,7 +44,7 @@ from ..guidance import turns
 from ..base.masks import dilate, overlay
 from ..method import interpolate
 from ..base.sd import Models, encode_text, quiet, timesteps, with_scheduler
-from ..settings import DEFAULTS, EditConfig, settings_key
+from ..settings import DEFAULTS, VERSION, EditConfig, settings_key
 
 # %% ../../nbs/interface/09_saving.ipynb #2611ab60
 @dataclass
@@ -423,7 +423,7 @@ def _whole_settings(
     settings = DEFAULTS | saved["config"]
     gone = sorted(DEFAULTS.keys() - saved["config"].keys())
     if "config_hash" in saved:
-        lost = saved["config_hash"] != content_hash(settings_key(settings))
+        lost = saved["config_hash"] not in [content_hash(settings_key(settings, v + 1)) for v in range(VERSION)]
     else:
         lost = gone not in ([], ["negative_prompt"])  # the one that came before there were hashes
     if lost:

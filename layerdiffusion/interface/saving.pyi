@@ -24,7 +24,7 @@ from ..guidance import turns
 from ..base.masks import dilate, overlay
 from ..method import interpolate
 from ..base.sd import Models, encode_text, quiet, timesteps, with_scheduler
-from ..settings import DEFAULTS, EditConfig, settings_key
+from ..settings import DEFAULTS, VERSION, EditConfig, settings_key
 
 @dataclass
 class EditResult:

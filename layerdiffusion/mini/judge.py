@@ -75,7 +75,7 @@ def _mark_areas(scenes, size):
         for name, one in alone.items():
             on = world.second_area(one, part, along, across, px) if part in _WHERE[name] else 0.0
             area[name] = area[name] + (on - area[name]) * cover
-    for a, b, ra, rb, _ in world.worn_parts(scenes):
+    for a, b, ra, rb, _ in world.accessory_parts(scenes):
         cover = coverage(limb(grid, a, b, ra, rb)[0], px)
         area = {name: x * (1 - cover) for name, x in area.items()}
     return {name: x.sum((1, 2, 3)) * (64 / size) ** 2 for name, x in area.items()}
@@ -202,7 +202,7 @@ def judge_errors(judge: Judge, n: int = 1000, level: float = 0.) -> dict:
     return out
 
 # %% ../../nbs/mini/11_judge.ipynb #4ad86bab
-_HEAD = ("ear_far", "head", "snout", "ear", "face", "worn")
+_HEAD = ("ear_far", "head", "snout", "ear", "face", "accessory")
 _BODY = tuple(p for p in PARTS if p not in _HEAD)
 _LEGS = dict(hind=("hind", "hind_far"), front=("front", "front_far"))
 

@@ -249,6 +249,22 @@ def _averaging(objective):
     return average
 
 # %% ../../nbs/mini/12_mini.ipynb #1a75fafc
+def _spread(objective: nn.Module, ranks: int) -> nn.Module:
+    "The objective, wrapped for several processes where there are several."
+    unused = getattr(objective, "unused", False)
+    return nn.parallel.DistributedDataParallel(objective, find_unused_parameters=unused) if ranks > 1 else objective
+
+
+def _take_step(objective: nn.Module, opt: torch.optim.Optimizer, loss: torch.Tensor, learning_rate: float):
+    "One step of the optimiser along a loss."
+    for group in opt.param_groups:
+        group["lr"] = learning_rate
+    loss.backward()
+    nn.utils.clip_grad_norm_(objective.parameters(), 1.0)
+    opt.step()
+    opt.zero_grad()
+
+
 def _train_loop(
     objective: nn.Module,  # returns (loss, logs) for (scenes, generator)
     folder: Path,  # checkpoint, log and sheets go here
@@ -265,17 +281,11 @@ def _train_loop(
     objective = enlarged(objective, device).to(device)
     ema = _averaging(objective)
     opt = torch.optim.AdamW(objective.parameters(), lr=1.0, weight_decay=0.01, betas=(0.9, 0.99), fused=True)
-    record, path = (
-        dict(samples=0, seconds=0.0, step=0, seed=seed, level=getattr(objective, "level", 0.0)),
-        Path(folder) / "checkpoint.safetensors",
-    )
+    record = dict(samples=0, seconds=0.0, step=0, seed=seed, level=getattr(objective, "level", 0.0))
+    path = Path(folder) / "checkpoint.safetensors"
     if resume and path.exists():
         record |= _load_checkpoint(path, objective, ema, opt)
-    model = (
-        nn.parallel.DistributedDataParallel(objective, find_unused_parameters=getattr(objective, "unused", False))
-        if ranks > 1
-        else objective
-    )
+    model = _spread(objective, ranks)
     if hasattr(objective, "fill"):
         for step in range(max(0, record["step"] - objective.steps_back), record["step"]):
             objective.fill(_draw_scenes(objective, step, rank, seed)[0])
@@ -288,13 +298,8 @@ def _train_loop(
     with _StopFlag(minutes) as stop:
         while record["samples"] < samples and record["step"] != stop_after and not stop():
             scenes, g = _draw_scenes(objective, record["step"], rank, seed)
-            for group in opt.param_groups:
-                group["lr"] = learning_rate(record["samples"] / samples, objective.lr)
             loss, logs = model(scenes, g)
-            loss.backward()
-            nn.utils.clip_grad_norm_(objective.parameters(), 1.0)
-            opt.step()
-            opt.zero_grad()
+            _take_step(objective, opt, loss, learning_rate(record["samples"] / samples, objective.lr))
             ema.update_parameters(objective)
             record["step"] += 1
             record["samples"] += objective.batch * getattr(objective, "reuse", 1) * ranks
@@ -874,8 +879,8 @@ def _start_from(module: nn.Module,
               ) -> int:
     "Take over every tensor of the same name and shape; gives how many there were."
     from safetensors.torch import load_file
-    own = module.state_dict()
-    fits = {k: v.float() for k, v in load_file(file).items() if k in own and own[k].shape == v.shape}
+    weights = module.state_dict()
+    fits = {k: v.float() for k, v in load_file(file).items() if k in weights and weights[k].shape == v.shape}
     module.load_state_dict(fits, strict=False)
     return len(fits)
 
@@ -953,8 +958,8 @@ def _near_groups(scenes, g, k: int = 8, level: float = 0.0):
     "Groups of `k` scenes that differ from the first of the group in one or two attributes, and in where they stand."
     scenes, n = _clear_traits(scenes), len(scenes)
     first = scenes[torch.arange(n) // k * k]
-    own = {name: getattr(scenes, name) for name in ("where", "layout", "jitter", "facing")}
-    out = world.replace(first, **own, present=torch.ones_like(scenes.present))
+    placed = {name: getattr(scenes, name) for name in ("where", "layout", "jitter", "facing")}
+    out = world.replace(first, **placed, present=torch.ones_like(scenes.present))
     names = _TOLD if level else _TOLD[:-2]
     which, u = torch.randint(len(names), (2, n), generator=g), torch.rand(2, n, generator=g)
     which[1] = torch.where(u[1] < 0.5, which[1], -1)
@@ -1232,17 +1237,9 @@ def train_stage(
                     f"The run in {folder} has {name} {before[name]}, not {value}; "
                     "give that, another folder, or --no-resume to begin anew."
                 )
+    make = functools.partial(STAGES[stage], level=level, **kw)
     with one_writer(folder):
-        train(
-            functools.partial(STAGES[stage], level=level, **kw),
-            folder,
-            length,
-            device,
-            workers,
-            minutes=minutes,
-            resume=resume,
-            seed=seed,
-        )
+        train(make, folder, length, device, workers, minutes=minutes, resume=resume, seed=seed)
         write_json(
             folder / "record.json", dict(stage=stage, length=length, **environment(device)) | _last_record(folder)
         )

@@ -562,7 +562,7 @@ def _face_parts(scenes: Scenes) -> list:
     ]
 
 # %% ../../nbs/mini/01_world.ipynb #37a293f0
-def worn_parts(scenes: Scenes) -> list:
+def accessory_parts(scenes: Scenes) -> list:
     "Hat (brim, crown) or scarf as (a, b, ra, rb, colour); far away where it is not worn."
     p, away = joints(scenes), lambda k: 9.0 * (scenes.accessory != k).float()
     top = _offset(p["head"], -0.01, -0.17 - away(1))
@@ -602,7 +602,7 @@ PARTS = [
 def draw_subjects(
     canvas: torch.Tensor,  # (B, 3, H, W) what to paint on
     scenes: Scenes,
-    hidden: dict | None = None,  # what to leave out: one of `PARTS`, "worn" or "face" -> (B,) bool
+    hidden: dict | None = None,  # what to leave out: one of `PARTS`, "accessory" or "face" -> (B,) bool
 ):
     "Paint the subjects; gives the pictures and the exact masks (B, 1, H, W)."
     grid, px = _subject_grid(scenes, tuple(canvas.shape[-2:]))
@@ -616,7 +616,7 @@ def draw_subjects(
         d = d + away(part)
         canvas = _blend(canvas, _paint_part(scenes, name, along, across, px), coverage(d, px))
         silhouette = torch.minimum(silhouette, d)
-    small = [("worn", *p) for p in worn_parts(scenes)] + [("face", *p) for p in _face_parts(scenes)]
+    small = [("accessory", *p) for p in accessory_parts(scenes)] + [("face", *p) for p in _face_parts(scenes)]
     for part, a, b, ra, rb, colour in small:
         d = limb(grid, a, b, ra, rb)[0] + away(part)
         canvas = _paint(canvas, d, colour, px)
@@ -701,8 +701,8 @@ def say_subject(
 
     before = [value("size"), *_say_build(scenes, i, attributes, ("plump",)), value("pattern"), value("colour")]
     before = [w for w in before if w and w not in ("medium", "plain")]
-    worn = [f"a {value('accessory')}"] if value("accessory") not in ("", "nothing") else []
-    has = _say_build(scenes, i, attributes, ("ear", "tail", "leg")) + _say_marks(scenes, i, attributes) + worn
+    extra = [f"a {value('accessory')}"] if value("accessory") not in ("", "nothing") else []
+    has = _say_build(scenes, i, attributes, ("ear", "tail", "leg")) + _say_marks(scenes, i, attributes) + extra
     facing = (" facing right" if scenes.facing[i] > 0 else " facing left") if "facing" in attributes else ""
     subject = _article(" ".join(before + [VALUES["species"][scenes.species[i]]])) + (
         f" with {_list_words(has)}" if has else ""
