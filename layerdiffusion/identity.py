@@ -219,7 +219,7 @@ def _unlike(image, mask, other, other_mask) -> float:
     return (palette(image, mask) - palette(other, other_mask)).abs().mean().item()
 
 # %% ../nbs/method/07_identity.ipynb #ac072781
-def vary_noise(noise: torch.Tensor,  # (p, C, h, w), the parents
+def _vary_noise(noise: torch.Tensor,  # (p, C, h, w), the parents
           count: int,  # children in all
           spread: float,  # 0: copies; 1: strangers
           generator: torch.Generator) -> torch.Tensor:  # (count, C, h, w)
@@ -260,7 +260,7 @@ def _next_noise(best: list, count: int, spread: float, shape, generator: torch.G
     "Where `count` drawings begin (count, C, h, w): anywhere for a spread of 1, else near the best so far."
     if spread == 1.0:
         return torch.randn(count, *shape, generator=generator)
-    return vary_noise(torch.stack([b[1] for b in best]), count, spread, generator)
+    return _vary_noise(torch.stack([b[1] for b in best]), count, spread, generator)
 
 
 def _nearest(best: list, wanted: torch.Tensor, target_quality: float) -> int:

@@ -504,7 +504,7 @@ class Drawn:
     "A model whose pictures are grey, the lighter the larger their noise, so that a search among them can be followed."
 
     def __init__(self, monkeypatch, quality=lambda grey: 0.0):
-        self.noise, self.varied, self.saw, vary = [], [], [], identity.vary_noise
+        self.noise, self.varied, self.saw, vary = [], [], [], identity._vary_noise
         self.scheduler, self.folder = SimpleNamespace(init_noise_sigma=1.0), None
 
         def sample(models, embeds, none, latents, steps, guidance):
@@ -524,7 +524,7 @@ class Drawn:
             ddim_sample=sample,
             decode_latents=lambda m, z: self.grey(z),
             propose_subject=look,
-            vary_noise=bring,
+            _vary_noise=bring,
             see_subject=lambda m, subject, scale, weights: self.saw.append(scale) or m,
             cut_out=lambda *a: None,
             subject_weights=lambda m: None,
@@ -593,7 +593,7 @@ def test_children_are_like_their_parents():
     parents = torch.randn(2, 1, 50, 50, generator=torch.Generator().manual_seed(0))
     like = {}
     for spread in (0.0, 0.3, 1.0):
-        children = identity.vary_noise(parents, 4, spread, torch.Generator().manual_seed(1))
+        children = identity._vary_noise(parents, 4, spread, torch.Generator().manual_seed(1))
         assert children.std().item() == pytest.approx(1, abs=0.05)
         like[spread] = F.cosine_similarity(children[2].flatten(), parents[0].flatten(), dim=0).item()
     assert like[0.0] == pytest.approx(1) and like[0.3] == pytest.approx(0.91**0.5, abs=0.05) and abs(like[1.0]) < 0.1

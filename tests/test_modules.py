@@ -197,6 +197,39 @@ def test_public_names():
     assert done.stdout.split() == ["False", "True"], done.stderr
 
 
+def names_of(module):
+    "A module's own functions, classes and constants."
+    for node in tree(module).body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            patched = any(ast.unparse(d).startswith("patch") for d in node.decorator_list)
+            yield from [] if patched else [node.name]
+        elif isinstance(node, ast.Assign):
+            yield from (t.id for t in node.targets if isinstance(t, ast.Name))
+
+
+def test_few_names_are_public():
+    """About eighty names are in some `__all__`, and a name that one module alone uses begins with `_`.
+
+    What is neither is for the other modules and pages, and is written with `#| exporti`.
+    """
+    public, used = {}, {}
+    for page in NUMBERED:
+        text = page.read_text(encoding="utf-8")
+        used[page.name] = set(re.findall(r"\w+", text))
+    for module in MODULES:
+        text = (PACKAGE / f"{module.replace('.', '/')}.py").read_text(encoding="utf-8")
+        used[module] = set(re.findall(r"\w+", text.partition("# %% ../")[2]))
+        found = [ast.literal_eval(n.value) for n in tree(module).body if isinstance(n, ast.Assign)
+                 and ast.unparse(n.targets[0]) == "__all__"]
+        public |= {name: module for name in (found[0] if found else ())}
+    assert len(public) <= 90
+    for module in MODULES:
+        home = f"{PAGES.get(module)}.ipynb"
+        others = {"render_doc"}.union(*(words for place, words in used.items() if place not in (module, home)))
+        alone = [n for n in names_of(module) if not n.startswith("_") and n not in public and n not in others]
+        assert not alone, f"{module}: begin with _, for nobody else uses them: {alone}"
+
+
 TOYS = ("world", "judge", "mini", "scores")  # mini's world, what is trained on it, what judges it
 FULL_SIZE = """
 import importlib, sys
