@@ -5,7 +5,7 @@ import json
 import re
 import shlex
 import threading
-from datetime import datetime
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -25,6 +25,7 @@ from layerdiffusion.interface.app import (
     _write_page,
 )
 from layerdiffusion.interface.cli import main
+from layerdiffusion.interface.saving import pixels
 from layerdiffusion.base.core import example_path, fit_image, load_image
 
 TINY = dict(embedding_steps=4, tuning_steps=10, sampling_steps=5, count=2)
@@ -64,8 +65,12 @@ def run(app):
     return app.shown
 
 
-def upload(name, data):
-    return dict(name=name, type="image/png", size=len(data), content=memoryview(data), last_modified=datetime.now())
+def upload(hand, name, data, part=2000):
+    "A file as the browser sends it, in parts."
+    heard = hand._msg_callbacks
+    heard(hand, dict(do="begin", name=name, size=len(data)), [])
+    for at in range(0, len(data), part):
+        heard(hand, dict(do="part"), [memoryview(data)[at : at + part]])
 
 
 def test_a_run_is_a_call_of_edit(editor, method):
@@ -102,7 +107,7 @@ def test_stop_and_resume(editor, method, monkeypatch):
     editor.method = LayerDiffusion(method.models)
     turn(editor, tuning_steps=30)
     editor.run()
-    assert reached.wait(600) and editor.go.disabled and not editor.halt.disabled
+    assert reached.wait(600) and editor.go.description == "Queue it" and not editor.halt.disabled
     editor.stop()
     pressed.set()
     editor.wait()
@@ -172,7 +177,11 @@ def test_the_lines_repeat_the_edit(editor, mark, capsys):
     exec(_python_lines(editor.shown.order), names)
     assert torch.equal(names["result"].images, first)
     assert main(shlex.split(_shell_line(editor.shown.order, folder="shell"))[1:] + ["--device", "cpu"]) == 0
-    assert Path("shell/seed-1.png").read_bytes() == Path("edits/dog-1/seed-1.png").read_bytes()
+    assert torch.equal(pixels("shell/seed-1.png"), pixels("edits/dog-1/seed-1.png"))
+    notes = [module._note_inside(Path(f"{f}/seed-1.png").read_bytes()) for f in ("shell", "edits/dog-1")]
+    assert "editor" not in notes[0] and notes[0]["config"] == notes[1]["config"] and notes[0]["seed"] == 1
+    order, marks = module._read_order(notes[1]["editor"])
+    assert replace(order, marks=editor.shown.order.marks) == editor.shown.order and marks == editor.canvas.marks
 
 
 def test_the_lines_repeat_a_redrawing(editor):
@@ -187,7 +196,7 @@ def test_the_lines_repeat_a_redrawing(editor):
     exec(code, {})
     editor.folder.value = "again"
     editor.save()
-    assert Path("edits/dog-1-redrawn/seed-4.png").read_bytes() == Path("again/seed-4.png").read_bytes()
+    assert torch.equal(pixels("edits/dog-1-redrawn/seed-4.png"), pixels("again/seed-4.png"))
 
 
 def test_the_split_is_shown_and_can_be_changed(editor):
@@ -197,7 +206,10 @@ def test_the_split_is_shown_and_can_be_changed(editor):
     editor.text.value = "a cat lying in the snow"
     assert (editor.object.value, editor.order().parts) == ("a cat lying", {})
     editor.text.value = "a dog"
-    assert "no place" in said(editor, "text") and "fill in the two fields below" in said(editor, "text")
+    assert "no place" in said(editor, "text") and "fill in the two fields under Advanced" in said(editor, "text")
+    assert (editor.object.value, editor.background.value) == ("", ""), "nothing is left of the former sentence"
+    run(editor)
+    assert "no place" in said(editor, "run") and not editor.shown
     editor.object.value, editor.background.value = "a dog sitting", "in the snow"
     assert editor.order().parts == dict(object="a dog sitting", background="in the snow")
 
@@ -209,11 +221,11 @@ def test_examples_and_files(editor):
         and editor.text.value == "an orange cat lying on a beach"
         and editor.folder.value == "edits/cat-1"
     )
-    editor.upload.value = (upload("mine.png", example_path("rabbit").read_bytes()),)
+    upload(editor.hand, "mine.png", example_path("rabbit").read_bytes())
     assert editor.image == "mine.png" and editor.example.value is None and "64 x 64" in said(editor, "picture")
     editor.path.value = "nothing.png"
     assert "no file" in said(editor, "picture") and editor.image == "mine.png"
-    editor.upload.value = (upload("bad.png", b"no picture"),)
+    upload(editor.hand, "bad.png", b"no picture")
     assert not editor.shown
     assert "'bad.png' is not a picture" in said(editor, "picture")
 
@@ -232,7 +244,7 @@ def test_the_new_place(editor):
     assert result.config.seed == 1 and module.enlarged(result.reference, 192) == editor.place.value, (
         "the run takes the place that was shown"
     )
-    editor.own_place.value = (upload("beach.png", example_path("rabbit").read_bytes()),)
+    upload(editor.own_place, "beach.png", example_path("rabbit").read_bytes())
     assert editor.order().reference == "beach.png" and "--reference beach.png" in _shell_line(editor.order())
     assert (run(editor).result.reference - fit_image(load_image("example:rabbit"), 64)).abs().max() < 0.01
     editor.use_place()
@@ -264,7 +276,7 @@ def test_everything_wrong_is_a_sentence(editor, monkeypatch):
     editor.text.value = "a brown dog jumping in a forest"
     editor.canvas.clear()
     editor.run()
-    assert "mask is empty" in said(editor, "run") and not editor.running
+    assert "mask is empty" in said(editor, "run") and not editor.running and not editor.history
     monkeypatch.setattr(editor.method, "edit", lambda *a, **k: 1 / 0, raising=False)
     editor.canvas.add_point(40, 36)
     run(editor)
@@ -296,10 +308,11 @@ def test_a_folder_that_cannot_be_written(editor):
 
 
 def test_a_photo_that_mini_does_not_know(editor):
-    "The pipeline's warning is a note in the editor."
+    "It is said at once, with the way out; the pipeline's warning is a note as well."
     g = torch.Generator().manual_seed(0)
     noise = torch.rand(3, 64, 64, generator=g)
     editor.open_picture(module.to_pil(noise), "noise.png")
+    assert "noise.png is not of mini's drawn world" in said(editor, "picture") and "--model" in said(editor, "picture")
     editor.canvas.paint([(32, 32)], 12)
     run(editor)
     assert "mini knows only its drawn world" in said(editor, "run")
@@ -411,3 +424,130 @@ def test_every_declared_setting_can_be_touched(editor, method):
     words = shlex.split(_shell_line(order))
     assert words[words.index("--eq8-index") + 1] == "timestep" and "--no-recolour" in words
     assert "eq8_index='timestep', recolour=False" in _python_lines(order)
+
+
+def test_an_upload_that_is_too_large(editor):
+    "It is refused before it is sent, and the next one is taken."
+    editor.hand._msg_callbacks(editor.hand, dict(do="begin", name="scan.tif", size=300 * 2**20), [])
+    assert "'scan.tif' has 300 MB; the limit is 256" in said(editor, "picture")
+    upload(editor.hand, "empty.png", b"")
+    assert "'empty.png' is an empty file" in said(editor, "picture")
+    upload(editor.hand, "mine.png", example_path("cat").read_bytes())
+    assert editor.image == "mine.png" and "64 x 64" in said(editor, "picture")
+
+
+def test_a_dropped_picture_brings_its_settings_back(editor, method):
+    order = _Order("example:cat", "a cat sitting on a beach", seeds=(5, 3), preset="paper", changes=dict(alpha=0.35))
+    marks = module.Marks(points=((30.0, 40.0, 1),))
+    upload(editor.hand, "found.png", module._png(torch.zeros(3, 8, 8), dict(editor=module._order_record(order, marks))))
+    assert editor.order() == replace(order, marks=dict(point=[(30.0, 40.0)])) and editor.canvas.marks == marks
+    assert "found.png are set again" in said(editor, "picture") and editor.dials["alpha"].value == 0.35
+    gone = module._order_record(replace(order, image="lost.jpg", text="a dog lying in the snow"), marks)
+    upload(editor.hand, "b.png", module._png(torch.zeros(3, 8, 8), dict(editor=gone)))
+    assert "lost.jpg, is not here" in said(editor, "picture") and editor.text.value == "a dog lying in the snow"
+    config = module.preset("paper", lambda_obj=4.5).resolve(method.models.card).model_dump()
+    note = dict(text="a cat lying in a forest", object="a cat lying", background="in a forest", seed=9, config=config)
+    upload(editor.hand, "shell.png", module._png(torch.zeros(3, 8, 8), note))  # of the command line
+    assert editor.order().changes == dict(lambda_obj=4.5) and editor.order().seeds == (9, 1)
+    note["config"] = dict(lambda_obj="much")
+    upload(editor.hand, "bad.png", module._png(torch.zeros(3, 8, 8), note))
+    assert "are damaged" in said(editor, "picture") and editor.dials["lambda_obj"].value == 4.5
+
+
+def test_a_broken_picture_gets_no_tick():
+    "The judge's whole counts first, in the marks and in the choice of the best; an unsure answer is no tick."
+    colours, poses = (len(_values(k)) for k in ("colour", "pose"))
+
+    def judge(images):
+        sure = torch.tensor([[-9.0, 9.0], [9.0, -9.0], [-9.0, 9.0]])
+        dog = torch.full((3, len(_values("species"))), -9.0)
+        dog[:, _values("species").index("dog")] = 9.0
+        pose = torch.zeros(3, poses)
+        pose[:, _values("pose").index("jumping")] = 1.0  # most likely, and not likely
+        return dict(
+            present=sure[[0, 0, 0]], whole=sure, species=dog, pose=pose, colour=torch.zeros(3, colours)
+        )  # the second one is broken
+
+    said = module._verdicts(judge, torch.zeros(3, 3, 8, 8), "a dog jumping")
+    assert [each["broken"] for each in said] == ["", "broken", ""]
+    assert said[0]["seen"] == dict(species=("dog", True), pose=("jumping", None))
+    scores = [dict(clip=0.3, likeness=like, **each) for like, each in zip((0.1, 0.9, 0.2), said, strict=True)]
+    assert "✓ dog" in module._caption(0, scores[0]) and "? jumping" in module._caption(0, scores[0])
+    broken = module._caption(1, scores[1])
+    assert "✗ broken" in broken and "✓" not in broken and "like yours" not in broken
+    assert max(range(3), key=lambda i: module._worth(scores[i])) == 2
+
+
+def _values(name):
+    from layerdiffusion.mini.world import VALUES
+
+    return VALUES[name]
+
+
+def test_sentences_wait_for_their_turn(editor):
+    editor.run()
+    editor.text.value = "a brown dog sitting in the snow"
+    editor.run()
+    assert [wish[0].text for wish, _ in editor.queue] == ["a brown dog sitting in the snow"] and editor.running
+    assert said(editor, "queue") == "Next: a brown dog sitting in the snow"
+    editor.text.value = "a brown dog swimming in the snow"
+    editor.run()
+    assert len(editor.queue) == 1 and "swimming" in said(editor, "run"), "what is refused does not wait"
+    editor.wait()
+    assert not editor.queue and not said(editor, "queue") and not editor.running
+    assert [old.order.text for old in editor.history] == ["a brown dog sitting in the snow", module._TEXTS["dog"]]
+    assert editor.history[0].result.split.object == "a brown dog sitting"
+
+
+def test_nothing_is_lost_with_the_page(editor, method):
+    "A second editor on the same folder finds what was set, what was uploaded and what was made."
+    first = LayerDiffusionApp("example:dog", model=method, keep="edits")
+    upload(first.hand, "mine.png", example_path("dog").read_bytes())
+    assert first.image == "edits/uploads/mine.png" and Path(first.image).is_file()
+    first.preset.value = "paper"
+    turn(first, **TINY)
+    first.canvas.add_point(40, 36)
+    first.text.value = "a brown dog sitting in the snow"
+    made = run(first)
+    first.text.value = "a brown dog lying on a beach"
+    again = LayerDiffusionApp("example:dog", model=method, keep="edits")
+    assert again.text.value == "a brown dog lying on a beach" and again.image == first.image
+    assert again.order() == first.order() and again.canvas.marks == first.canvas.marks
+    assert again.shown.order.text == "a brown dog sitting in the snow"
+    assert again.shown.scores == json.loads(json.dumps(made.scores))
+    assert (again.shown.result.images - made.result.images).abs().max() < 0.01
+    turn(again, first=7)
+    again.wait()
+    assert again.shown.result.seeds == [7, 8] and not again.too_old(), "what was learnt is there too"
+    module._forget_learnt(Path("edits/history/0001"))
+    other = LayerDiffusionApp("example:cat", model=method, keep="edits")
+    assert other.image == "example:cat" and other.text.value == module._TEXTS["cat"], "another call begins anew"
+    assert other.too_old() and other.shown.order.text == made.order.text
+
+
+def test_a_good_redrawing_takes_a_refusal_back(editor):
+    run(editor)
+    editor.text.value = "a brown dog swimming in a forest"
+    editor.run()
+    assert "swimming" in said(editor, "run")
+    turn(editor, first=3)
+    editor.wait()
+    assert said(editor, "run") == "" and editor.shown.result.seeds == [3, 4]
+
+
+def test_downloads(editor):
+    "The files that the browser is sent are the pictures, with their settings inside."
+    import io
+    import zipfile
+
+    run(editor)
+    sent = []
+    editor.hand.send = lambda message, files=(): sent.append((message, files))
+    editor.pick(1)
+    editor.download()
+    editor.download_all()
+    (one, (data,)), (every, (packed,)) = sent
+    assert (one["name"], every["name"]) == ("dog-1.png", "dog.zip")
+    names = zipfile.ZipFile(io.BytesIO(packed)).namelist()
+    assert names == ["dog-0.png", "dog-1.png"] and zipfile.ZipFile(io.BytesIO(packed)).read("dog-1.png") == data
+    assert module._note_inside(data)["editor"]["text"] == editor.text.value and module._note_inside(data)["seed"] == 1

@@ -52,6 +52,15 @@ def test_counts_in_picture_pixels(sam):
     assert brushed[0, 5, 10] == 1 and brushed[0, 5, 3:16].all() and not brushed[0, 12, 10]
 
 
+def test_a_glimpse_is_the_click_to_come(prompt):
+    "It shows what a click would make, marks nothing, and keeps nothing."
+    before, known = prompt.mask, len(prompt.found)
+    seen = prompt.glimpse(40, 36)
+    assert prompt.marks == Marks() and torch.equal(prompt.mask, before) and len(prompt.found) == known
+    assert torch.equal(seen, prompt.add_point(40, 36).mask)
+    assert torch.equal(prompt.glimpse(4, 4, subject=False), prompt.add_point(4, 4, subject=False).mask)
+
+
 def test_brush_and_eraser(prompt):
     before = prompt.mask
     prompt.paint([(5, 5), (20, 5)], 3)
@@ -159,6 +168,15 @@ def test_refusal_goes_to_the_browser(sam):
     )
     canvas.add_point(40, 36)
     assert not canvas.widget.view["wrong"], "a mark from Python is shown as well"
+
+
+def test_glimpses_for_the_browser(sam):
+    canvas, sent = browser(sam), []
+    canvas.widget.send = lambda message, files=(): sent.append((message["point"], list(files)))
+    for point in ([40.0, 36.0, 1], [400.0, 3.0, 1], "nonsense"):
+        canvas.hear(dict(do="glimpse", point=point))
+    assert [len(files) for _, files in sent] == [1, 0, 0] and canvas.widget.view["serial"] == 0
+    assert sent[0][1][0] == _mask_bytes(canvas.glimpse(40, 36))
 
 
 def test_mask_for_the_browser(prompt):

@@ -8,8 +8,11 @@ __all__ = ['LayerDiffusionApp']
 # %% ../../nbs/interface/23_app.ipynb #a0937fcf
 import base64
 import contextlib
+import functools
 import html
 import importlib.util
+import io
+import json
 import os
 import re
 import shlex
@@ -21,7 +24,8 @@ import threading
 import time
 import traceback
 import warnings
-from dataclasses import dataclass, field, replace
+import zipfile
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 from collections.abc import Callable
@@ -29,11 +33,12 @@ from collections.abc import Callable
 import torch
 
 # %% ../../nbs/interface/23_app.ipynb #44c6b370
-from .canvas import Marks, PromptCanvas, picture_bytes
+from .canvas import Marks, PromptCanvas, picture_bytes, read_marks
 from layerdiffusion.base.core import (
     BadInput,
     Event,
     Preview,
+    example_path,
     join_callbacks,
     list_examples,
     load_image,
@@ -45,8 +50,8 @@ from layerdiffusion.base.core import (
 from ..embeddings import split_text
 from ..base.masks import propose_subject
 from ..evidence.metrics import Clip, clip_score, subject_likeness
-from ..pipeline import DRAWN, LayerDiffusion
-from .saving import EditResult, patch
+from ..pipeline import DRAWN, LayerDiffusion, check_world, load_edit
+from .saving import EditResult, patch, picture_note, pixels
 from ..base.sd import decode_latents, encode_text
 from ..settings import GROUPS, PAPER, SETTINGS, Declared, EditConfig, preset
 
@@ -223,13 +228,33 @@ def _asked_for(text: str) -> dict:
     return {k: v for k in ("colour", "species", "pose", "place") for v in VALUES[k] if v in words}
 
 
+_SURE = 0.8  # below this share of the judge's belief an answer is shown as open
+
+
+def _verdicts(judge, images: torch.Tensor, text: str) -> list:  # for each picture: whole, seen
+    "What the judge says of pictures: first whether somebody is there in one piece, then each thing asked for."
+    from layerdiffusion.mini.world import VALUES
+
+    belief = {k: logits.softmax(1).cpu() for k, logits in judge(images.float()).items()}
+    whole = belief.get("whole", belief["present"])  # older judges ask only whether one is there
+
+    def seen(k, v, i):
+        share, at = belief[k][i].max(0)
+        return VALUES[k][at], None if share < _SURE else VALUES[k][at] == v
+
+    def state(i):
+        return "nobody to be seen" if not belief["present"][i].argmax() else "" if whole[i].argmax() else "broken"
+
+    asked = _asked_for(text)
+    return [dict(broken=state(i), seen={k: seen(k, v, i) for k, v in asked.items()}) for i in range(len(images))]
+
+
 @torch.no_grad()
 def scores(method: LayerDiffusion, result: EditResult) -> list:  # a dict for each picture; empty for other models
     "CLIP score, likeness of the subject and the judge's answers."
     if method.models.card.get("name") != "mini":
         return []
-    from layerdiffusion.mini.judge import ask, load_judge
-    from layerdiffusion.mini.world import VALUES
+    from layerdiffusion.mini.judge import load_judge
 
     clip = method.cached("app clip", [], lambda _: Clip("mini"))
     judge = method.cached("app judge", [], lambda _: load_judge())
@@ -239,38 +264,32 @@ def scores(method: LayerDiffusion, result: EditResult) -> list:  # a dict for ea
             masks.append(propose_subject(method.sam, x).mask)
         except BadInput:
             masks.append(None)
-    fits, answers = clip_score(clip, result.images, result.text).cosine, ask(judge, result.images)
+    fits = clip_score(clip, result.images, result.text).cosine
     like = subject_likeness(clip.pictures, result.images, masks, result.image, result.mask)
-    whole = answers.get("whole", answers["present"])  # older judges ask only whether one is there
-
-    def seen(k, i):
-        if not answers["present"][i]:
-            return "nobody"
-        return VALUES[k][answers[k][i]] if whole[i] else "broken"
-
-    return [
-        dict(
-            clip=fits[i].item(),
-            likeness=like[i].item(),
-            seen={k: (seen(k, i), seen(k, i) == v) for k, v in _asked_for(result.text).items()},
-        )
-        for i in range(len(masks))
-    ]
+    said = _verdicts(judge, result.images, result.text)
+    return [dict(clip=c.item(), likeness=s.item(), **each) for c, s, each in zip(fits, like, said, strict=True)]
 
 # %% ../../nbs/interface/23_app.ipynb #8b954318
+_MARKS = {True: ("ld-right", "✓"), False: ("ld-not", "✗"), None: ("ld-unsure", "?")}
+
+
 def _caption(seed: int, score: dict | None) -> str:
     "A picture's seed and scores, as HTML."
     if not score:
         return f"<b>seed {seed}</b>"
-    seen = " ".join(
-        f'<span class="{"ld-right" if right else "ld-not"}">{"✓" if right else "✗"} {html.escape(what)}</span>'
-        for what, right in score["seen"].values()
+    seen = [(score["broken"], False)] if score["broken"] else score["seen"].values()
+    marks = " ".join(
+        f'<span class="{name}">{mark} {html.escape(what)}</span>'
+        for what, right in seen
+        for name, mark in [_MARKS[right]]
     )
+    if score["broken"]:
+        return f"<b>seed {seed}</b><br>{marks}"
     return (
         f'<b>seed {seed}</b> <span title="cosine of picture and text, by mini\'s CLIP">CLIP '
         f'{score["clip"]:.2f}</span> · '
         '<span title="cosine of the subject here and in your picture, by mini\'s CLIP">like yours '
-        f'{max(score["likeness"], 0):.2f}</span><br>{seen}'
+        f'{max(score["likeness"], 0):.2f}</span><br><span title="what mini\'s judge sees">{marks}</span>'
     )
 
 # %% ../../nbs/interface/23_app.ipynb #47d40ee8
@@ -331,7 +350,7 @@ class _Slider:
         )
         self.view = w.Box(
             [
-                w.HTML(f'<span title="{html.escape(dial.help)}">{dial.label}</span>'),
+                w.HTML(f'<span class="ld-label" title="{html.escape(dial.help)}">{dial.label}</span>'),
                 w.VBox([self.slider, mark]),
                 self.number,
             ]
@@ -352,12 +371,11 @@ def _field_of(
     value,  # it begins with
 ):
     "The widget of a setting that has no slider."
-    w = _widgets()
-    how = dict(description=setting.label, tooltip=setting.help, style=dict(description_width="130px"))
+    w, how = _widgets(), dict(tooltip=setting.help)
     if setting.choices:
         return w.Dropdown(options=setting.choices, value=value, **how)
     if setting.kind is bool:
-        return w.Checkbox(value, indent=True, **how)
+        return w.Checkbox(value, indent=False, **how)
     if setting.kind is str:
         return w.Text(value, continuous_update=False, **how)
     if setting.high == float("inf"):
@@ -366,12 +384,113 @@ def _field_of(
     return bounded(value, min=setting.low, max=setting.high, step=1 if setting.number is int else 0.01, **how)
 
 
-def _fold(fields: dict):
-    "The fields in their groups, folded away."
-    w = _widgets()
-    groups = {group: [field for name, field in fields.items() if SETTINGS[name].group == group] for group in GROUPS}
-    groups = {group: inside for group, inside in groups.items() if inside}
-    return w.Accordion([w.VBox(inside) for inside in groups.values()], titles=[GROUPS[group] for group in groups])
+def _field_row(setting: Declared, widget):
+    "A field with its name, and what the paper takes."
+    w, usual = _widgets(), PAPER[setting.name] if setting.default is None else setting.default
+    paper = ("on" if usual else "off") if setting.kind is bool else "none" if usual == "" else usual
+    row = w.Box(
+        [
+            w.HTML(f'<span class="ld-label" title="{html.escape(setting.help)}">{setting.label}</span>'),
+            widget,
+            w.HTML(f'<span class="ld-paper">paper: {paper if isinstance(paper, str) else short(paper)}</span>'),
+        ]
+    )
+    row.add_class("ld-row")
+    row.add_class("ld-plain")
+    return row
+
+# %% ../../nbs/interface/23_app.ipynb #ed0000a2
+_MOST = 256  # megabytes of a file
+
+
+class _Intake:
+    "A file that comes from the browser in parts."
+
+    def __init__(
+        self,
+        taken: Callable,  # gets name and bytes of a whole file
+        refused: Callable,  # gets the sentence
+    ):
+        self.taken, self.refused, self.name, self.size, self.parts = taken, refused, "", 0, []
+
+    def hear(self, content: dict, buffers: list) -> bool:  # whether there shall be more
+        if content.get("do") == "begin":
+            self.name, self.size, self.parts = Path(str(content.get("name"))).name, int(content.get("size", 0)), []
+            if self.size > _MOST * 2**20:
+                self.refused(
+                    BadInput(f"{self.name!r} has {self.size / 2**20:.0f} MB; the limit is {_MOST}, so make it smaller.")
+                )
+            elif not self.size:
+                self.refused(BadInput(f"{self.name!r} is an empty file; copy or save the picture again."))
+            return 0 < self.size <= _MOST * 2**20
+        self.parts += map(bytes, buffers)
+        if sum(map(len, self.parts)) < self.size:
+            return True
+        self.taken(self.name, b"".join(self.parts))
+        return False
+
+
+@functools.cache
+def _hand_class() -> type:
+    "The widget's class, made when it is first needed."
+    try:
+        import anywidget
+        import traitlets
+    except ImportError:
+        raise BadInput("The editor needs anywidget; install it with: pip install 'layerdiffusion[app]'") from None
+
+    class Hand(anywidget.AnyWidget):
+        "What only a browser can do."
+
+        _esm = (package_folder() / "static" / "app.js").read_text(encoding="utf-8")
+        label, help = traitlets.Unicode().tag(sync=True), traitlets.Unicode().tag(sync=True)
+        whole, busy = traitlets.Bool(False).tag(sync=True), traitlets.Bool(False).tag(sync=True)
+
+    return Hand
+
+
+def _hand(label: str, help: str, taken: Callable, refused: Callable, whole: bool = False):
+    "A button that takes a picture; with `whole` it cares for the page too."
+    hand, intake = _hand_class()(label=label, help=help, whole=whole), _Intake(taken, refused)
+    hand.on_msg(lambda w, content, buffers: hand.send(dict(do="answer", more=intake.hear(content, buffers))))
+    return hand
+
+# %% ../../nbs/interface/23_app.ipynb #ed0000a6
+def _order_record(order: _Order, marks: Marks) -> dict:
+    "An order and its marks as JSON has them."
+    return {k: v for k, v in asdict(order).items() if k != "marks"} | dict(marks=asdict(marks))
+
+
+def _read_order(data: dict) -> tuple:  # an order without marks, and the marks
+    "An order from JSON."
+    try:
+        known = {f.name: data[f.name] for f in fields(_Order) if f.name in data and f.name != "marks"}
+        order = _Order(**known | dict(seeds=tuple(map(int, known.get("seeds", (0, 4))))))
+        preset(order.preset, {}, **order.changes)  # refuses what is no setting
+        texts = [order.image, order.text, *order.parts.values(), *order.model.values(), order.reference or ""]
+        if len(order.seeds) != 2 or not all(isinstance(t, str) for t in texts):
+            raise TypeError
+        return order, read_marks(data.get("marks") or {})
+    except (TypeError, ValueError, AttributeError):
+        raise BadInput("The settings inside this picture are damaged, or another version wrote them.") from None
+
+
+def _note_inside(data: bytes) -> dict | None:
+    "The note of an edit inside a PNG file; None where there is none."
+    from PIL import Image
+
+    try:
+        with Image.open(io.BytesIO(data), formats=["PNG"]) as picture:
+            return json.loads(picture.info["layerdiffusion"])
+    except (OSError, ValueError, KeyError, TypeError, SyntaxError):
+        return None
+
+
+def _png(picture, note: dict) -> bytes:
+    "A picture (tensor) as a PNG file with a note."
+    out = io.BytesIO()
+    to_pil(picture).save(out, "PNG", pnginfo=picture_note(note))
+    return out.getvalue()
 
 # %% ../../nbs/interface/23_app.ipynb #eddf9cb4
 _TEXTS = dict(
@@ -392,8 +511,10 @@ class LayerDiffusionApp:
         text: str | None = None,  # T; None: one that fits the example
         model: Any = "mini",  # a name as for `LayerDiffusion.from_pretrained`, or a loaded `LayerDiffusion`
         sam: Any = None,
-        device: str | None = None,
-    ):  # see `LayerDiffusion.from_pretrained`
+        device: str | None = None,  # see `LayerDiffusion.from_pretrained`
+        keep: str | Path | None = None,  # a folder for uploads and history; None: they end with the kernel
+        theme: str = "page",  # "page": as what is around it; "auto": as the system is set
+    ):
         self.w, self.method = (
             _widgets(),
             model if isinstance(model, LayerDiffusion) else LayerDiffusion.from_pretrained(model, device, sam),
@@ -403,17 +524,11 @@ class LayerDiffusionApp:
             for k, v in dict(model=self.method.models.name, sam=sam, device=device).items()
             if v is not None and v != "mini"
         }
-        self.canvas = self.job = self.shown = self.stopped = self.reference = self.saved = None
-        self.history, self.stages, self.picked, self.trace, self.quiet, self.roll, self.kind, self.draft = (
-            [],
-            {},
-            0,
-            "",
-            False,
-            0,
-            "",
-            None,
-        )
+        self.keep, self.theme = None if keep is None else Path(keep), theme
+        self.canvas = self.job = self.shown = self.stopped = self.reference = self.saved = self.draft = None
+        self.history, self.queue, self.stages, self.losses, self.costs, self.pace = [], [], {}, {}, {}, {}
+        self.picked, self.trace, self.quiet, self.roll, self.kind, self.seen = 0, "", False, 0, "", ""
+        self.older, self.ready, self.written, self.begun = [], False, None, [str(image), text]
         self.make_widgets(text)
         self.view = self.layout()
         self.open_picture(image)
@@ -421,6 +536,7 @@ class LayerDiffusionApp:
             self.open_picture("example:dog", said=self.says["picture"].value)
         self.set_preset()
         self.connect()
+        self.come_back()
         self.refresh()
 
     def _ipython_display_(self):
@@ -440,20 +556,19 @@ def make_widgets(self: LayerDiffusionApp, text: str | None):
     self.example = w.ToggleButtons(
         options=[(n, n) for n in list_examples()], value=None, tooltips=[f"The shipped {n}" for n in list_examples()]
     )
-    self.upload = w.FileUpload(
-        accept="image/*",
-        description="Upload",
-        tooltip="A picture from this computer, up to 10 MB; open larger ones by their path",
+    self.hand = _hand(
+        "Choose a picture",
+        "A picture from this computer; you can also drop one anywhere on the editor, or paste it",
+        lambda name, data: self.guard(lambda: self.take(name, data), "picture"),
+        lambda refused: self.tell("picture", refused),
+        whole=True,
     )
-    self.path = w.Text(
-        placeholder="or a file: photo.jpg",
-        continuous_update=False,
-        tooltip="The path of a picture beside the kernel; press Enter",
-    )
-    self.text = w.Text(
+    self.path = w.Text(placeholder="photo.jpg", continuous_update=False, tooltip="Press Enter to open it")
+    self.text = w.Textarea(
         text or "",
         placeholder=_TEXTS["dog"],
         continuous_update=False,
+        rows=2,
         tooltip="The picture you want, in one sentence: subject, what it does, where",
     )
     self.object, self.background = (
@@ -463,7 +578,9 @@ def make_widgets(self: LayerDiffusionApp, text: str | None):
     self.make_place()
     self.make_settings()
     self.make_results()
-    self.says = {name: w.HTML() for name in ("picture", "text", "place", "run", "save", "stages", "settings")}
+    self.says = {
+        name: w.HTML() for name in ("picture", "text", "place", "run", "queue", "save", "stages", "settings")
+    }
     for each in self.says.values():
         each.add_class("ld-says")
 
@@ -472,8 +589,11 @@ def make_widgets(self: LayerDiffusionApp, text: str | None):
 def make_place(self: LayerDiffusionApp):
     "What shows the new place, and what chooses it."
     w, hidden = self.w, dict(layout=dict(display="none"))
-    self.own_place = w.FileUpload(
-        accept="image/*", description="Use a picture", tooltip="A picture of the new place from this computer"
+    self.own_place = _hand(
+        "Use a picture",
+        "A picture of the new place from this computer",
+        lambda name, data: self.guard(lambda: self.use_place(*self.stored(name, data)), "place"),
+        lambda refused: self.tell("place", refused),
     )
     self.reroll = w.Button(
         description="Draw it", icon="random", tooltip="Draw the new place from its words; again for another one"
@@ -492,7 +612,7 @@ def make_settings(self: LayerDiffusionApp):
         tooltips=[
             "What kept the subject best when measured",
             "The paper's numbers, with those readings of it that did best",
-            "A rough result in a few seconds",
+            "A rough result, the quickest there is",
         ],
     )
     self.dials = {d.name: _Slider(d, 4 if d.name == "count" else d.low if d.paper is None else d.paper) for d in _DIALS}
@@ -510,22 +630,26 @@ def make_results(self: LayerDiffusionApp):
     self.halt = w.Button(
         description="Stop", icon="stop", disabled=True, tooltip="Stop after this step; what was learnt is kept"
     )
-    self.folder, self.keep = (
-        w.Text(tooltip="Where pictures, settings and the edit go"),
-        w.Button(description="Save", icon="save", tooltip="Write the pictures, the sheet and the edit"),
-    )
+    self.no_queue = w.Button(description="Forget them", tooltip="Forget the sentences that wait", **hidden)
+    self.folder = w.Text(tooltip="Where pictures, settings and the edit go")
+    self.keep_it = w.Button(description="Save", icon="save", tooltip="Write the pictures, the sheet and the edit")
+    self.load_one = w.Button(description="Download", icon="download", tooltip="The picked picture as a PNG file")
+    self.load_all = w.Button(description="Download all", icon="download", tooltip="All pictures in one ZIP file")
     self.preview, self.sheet, self.lines, self.log = w.HTML(**hidden), w.Box(), w.HTML(), w.Box()
     self.chosen = w.HTML()
 
 # %% ../../nbs/interface/23_app.ipynb #757547c5
 @patch
 def layout(self: LayerDiffusionApp):
-    "Cards in two columns, or one below the other in a narrow window."
+    "Picture, sentence and Run; everything else folded or hidden."
     w = self.w
-    style = w.HTML(f"<style>{(package_folder() / 'static' / 'app.css').read_text(encoding='utf-8')}</style>")
+    style = (package_folder() / "static" / "app.css").read_text(encoding="utf-8") + _thumbnails()
     self.canvas_box = w.Box()
     self.result_cards()
-    columns = w.Box([box("ld-stack", *self.given_cards()), box("ld-stack", *self.chosen_cards())])
+    pick = box("ld-pick", self.example, self.hand)
+    columns = w.Box([pick, box("ld-board", self.canvas_box, self.says["picture"]), self.ask_card()])
+    look, *groups = self.setting_groups()
+    self.advanced = self.fold("Advanced", look, self.place_and_words(), *groups)
     parts = [
         (columns, "ld-columns"),
         (self.canvas_box, "ld-canvas"),
@@ -534,73 +658,91 @@ def layout(self: LayerDiffusionApp):
         (self.preview, "ld-preview"),
         (self.place, "ld-place"),
         (self.chosen, "ld-chosen"),
-        (self.upload, "ld-upload"),
-        (self.own_place, "ld-upload-place"),
+        (self.example, "ld-examples"),
+        (self.go, "ld-go"),
     ]
     for part, name in parts:
         part.add_class(name)
-    return box("ld-app", style, self.title(), columns, self.result_card, self.history_card)
+    cards = columns, self.advanced, self.result_card, self.history_card
+    view = box("ld-app", w.HTML(f"<style>{style}</style>"), self.title(), *cards)
+    view.add_class(f"ld-{self.theme}")
+    return view
+
+
+def _thumbnails() -> str:
+    "The style by which the buttons of the examples show their pictures."
+    rule = ".ld-examples button:nth-child({}) {{ background-image: url(data:image/png;base64,{}) !important; }}"
+    files = enumerate(map(example_path, list_examples()), 1)
+    return "\n".join(rule.format(i, base64.b64encode(file.read_bytes()).decode()) for i, file in files)
 
 
 @patch
-def given_cards(self: LayerDiffusionApp) -> list:
-    "What is given: picture, subject and words."
-    says = self.says
-    return [
-        self.card_of("1", "Picture", box("ld-flow", self.example, self.upload, self.path), says["picture"]),
-        self.card_of("2", "Subject", self.canvas_box),
-        self.card_of(
-            "3",
-            "Words",
-            self.field("The picture you want", self.text),
-            self.field("Subject, and what it does", self.object),
-            self.field("Place", self.background),
-            says["text"],
-        ),
-    ]
+def ask_card(self: LayerDiffusionApp):
+    "The sentence and the run."
+    says, words = self.says, self.card.get("words")
+    known = f"<details><summary>mini knows {len(words)} words</summary>{', '.join(words)}</details>" if words else ""
+    self.text.add_class("ld-sentence")
+    return box(
+        "ld-ask",
+        self.field("The picture you want", self.text),
+        says["text"],
+        self.w.HTML(known),
+        box("ld-flow", self.go, self.halt),
+        says["run"],
+        box("ld-flow", says["queue"], self.no_queue),
+        says["stages"],
+        self.preview,
+    )
 
 
 @patch
-def chosen_cards(self: LayerDiffusionApp) -> list:
-    "What is chosen: place and settings, and the run."
-    says = self.says
+def place_and_words(self: LayerDiffusionApp):
+    "How the sentence is split, the new place, and a file beside the kernel."
+    place = box("ld-flow", self.reroll, self.own_place, self.no_place)
+    return self.fold(
+        "Words and place",
+        self.field("Subject, and what it does", self.object),
+        self.field("Place", self.background),
+        place,
+        self.place,
+        self.says["place"],
+        self.field("A picture beside the kernel, by its path", self.path),
+        opened=True,
+    )
+
+
+@patch
+def setting_groups(self: LayerDiffusionApp) -> list:
+    "The preset, and the settings in the groups in which they are declared."
 
     def dials(at_once):
         return [s.view for s in self.dials.values() if s.dial.at_once == at_once]
 
-    return [
-        self.card_of(
-            "4", "New place", box("ld-flow", self.reroll, self.own_place, self.no_place), self.place, says["place"]
-        ),
-        self.card_of(
-            "5",
-            "Settings",
-            self.preset,
-            says["settings"],
-            self.head("Drawing", "redraws at once after a run"),
-            *dials(True),
-            self.head("Learning", "takes a new run"),
-            *dials(False),
-            _fold(self.fields),
-        ),
-        self.card_of("6", "Run", box("ld-flow", self.go, self.halt), says["run"], says["stages"], self.preview),
-    ]
+    def fields_of(group):
+        return [_field_row(_FOLDED[n], x) for n, x in self.fields.items() if _FOLDED[n].group == group]
+
+    first, *rest = GROUPS
+    numbers = [self.head("Drawing", "redraws at once after a run"), *dials(True)]
+    numbers += [self.head("Learning", "takes a new run"), *dials(False), *fields_of(first)]
+    top = box("ld-flow", self.preset, self.says["settings"])
+    groups = [self.fold(GROUPS[first], *numbers, opened=True)]
+    return [top, *groups, *(self.fold(GROUPS[g], *fields_of(g)) for g in rest)]
 
 
 @patch
 def result_cards(self: LayerDiffusionApp):
     "Results and history, hidden at first."
     says = self.says
+    again = self.fold("The same again, as Python and in a terminal", self.lines)
     self.result_card = self.card_of(
-        "7",
         "Results",
         box("ld-results", self.chosen, self.sheet),
-        box("ld-flow", self.keep, self.folder),
+        box("ld-flow", self.load_one, self.load_all, self.keep_it, self.field("Folder", self.folder)),
         says["save"],
-        self.head("The same again", "as Python, and in a terminal"),
-        self.lines,
+        again,
     )
-    self.history_card = self.card_of("8", "History", self.log)
+    self.history_card = self.card_of("History", self.log)
+    self.result_card.add_class("ld-result")
     for card in (self.result_card, self.history_card):
         card.layout.display = "none"
 
@@ -613,15 +755,28 @@ def box(name: str, *inside):
 
 
 @patch
-def card_of(self: LayerDiffusionApp, number: str, title: str, *inside):
-    "A card with its step."
-    return box("ld-card", self.w.HTML(f"<h3><span>{number}</span>{title}</h3>"), *inside)
+def card_of(self: LayerDiffusionApp, title: str, *inside):
+    "A card with its title."
+    return box("ld-card", self.w.HTML(f"<h3>{title}</h3>"), *inside)
+
+
+@patch
+def _fold(self: LayerDiffusionApp, title: str, *inside, opened: bool = False):
+    "A button that opens and closes what is below it."
+    button, inner = self.w.ToggleButton(opened, description=title, tooltip=title), box("ld-inner", *inside)
+
+    def turn(change=None):
+        button.icon, inner.layout.display = ("caret-down", "") if button.value else ("caret-right", "none")
+
+    button.observe(turn, "value")
+    turn()
+    return box("ld-fold", button, inner)
 
 
 @patch
 def field(self: LayerDiffusionApp, label: str, widget):
     "A label over a field."
-    return box("ld-field", self.w.HTML(f"<label>{label}</label>"), widget)
+    return box("ld-field", self.w.HTML(f'<span class="ld-label">{label}</span>'), widget)
 
 
 @patch
@@ -633,18 +788,10 @@ def head(self: LayerDiffusionApp, title: str, note: str):
 @patch
 def title(self: LayerDiffusionApp):
     "What this is, and what it runs on."
-    words = self.card.get("words")
-    known = (
-        f"<details><summary>mini knows {len(words)} words</summary>{', '.join(words)}. For photos use a full model: "
-        "<code>layerdiffusion app photo.jpg --model CompVis/stable-diffusion-v1-4 --sam "
-        "sam_vit_h_4b8939.pth</code></details>"
-        if words
-        else ""
-    )
     return self.w.HTML(
         '<div class="ld-title"><h2>LayerDiffusion</h2><p>Change what the subject of a picture does and where it '
-        f'is, while it stays the same subject.</p><p>Model <b>{html.escape(str(self.method.models.name))}</b> on '
-        f'{self.method.models.device}</p>{known}</div>'
+        f'is, while it stays the same subject. <span>Model <b>{html.escape(str(self.method.models.name))}</b> on '
+        f'{self.method.models.device}.</span></p></div>'
     )
 
 # %% ../../nbs/interface/23_app.ipynb #c0b3b7fa
@@ -692,7 +839,25 @@ def open_picture(self: LayerDiffusionApp, image, name: str | None = None, said: 
     self.folder.value = _free_folder(self.image)
     self.tell("picture", "" if known else f"{self.image}, {self.canvas.picture.width} x {self.canvas.picture.height}")
     self.says["picture"].value += said
+    self.check_photo()
     self.split()
+
+
+@patch
+def check_photo(self: LayerDiffusionApp):
+    "Say at once that a picture is not of mini's world."
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        check_world(self.method.models, self.canvas.image)
+    if said:
+        name = shlex.quote(self.image)
+        self.tell(
+            "picture",
+            f"{self.image} is not of mini's drawn world, so mini would give you a blur of it. Take one of the three "
+            f"examples, or start the editor with a model for photos: layerdiffusion app {name} --model "
+            "CompVis/stable-diffusion-v1-4 --sam sam_vit_h_4b8939.pth",
+            wrong=True,
+        )
 
 
 def _free_folder(image: str) -> str:
@@ -700,24 +865,100 @@ def _free_folder(image: str) -> str:
     stem = Path(image.removeprefix("example:")).stem or "picture"
     return next(f"edits/{stem}-{n}" for n in range(1, 10**6) if not Path(f"edits/{stem}-{n}").exists())
 
-
+# %% ../../nbs/interface/23_app.ipynb #ed0000c2
 def _read_upload(
-    file: dict,  # of a `FileUpload`
-) -> tuple:  # name, picture
+    name: str,  # of the file
+    data: bytes,  # what is in it
+) -> Any:  # Pillow picture
     "A picture that was uploaded."
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / Path(file["name"]).name
-        path.write_bytes(file["content"])
+        path = Path(folder) / (Path(name).name or "picture.png")
+        path.write_bytes(data)
         try:
-            return path.name, load_image(path)
+            return load_image(path)
         except BadInput as refused:
             raise BadInput(str(refused).replace(str(path), path.name)) from None
+
+
+@patch
+def stored(self: LayerDiffusionApp, name: str, data: bytes) -> tuple:  # name, picture
+    "An upload, written down where things are kept."
+    picture = _read_upload(name, data)
+    if self.keep is None:
+        return Path(name).name, picture
+    path, n = self.keep / "uploads" / Path(name).name, 1
+    while path.exists() and path.read_bytes() != data:
+        path, n = path.with_name(f"{Path(name).stem}-{n}{path.suffix}"), n + 1
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(data)
+    return str(path), picture
+
+
+@patch
+def take(self: LayerDiffusionApp, name: str, data: bytes):
+    "A file that was chosen, dropped or pasted: a picture, or one that brings its settings back."
+    note = _note_inside(data)
+    if note is None:
+        name, picture = self.stored(name, data)
+        self.open_picture(picture, name)
+    elif self.running:
+        raise BadInput("A run is on; stop it before the settings of another edit are set.")
+    else:
+        order, marks = _read_order(note["editor"]) if "editor" in note else (self.order_of(note), Marks())
+        there = self.set_to(order, marks)
+        missing = "" if there else f" Its photo, {order.image}, is not here: open it, and mark the subject."
+        self.tell("picture", f"The settings of {Path(name).name} are set again.{missing}", wrong=not there)
+
+
+@patch
+def order_of(self: LayerDiffusionApp, note: dict) -> _Order:
+    "The order that a picture of the command line or of Python was made by, as far as its note says."
+    try:
+        usual = preset("paper", self.card).resolve(self.card)
+        changes = {k: v for k, v in note["config"].items() if k in SETTINGS and v != getattr(usual, k)}
+        parts = dict(object=note["object"], background=note["background"])
+        kept = _Order(self.image, note["text"], parts, seeds=(int(note["seed"]), 1), preset="paper", changes=changes)
+        return _read_order(_order_record(kept, Marks()))[0]
+    except (KeyError, TypeError, ValueError, AttributeError):
+        raise BadInput("The settings inside this picture are damaged, or another version wrote them.") from None
+
+
+@patch
+def set_to(self: LayerDiffusionApp, order: _Order, marks: Marks, reference: tuple | None = None) -> bool:
+    "Set everything to an order; whether its picture was found."
+    config, there = order.config(self.card), order.image == self.image
+    if not there and (order.image.startswith("example:") or Path(order.image).is_file()):
+        self.open_picture(order.image)
+        there = self.image == order.image
+    with self.silence():
+        rule = dict(object="", background="")
+        with contextlib.suppress(BadInput):
+            rule = vars(split_text(order.text))
+        self.text.value = order.text
+        self.object.value, self.background.value = ((rule | order.parts)[k] for k in ("object", "background"))
+        self.preset.value = "quick" if order.changes.get("target_draws") == _QUICK["target_draws"] else order.preset
+        self.turn_to(config)
+        self.dials["first"].slider.value, self.dials["count"].slider.value = order.seeds
+        self.roll = order.changes.get("seed", 0)
+    self.say_preset(config)
+    if there:
+        self.canvas.show(marks, self.canvas.draw(marks))
+    self.reference = reference
+    if order.reference and not reference and Path(order.reference).is_file():
+        self.reference = order.reference, load_image(order.reference)
+    if self.reference:
+        self.show_place(self.reference[1], self.reference[0])
+    else:
+        self.no_draft()
+    self.check_words()
+    return there
 
 # %% ../../nbs/interface/23_app.ipynb #300e7704
 @patch
 def split(self: LayerDiffusionApp):
     "Split the sentence, and show both parts."
     with self.silence():
+        self.object.value = self.background.value = ""  # nothing is left of a former sentence
         try:
             parts = split_text(self.text.value)
             self.object.value, self.background.value = parts.object, parts.background
@@ -740,14 +981,14 @@ def check_words(self: LayerDiffusionApp):
 
 _APP_WORDS = {
     " (in Python object= and background=)": "",
-    "give the two parts with --object and --background": "fill in the two fields below",
+    "give the two parts with --object and --background": "fill in the two fields under Advanced",
     ", and give the rest to --negative-prompt": "",
     "its parts go to --object and --background, what shall not be there to --negative-prompt": (
-        "its parts go into the two fields below"
+        "its parts go into the two fields under Advanced"
     ),
     "what shall not be there goes to --negative-prompt": "say only what is there",
     "options stand outside the sentence, and --help shows those there are": "leave it out",
-    "a picture of the place goes to --reference": "a picture of the place can be uploaded below",
+    "a picture of the place goes to --reference": "a picture of the place can be uploaded under Advanced",
 }
 
 
@@ -820,22 +1061,17 @@ def set_preset(self: LayerDiffusionApp):
     config = preset("best" if quick else self.preset.value, self.card, **(_QUICK if quick else {})).resolve(self.card)
     with self.silence():
         self.turn_to(config)
-    beyond = (
-        f"Looks for a target picture among {config.target_draws} (beyond the paper)."
-        if config.target_draws > 1
-        else "Nothing beyond the paper."
-    )
-    self.tell("settings", beyond)
+    self.say_preset(config)
     self.refresh()
 
-# %% ../../nbs/interface/23_app.ipynb #b1a244e1
+
 @patch
-def _open_upload(self: LayerDiffusionApp):
-    "Open the picture that was just given, if there is one."
-    if self.upload.value:
-        self.open_picture(*_read_upload(self.upload.value[-1])[::-1])
+def say_preset(self: LayerDiffusionApp, config: EditConfig):
+    "What goes beyond the paper."
+    draws = f"Looks for a target picture among {config.target_draws} (beyond the paper)."
+    self.tell("settings", draws if config.target_draws > 1 else "Nothing beyond the paper.")
 
-
+# %% ../../nbs/interface/23_app.ipynb #b1a244e1
 @patch
 def connect(self: LayerDiffusionApp):
     "What happens when something is touched."
@@ -846,14 +1082,10 @@ def connect(self: LayerDiffusionApp):
     self.example.observe(
         loud(lambda: self.example.value and self.open_picture(f"example:{self.example.value}"), "picture"), "value"
     )
-    self.upload.observe(loud(self._open_upload, "picture"), "value")
     self.path.observe(loud(lambda: self.path.value and self.open_picture(self.path.value), "picture"), "value")
     self.text.observe(loud(self.split), "value")
     for each in (self.object, self.background):
         each.observe(loud(lambda: (self.check_words(), self.no_draft())), "value")
-    self.own_place.observe(
-        loud(lambda: self.own_place.value and self.use_place(*_read_upload(self.own_place.value[-1])), "place"), "value"
-    )
     self.preset.observe(loud(self.set_preset), "value")
     for s in self.dials.values():
         s.slider.observe(loud(self.redraw if s.dial.at_once else self.refresh), "value")
@@ -864,7 +1096,10 @@ def connect(self: LayerDiffusionApp):
         (self.no_place, self.use_place, "place"),
         (self.go, self.run, "run"),
         (self.halt, self.stop, "run"),
-        (self.keep, self.save, "save"),
+        (self.no_queue, self.forget_queue, "run"),
+        (self.keep_it, self.save, "save"),
+        (self.load_one, self.download, "save"),
+        (self.load_all, self.download_all, "save"),
     ]
     for button, act, where in buttons:
         button.on_click(lambda _, act=act, where=where: self.guard(act, where))
@@ -891,7 +1126,7 @@ def start(self: LayerDiffusionApp, work: Callable, done: Callable, kind: str) ->
             self.job = before
             self.tell("run", "The last drawing is still stopping; try again in a moment.")
             return False
-    self.kind, self.stages = kind, {}
+    self.kind, self.stages, self.losses = kind, {}, {}
     self.job = _Job(work, lambda job: self.ended(job, done))
     self.refresh()
     self.job.start()
@@ -914,8 +1149,12 @@ def ended(self: LayerDiffusionApp, job: _Job, done: Callable):
         self.show(self.shown, keep=True)
     if not isinstance(job.error, (KeyboardInterrupt, type(None))):
         self.stopped = None
+    if self.kind == "redraw" and job.error is None:
+        self.tell("run", "")  # what was refused before is not so any more
     self.job, self.preview.layout.display, self.says["stages"].value = None, "none", ""
     self.refresh()
+    if self.queue and job.error is None:
+        self.next_in_queue()
 
 
 LayerDiffusionApp.running = property(lambda self: self.job is not None and self.kind == "run")
@@ -923,7 +1162,7 @@ LayerDiffusionApp.running = property(lambda self: self.job is not None and self.
 # %% ../../nbs/interface/23_app.ipynb #70544c82
 @patch
 def run(self: LayerDiffusionApp):
-    "Make the edit; after a stop with the same settings, go on with it."
+    "Make the edit; after a stop with the same settings, go on with it; while another is being made, wait for it."
     if self.folder.value == self.saved:
         self.folder.value = _free_folder(self.image)
     try:
@@ -934,12 +1173,51 @@ def run(self: LayerDiffusionApp):
             reference=self.reference and self.reference[1],
             **order.parts,
         )
+        encode_text(self.method.models, [order.text, *order.parts.values()])  # refuses words that it does not know
     except BadInput as refused:
         self.tell("run", _app_words(refused))
         return
+    if self.running:
+        self.queue.append((wish, given))
+        self.tell_queue()
+        return
+    self.begin_run(wish, given)
+
+
+@patch
+def begin_run(self: LayerDiffusionApp, wish: tuple, given: dict):
+    "Start a run of what was wished for."
+    order, *was = wish
     going_on, self.stopped = self.stopped == wish, wish
+    self.costs = _costs(order.config(self.card), order.seeds[1], given["reference"] is not None)
     self.tell("run", "Going on ..." if going_on else "Starting ...")
-    self.start(lambda job: self.make(order, given, was, job), self.finish, "run")
+    with contextlib.suppress(BadInput):
+        self.look([was[0].still()], "Your picture, and what the edit takes for its subject")
+    if not self.start(lambda job: self.make(order, given, was, job), self.finish, "run"):
+        self.preview.layout.display = "none"
+
+
+@patch
+def next_in_queue(self: LayerDiffusionApp):
+    "The first of those that wait."
+    wish, given = self.queue.pop(0)
+    self.tell_queue()
+    self.begin_run(wish, given)
+
+
+@patch
+def forget_queue(self: LayerDiffusionApp):
+    "Nothing waits any more."
+    self.queue = []
+    self.tell_queue()
+
+
+@patch
+def tell_queue(self: LayerDiffusionApp):
+    "Say what waits."
+    waits = "; ".join(wish[0].text for wish, _ in self.queue)
+    self.tell("queue", f"Next: {waits}" if waits else "")
+    self.no_queue.layout.display = "" if waits else "none"
 
 
 @patch
@@ -974,7 +1252,8 @@ def make(self: LayerDiffusionApp, order: _Order, given: dict, was: list, job: _J
             **given,
         )
     notes = [str(s.message) for s in said if "mini knows" in str(s.message)]
-    return _Shown(order, result, scores(self.method, result), time.monotonic() - begin, *was), notes
+    shown = _Shown(order, result, scores(self.method, result), time.monotonic() - begin, *was)
+    return shown, notes + self.keep_shown(shown)
 
 
 @patch
@@ -982,11 +1261,17 @@ def finish(self: LayerDiffusionApp, made: tuple):
     "Show what a run made."
     shown, notes = made
     self.stopped = None
+    self.pace = {s: seconds / self.costs[s] for s, (_, _, seconds) in self.stages.items() if self.costs.get(s)}
     self.history = [shown, *self.history][:12]
     for old in self.history[4:]:
         old.result = replace(old.result, difference={})  # a tuned U-Net can be gigabytes
+    if self.folder.value == self.saved:
+        self.folder.value = _free_folder(self.image)
+    if self.folder.value == self.saved:
+        self.folder.value = _free_folder(self.image)
     self.tell("run", " ".join([f"Done in {shown.seconds:.0f} s.", *notes]), wrong=bool(notes))
     self.show(shown)
+    self.hand.send(dict(do="show", what=".ld-result"))
 
 
 @dataclass
@@ -1002,6 +1287,13 @@ class _Shown:
     reference: tuple | None = None  # name and picture
     redraw: dict | None = None  # what was changed afterwards
 
+    def note(self) -> dict:
+        "What brings all of it back, as JSON has it."
+        again = dict(self.redraw or {})
+        seeds = again.pop("seeds", self.order.seeds)
+        order = replace(self.order, seeds=seeds, changes=self.order.changes | again)
+        return dict(editor=_order_record(order, self.marks))
+
 # %% ../../nbs/interface/23_app.ipynb #abc75f65
 @patch
 def stop(self: LayerDiffusionApp):
@@ -1014,9 +1306,10 @@ def stop(self: LayerDiffusionApp):
 
 @patch
 def wait(self: LayerDiffusionApp, seconds: float = 600.0):
-    "Until the job has ended; for scripts."
-    if job := self.job:
-        job.thread.join(seconds)
+    "Until the job has ended, and those that waited for it; for scripts."
+    end = time.monotonic() + seconds
+    while (job := self.job) and time.monotonic() < end:
+        job.thread.join(max(end - time.monotonic(), 0))
 
 
 @patch
@@ -1027,11 +1320,13 @@ def refresh(self: LayerDiffusionApp):
         resumes = self.stopped is not None and self.wish() == self.stopped
     except BadInput:
         resumes = False
-    self.go.description, self.go.icon = ("Resume", "step-forward") if resumes and not running else ("Run", "play")
-    self.go.disabled, self.halt.disabled = running, not running
-    self.reroll.disabled = self.own_place.disabled = running
+    names = ("Queue it", "plus") if running else ("Resume", "step-forward") if resumes else ("Run", "play")
+    self.go.description, self.go.icon = names
+    self.halt.disabled, self.hand.busy = not running, running
+    self.reroll.disabled = running
     self.no_place.layout.display = "" if self.reference else "none"
     self.reroll.description = "Another one" if self.place.layout.display != "none" and not self.reference else "Draw it"
+    self.write_down()
 
 # %% ../../nbs/interface/23_app.ipynb #36a7cb09
 def enlarged(picture, size: int = 256) -> bytes:
@@ -1048,12 +1343,83 @@ def enlarged(picture, size: int = 256) -> bytes:
     )
 
 
-def _figure(picture, size: int = 320, what: str = "") -> str:
-    "A picture as HTML, with no file behind it."
+def _source(picture, size: int) -> str:
+    "A picture as an address with no file behind it."
     data = enlarged(picture, size)
     kind = "png" if data.startswith(b"\x89PNG") else "jpeg"
-    inside = f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
-    return f'<figure><img src="{inside}" alt="{what}"><figcaption>{what}</figcaption></figure>'
+    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
+
+
+def _figure(picture, size: int = 320, what: str = "") -> str:
+    "A picture as HTML."
+    what = html.escape(what)
+    return f'<figure><img src="{_source(picture, size)}" alt="{what}"><figcaption>{what}</figcaption></figure>'
+
+# %% ../../nbs/interface/23_app.ipynb #ed0000d2
+_SLIDE = "this.parentElement.style.setProperty('--at', this.value + '%')"
+_LARGE = (
+    "const d = this.parentElement.querySelector('dialog'); d.firstElementChild.src = "
+    "this.parentElement.querySelector('.ld-after').src; d.showModal()"
+)
+
+
+def _compare(
+    before,
+    after,  # pictures: tensors (3, H, W) or Pillow
+    what: str,  # the name of the second one
+    size: int = 512,  # longer side in px
+) -> str:
+    "Two pictures on each other with a slider between them, as HTML."
+    what = html.escape(what)
+    return (
+        f'<figure class="ld-compare"><img src="{_source(before, size)}" alt="before">'
+        f'<img class="ld-after" src="{_source(after, size)}" alt="{what}"><span class="ld-edge"></span>'
+        f'<input type="range" min="0" max="100" value="50" aria-label="How much is shown of the picture before" '
+        f'oninput="{html.escape(_SLIDE)}"><button type="button" class="ld-large" title="As large as the window" '
+        f'aria-label="Enlarge {what}" onclick="{html.escape(_LARGE)}">⤢</button>'
+        f'<dialog class="ld-box" aria-label="{what}" onclick="this.close()"><img alt="{what}"></dialog>'
+        f'<figcaption><span>before</span><span>{what}</span></figcaption></figure>'
+    )
+
+# %% ../../nbs/interface/23_app.ipynb #ed0000b2
+def _costs(
+    config: EditConfig,
+    count: int,  # pictures
+    place: bool = False,  # it is given
+) -> dict:
+    "Roughly how many passes of the U-Net each stage of an edit takes, in their order."
+    draw = config.sampling_steps * (2 if config.guidance_scale and config.guidance_scale > 1 else 1)
+    return dict(
+        target=0 if config.object_picture == "input" else draw * config.target_draws,
+        reference=0 if place else draw,
+        words=3 * config.embedding_steps if config.learnt_words else 0,
+        embeddings=0 if config.learnt_words else 3 * config.embedding_steps,
+        tuning=3 * config.tuning_steps * config.tuning_batch,
+        drawing=draw * count,
+    )
+
+
+def _time_left(
+    costs: dict,  # from `_costs`
+    stages: dict,  # of those that have begun: steps done, steps in all, seconds so far
+    pace: dict,  # seconds of a pass in each stage of an earlier run
+) -> float | None:  # seconds; None: nobody knows yet
+    "How long all the stages will still take."
+    seen = [stage for stage in costs if stage in stages]
+    done = sum(costs[s] * stages[s][0] / stages[s][1] for s in seen)
+    spent = sum(stages[s][2] for s in seen)
+    if not done or not spent:
+        return None
+    here = sum(seconds / step * (total - step) for step, total, seconds in (stages[s] for s in seen) if step)
+    later = list(costs)[list(costs).index(seen[-1]) + 1 :]
+    return here + sum(costs[s] * pace.get(s, spent / done) for s in later)
+
+
+def _clock(seconds: float) -> str:
+    "Seconds as people say them, rounded so that nobody takes them for exact."
+    if seconds < 100:
+        return f"{max(5 * round(seconds / 5), 5)} s"
+    return f"{round(seconds / 60)} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 # %% ../../nbs/interface/23_app.ipynb #c5291800
 STAGES = dict(
@@ -1066,31 +1432,54 @@ STAGES = dict(
 )
 
 
+def _curve(losses: list) -> str:
+    "How a loss went, as a small line."
+    most = max(losses) or 1.0
+    path = " ".join(f"{100 * i / max(len(losses) - 1, 1):.1f},{38 - 36 * x / most:.1f}" for i, x in enumerate(losses))
+    return (
+        f'<figure class="ld-curve"><svg viewBox="0 0 100 40" role="img" aria-label="the loss so far"><polyline '
+        f'points="{path}"/></svg><figcaption>loss {losses[-1]:.4f}</figcaption></figure>'
+    )
+
+
 @patch
 def progress(self: LayerDiffusionApp, event: Event, line: str, sheet):
     "A callback's news."
-    self.stages[event.stage] = event.step, event.total, line.rpartition(" · ")[2]
-    rows = []
-    for stage, (step, total, left) in self.stages.items():
-        done = step >= total
-        rows.append(
-            f'<div class="ld-stage{" ld-done" if done else ""}"><span>{STAGES.get(stage, stage)}</span><progress '
-            f'value="{step}" max="{total}"></progress><span>{"✓" if done else left}</span></div>'
-        )
-    self.says["stages"].value = "".join(rows)
+    self.stages[event.stage] = event.step, event.total, event.seconds
+    if event.loss is not None:
+        self.losses.setdefault(event.stage, []).append(event.loss)
+    self.say_stages()
     if self.kind == "run":
         self.tell("run", "")
     pictures = self.draft if event.image is None and event.x0 is not None else event.image
-    if pictures is None:
-        return
     if self.kind == "redraw":  # in the places of those that are drawn again
-        for x, (cell, _) in zip(pictures, self.cells, strict=False):
+        for x, (cell, _) in zip(pictures if pictures is not None else (), self.cells, strict=False):
             cell.children[0].value = enlarged(x)
         return
-    self.preview.value = (
-        "".join(_figure(x, 160) for x in pictures[:4])
-        + f"<p>{STAGES.get(event.stage, event.stage)}, step {event.step}</p>"
-    )
+    self.look(pictures, f"{STAGES.get(event.stage, event.stage)}, step {event.step}", self.losses.get(event.stage))
+
+
+@patch
+def say_stages(self: LayerDiffusionApp):
+    "The bars, and the time that is left in all."
+    rows = []
+    for stage, (step, total, _) in self.stages.items():
+        name, done = STAGES.get(stage, stage), step >= total
+        rows.append(
+            f'<div class="ld-stage{" ld-done" if done else ""}"><span>{name}</span><progress value="{step}" '
+            f'max="{total}" aria-label="{name}"></progress><span>{"✓" if done else f"{step}/{total}"}</span></div>'
+        )
+    left = _time_left(self.costs, self.stages, self.pace) if self.kind == "run" else None
+    total = "" if left is None else f'<p class="ld-left">About {_clock(left)} left in all</p>'
+    self.says["stages"].value = total + "".join(rows)
+
+
+@patch
+def look(self: LayerDiffusionApp, pictures, what: str, losses: list | None = None):
+    "Show what there is to see of a run: these pictures, or the last ones, and the curve of a loss."
+    if pictures is not None:
+        self.seen = "".join(_figure(x, 160) for x in pictures[:4])
+    self.preview.value = self.seen + (_curve(losses) if losses else "") + f"<p>{html.escape(what)}</p>"
     self.preview.layout.display = ""
 
 
@@ -1167,9 +1556,6 @@ def draw_place(self: LayerDiffusionApp):
 def use_place(self: LayerDiffusionApp, name: str | None = None, picture=None):
     "Take an uploaded picture for the new place, or none."
     self.reference = name and (name, picture)
-    with self.silence():
-        if not name:
-            self.own_place.value = ()
     if name:
         self.show_place(picture, name)
     else:
@@ -1197,14 +1583,11 @@ def no_draft(self: LayerDiffusionApp):
 def show(self: LayerDiffusionApp, shown: "_Shown", keep: bool = False):
     "Show a result, with its best picture picked, or the same seed as before."
     seed = self.shown.result.seeds[self.picked] if keep else None
-    best = max(
-        range(len(shown.scores)),
-        key=lambda i: (all(ok for _, ok in shown.scores[i]["seen"].values()), shown.scores[i]["likeness"]),
-        default=0,
-    )
+    best = max(range(len(shown.scores)), key=lambda i: _worth(shown.scores[i]), default=0)
     if seed in shown.result.seeds:
         best = shown.result.seeds.index(seed)
     self.shown = shown
+    shown.result = replace(shown.result, record=shown.result.record | shown.note())
     self.cells = [self.cell(i) for i in range(len(shown.result.seeds))]
     self.sheet.children = tuple(c for c, _ in self.cells)
     self.result_card.layout.display = ""
@@ -1214,6 +1597,12 @@ def show(self: LayerDiffusionApp, shown: "_Shown", keep: bool = False):
     self.tell("save", "")
     self.write_lines()
     self.show_history()
+
+
+def _worth(score: dict) -> tuple:
+    "By what pictures are put in order: in one piece first, then what is right, then both numbers, for judges err."
+    right = sum(bool(ok) for _, ok in score["seen"].values())
+    return not score["broken"], right, score["clip"] + score["likeness"]
 
 
 @patch
@@ -1237,11 +1626,9 @@ def pick(self: LayerDiffusionApp, i: int):
     for k, (box, button) in enumerate(self.cells):
         button.description, button.icon = ("Picked", "check") if k == i else ("Pick", "")
         (box.add_class if k == i else box.remove_class)("ld-picked")
-    both = [
-        (self.canvas.picture if result.image is None else result.image, "before"),
-        (result.images[i], f"after, seed {result.seeds[i]}"),
-    ]
-    self.chosen.value = "".join(_figure(x, what=what) for x, what in both)
+    before = self.canvas.picture if result.image is None else result.image
+    size = max(512, *result.images.shape[-2:])
+    self.chosen.value = _compare(before, result.images[i], f"after, seed {result.seeds[i]}", size)
 
 # %% ../../nbs/interface/23_app.ipynb #37d46c29
 @patch
@@ -1254,12 +1641,42 @@ def save(self: LayerDiffusionApp):
         return
     try:
         folder = self.shown.result.save(self.folder.value.strip() or _free_folder(self.image))
-        write_atomic(folder / "picked.png", to_pil(self.shown.result.images[self.picked]).save)
+        picked = to_pil(self.shown.result.images[self.picked])
+        write_atomic(folder / "picked.png", functools.partial(picked.save, pnginfo=picture_note(self.shown.note())))
     except BadInput as refused:
         self.tell("save", refused)
         return
     self.saved = self.folder.value
     self.tell("save", f"Saved in {folder.absolute()}: {', '.join(sorted(p.name for p in folder.iterdir()))}.")
+
+
+@patch
+def files(self: LayerDiffusionApp) -> dict:
+    "The shown pictures as files, by their names."
+    shown, stem = self.shown, Path(self.shown.order.image.removeprefix("example:")).stem
+    pairs = zip(shown.result.seeds, shown.result.images, strict=True)
+    return {f"{stem}-{seed}.png": _png(x, shown.note() | dict(seed=seed)) for seed, x in pairs}
+
+
+@patch
+def download(self: LayerDiffusionApp):
+    "The picked picture to the browser, as a file."
+    if self.shown:
+        name, data = list(self.files().items())[self.picked]
+        self.hand.send(dict(do="save", name=name, type="image/png"), [data])
+
+
+@patch
+def download_all(self: LayerDiffusionApp):
+    "All pictures to the browser, in one file."
+    if not self.shown:
+        return
+    files, out = self.files(), io.BytesIO()
+    with zipfile.ZipFile(out, "w") as packed:
+        for name, data in files.items():
+            packed.writestr(name, data)
+    name = f"{next(iter(files)).rpartition('-')[0]}.zip"
+    self.hand.send(dict(do="save", name=name, type="application/zip"), [out.getvalue()])
 
 
 _COPY = (
@@ -1291,17 +1708,28 @@ def write_lines(self: LayerDiffusionApp):
 
 @patch
 def show_history(self: LayerDiffusionApp):
-    "The edits so far, each with a way back."
-    w, cells = self.w, []
+    "The edits so far, each with a way back; those of an earlier page are read when they are wanted."
+    cells = []
     for old in self.history:
-        button = w.Button(description="Back to it", tooltip="Show these pictures and set everything as it was")
-        button.on_click(lambda _, old=old: self.guard(lambda: self.back_to(old)))
         numbers = f"α {old.result.config.alpha:g}, {len(old.result.seeds)} pictures, {old.seconds:.0f} s"
         what = f"{html.escape(old.order.text)}<br><small>{old.order.preset}, {numbers}</small>"
-        box = w.VBox([w.Image(value=enlarged(old.result.images[0], 128)), w.HTML(what), button])
-        box.add_class("ld-cell")
-        cells.append(box)
-    self.log.children, self.history_card.layout.display = tuple(cells), "" if len(cells) > 1 else "none"
+        cells.append(self.past_cell(enlarged(old.result.images[0], 128), what, lambda old=old: self.back_to(old)))
+    for folder in self.older[:24]:
+        with contextlib.suppress(OSError, ValueError, LookupError, TypeError):  # somebody else's files
+            said = json.loads((folder / "edit.json").read_text(encoding="utf-8"))
+            picture = (folder / f"seed-{said['seeds'][0]}.png").read_bytes()
+            what = f"{html.escape(said['editor']['text'])}<br><small>{len(said['seeds'])} pictures</small>"
+            cells.append(self.past_cell(picture, what, lambda folder=folder: self.fetch(folder)))
+    self.log.children = tuple(cells)
+    self.history_card.layout.display = "" if len(cells) > 1 else "none"
+
+
+@patch
+def past_cell(self: LayerDiffusionApp, picture: bytes, what: str, act: Callable):
+    "An edit of the history, with its button."
+    button = self.w.Button(description="Back to it", tooltip="Show these pictures and set everything as it was")
+    button.on_click(lambda _: self.guard(act))
+    return box("ld-cell", self.w.Image(value=picture), self.w.HTML(what), button)
 
 # %% ../../nbs/interface/23_app.ipynb #fda7d5e6
 @patch
@@ -1309,23 +1737,103 @@ def back_to(self: LayerDiffusionApp, old: "_Shown"):
     "Show an earlier result, with the settings it was made by."
     if self.running:
         return
-    config, order = old.order.config(self.card), old.order
-    with self.silence():
-        self.text.value, self.object.value, self.background.value = (
-            order.text,
-            old.result.split.object,
-            old.result.split.background,
-        )
-        self.preset.value = "quick" if order.changes.get("target_draws") == _QUICK["target_draws"] else order.preset
-        self.turn_to(config)
-        self.dials["first"].slider.value, self.dials["count"].slider.value = order.seeds
-        self.roll = order.changes.get("seed", 0)
-    self.canvas, self.reference, self.image = old.canvas, old.reference, order.image
+    self.canvas, self.image = old.canvas, old.order.image
     self.canvas_box.children = (self.canvas.widget,)
-    self.canvas.show(old.marks, self.canvas.draw(old.marks))
-    self.check_words()
+    self.set_to(old.order, old.marks, old.reference)
     self.show(old)
     self.refresh()
+
+# %% ../../nbs/interface/23_app.ipynb #ed0000e2
+_LEARNT, _LARGEST = 8, 200 * 2**20  # edits that keep what they learnt, and how many bytes it may have
+
+
+@patch
+def keep_shown(self: LayerDiffusionApp, shown: "_Shown") -> list:  # notes
+    "Save a new edit in the history."
+    if self.keep is None:
+        return []
+    record = shown.result.record | shown.note() | dict(scores=shown.scores, took=shown.seconds)
+    large = sum(x.nbytes for x in shown.result.difference.values()) > _LARGEST
+    result = replace(shown.result, record=record, **dict(difference={}) if large else {})
+    kept = sorted((self.keep / "history").glob("[0-9]*"))
+    try:
+        result.save(self.keep / "history" / f"{int(kept[-1].name) + 1 if kept else 1:04}")
+        for folder in kept[: 1 - _LEARNT]:
+            _forget_learnt(folder)
+    except (BadInput, OSError, ValueError) as error:
+        return [f"It could not be kept for the history: {error}"]
+    return []
+
+
+def _forget_learnt(folder: Path):
+    "Take the U-Net's change out of a saved edit; its pictures and settings stay."
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    path = folder / "edit.safetensors"
+    if not path.is_file() or path.stat().st_size < 2**20:
+        return
+    with safe_open(str(path), "pt") as f:
+        kept = {k: f.get_tensor(k) for k in f.keys() if not k.startswith("unet.")}  # noqa: SIM118
+        note = f.metadata()
+    write_atomic(path, lambda where: save_file(kept, where, note))
+
+
+@patch
+def fetch(self: LayerDiffusionApp, folder: Path):
+    "Back to an edit of an earlier page."
+    if not self.running:
+        shown = self.read_kept(folder)
+        self.older.remove(folder)
+        self.history.append(shown)
+        self.back_to(shown)
+
+
+@patch
+def read_kept(self: LayerDiffusionApp, folder: Path) -> "_Shown":
+    "An edit of the history, read from its folder."
+    result = load_edit(folder, self.method, draw=False)
+    said = json.loads((folder / "edit.json").read_text(encoding="utf-8"))
+    order, marks = _read_order(said["editor"])
+    result.images = torch.stack([pixels(folder / f"seed-{seed}.png") for seed in result.seeds])
+    there = order.image.startswith("example:") or Path(order.image).is_file()
+    canvas = PromptCanvas(order.image if there else folder / "input.png", self.method.sam, self.method.models.size)
+    reference = (order.reference, load_image(folder / "reference.png")) if order.reference else None
+    scored = said.get("scores") or []
+    return _Shown(order, result, scored, said.get("took", 0.0), canvas, marks if there else Marks(), reference)
+
+
+@patch
+def write_down(self: LayerDiffusionApp):
+    "Keep what is set."
+    if self.keep is None or not self.ready:
+        return
+    with contextlib.suppress(BadInput, OSError):
+        data = dict(begun=self.begun, order=_order_record(self.order(), self.canvas.marks))
+        if data != self.written:
+            self.keep.mkdir(parents=True, exist_ok=True)
+            write_json(self.keep / "now.json", data)
+            self.written = data
+
+
+@patch
+def come_back(self: LayerDiffusionApp):
+    "What an earlier page left: the last edit, and what was set."
+    if self.keep is None:
+        return
+    found = (p for p in (self.keep / "history").glob("[0-9]*") if (p / "edit.json").is_file())
+    self.older = sorted(found, reverse=True)
+    with contextlib.suppress(BadInput, OSError, ValueError, LookupError, TypeError):
+        if self.older:
+            shown = self.read_kept(self.older[0])
+            self.history = [shown]
+            del self.older[0]
+            self.show(shown)
+    with contextlib.suppress(BadInput, OSError, ValueError, LookupError, TypeError):
+        state = json.loads((self.keep / "now.json").read_text(encoding="utf-8"))
+        if state["begun"] == self.begun:
+            self.set_to(*_read_order(state["order"]))
+    self.ready = True
 
 # %% ../../nbs/interface/23_app.ipynb #12e00e63
 _NOWHERE_ELSE = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:"
@@ -1371,6 +1879,10 @@ def _free_port(port: int | None = None) -> int:
     )
 
 
+# a kernel that no page is connected to and that does nothing is ended within a minute
+_FREED = ["--MappingKernelManager.cull_idle_timeout=45", "--MappingKernelManager.cull_interval=10"]
+
+
 def _start_voila(page: Path, port: int, theme: str, browser: bool) -> subprocess.Popen:
     "A process that serves a page."
     where = dict(PYTHONPATH=os.pathsep.join(filter(None, [str(package_folder().parent), os.environ.get("PYTHONPATH")])))
@@ -1381,7 +1893,8 @@ def _start_voila(page: Path, port: int, theme: str, browser: bool) -> subprocess
         page.name,
         "--Voila.ip=127.0.0.1",
         f"--port={port}",
-        f"--theme={theme}",
+        f"--theme={'dark' if theme == 'dark' else 'light'}",
+        *_FREED,
         "--Voila.log_level=ERROR",
         *([] if browser else ["--no-browser"]),
     ]
@@ -1389,7 +1902,7 @@ def _start_voila(page: Path, port: int, theme: str, browser: bool) -> subprocess
 
 
 def serve(
-    theme: str = "light",  # "light" or "dark"
+    theme: str = "auto",  # "light", "dark", or "auto": as the system is set
     port: int | None = None,  # None: the first free one from 8866
     browser: bool = True,  # open it in the browser
     say: Callable = print,
@@ -1403,7 +1916,7 @@ def serve(
         )
     port = _free_port(port)
     with tempfile.TemporaryDirectory() as folder:
-        page = _write_page(Path(folder), options)
+        page = _write_page(Path(folder), dict(keep="edits", theme="auto" if theme == "auto" else "page") | options)
         say(f"The editor is at http://127.0.0.1:{port}; it takes a few seconds to appear, and Ctrl-C ends it.")
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, signal.default_int_handler)  # ended like by Ctrl-C

@@ -3,8 +3,11 @@
 __all__ = ['LayerDiffusionApp']
 import base64
 import contextlib
+import functools
 import html
 import importlib.util
+import io
+import json
 import os
 import re
 import shlex
@@ -16,18 +19,19 @@ import threading
 import time
 import traceback
 import warnings
-from dataclasses import dataclass, field, replace
+import zipfile
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 from collections.abc import Callable
 import torch
-from .canvas import Marks, PromptCanvas, picture_bytes
-from layerdiffusion.base.core import BadInput, Event, Preview, join_callbacks, list_examples, load_image, package_folder, to_pil, write_atomic, write_json
+from .canvas import Marks, PromptCanvas, picture_bytes, read_marks
+from layerdiffusion.base.core import BadInput, Event, Preview, example_path, join_callbacks, list_examples, load_image, package_folder, to_pil, write_atomic, write_json
 from ..embeddings import split_text
 from ..base.masks import propose_subject
 from ..evidence.metrics import Clip, clip_score, subject_likeness
-from ..pipeline import DRAWN, LayerDiffusion
-from .saving import EditResult, patch
+from ..pipeline import DRAWN, LayerDiffusion, check_world, load_edit
+from .saving import EditResult, patch, picture_note, pixels
 from ..base.sd import decode_latents, encode_text
 from ..settings import GROUPS, PAPER, SETTINGS, Declared, EditConfig, preset
 
@@ -101,10 +105,16 @@ class _Job:
 def _asked_for(text: str) -> dict:
     """Colour, species, pose and place that a text of mini's world names."""
     ...
+_SURE = 0.8
+
+def _verdicts(judge, images: torch.Tensor, text: str) -> list:
+    """What the judge says of pictures: first whether somebody is there in one piece, then each thing asked for."""
+    ...
 
 def scores(method: LayerDiffusion, result: EditResult) -> list:
     """CLIP score, likeness of the subject and the judge's answers."""
     ...
+_MARKS = {True: ('ld-right', '✓'), False: ('ld-not', '✗'), None: ('ld-unsure', '?')}
 
 def _caption(seed: int, score: dict | None) -> str:
     """A picture's seed and scores, as HTML."""
@@ -146,8 +156,42 @@ def _field_of(setting: Declared, value):
     """The widget of a setting that has no slider."""
     ...
 
-def _fold(fields: dict):
-    """The fields in their groups, folded away."""
+def _field_row(setting: Declared, widget):
+    """A field with its name, and what the paper takes."""
+    ...
+_MOST = 256
+
+class _Intake:
+    """A file that comes from the browser in parts."""
+
+    def __init__(self, taken: Callable, refused: Callable):
+        ...
+
+    def hear(self, content: dict, buffers: list) -> bool:
+        ...
+
+def _hand_class() -> type:
+    """The widget's class, made when it is first needed."""
+    ...
+
+def _hand(label: str, help: str, taken: Callable, refused: Callable, whole: bool=False):
+    """A button that takes a picture; with `whole` it cares for the page too."""
+    ...
+
+def _order_record(order: _Order, marks: Marks) -> dict:
+    """An order and its marks as JSON has them."""
+    ...
+
+def _read_order(data: dict) -> tuple:
+    """An order from JSON."""
+    ...
+
+def _note_inside(data: bytes) -> dict | None:
+    """The note of an edit inside a PNG file; None where there is none."""
+    ...
+
+def _png(picture, note: dict) -> bytes:
+    """A picture (tensor) as a PNG file with a note."""
     ...
 _TEXTS = dict(dog='a brown dog jumping in a forest', cat='an orange cat lying on a beach', rabbit='a grey rabbit sitting in the snow')
 _QUICK = dict(target_draws=16, embedding_steps=0, tuning_steps=40, sampling_steps=20)
@@ -156,7 +200,7 @@ _LOOKS = {'best': 'Best', 'paper': "The paper's", 'quick': 'Quick look'}
 class LayerDiffusionApp:
     """The editor; shown in a notebook as the last thing of a cell."""
 
-    def __init__(self, image='example:dog', text: str | None=None, model: Any='mini', sam: Any=None, device: str | None=None):
+    def __init__(self, image='example:dog', text: str | None=None, model: Any='mini', sam: Any=None, device: str | None=None, keep: str | Path | None=None, theme: str='page'):
         ...
 
     def _ipython_display_(self):
@@ -183,23 +227,31 @@ class LayerDiffusionApp:
         ...
 
     def layout(self):
-        """Cards in two columns, or one below the other in a narrow window."""
+        """Picture, sentence and Run; everything else folded or hidden."""
         ...
 
-    def given_cards(self) -> list:
-        """What is given: picture, subject and words."""
+    def ask_card(self):
+        """The sentence and the run."""
         ...
 
-    def chosen_cards(self) -> list:
-        """What is chosen: place and settings, and the run."""
+    def place_and_words(self):
+        """How the sentence is split, the new place, and a file beside the kernel."""
+        ...
+
+    def setting_groups(self) -> list:
+        """The preset, and the settings in the groups in which they are declared."""
         ...
 
     def result_cards(self):
         """Results and history, hidden at first."""
         ...
 
-    def card_of(self, number: str, title: str, *inside):
-        """A card with its step."""
+    def card_of(self, title: str, *inside):
+        """A card with its title."""
+        ...
+
+    def _fold(self, title: str, *inside, opened: bool=False):
+        """A button that opens and closes what is below it."""
         ...
 
     def field(self, label: str, widget):
@@ -225,6 +277,26 @@ class LayerDiffusionApp:
 
     def open_picture(self, image, name: str | None=None, said: str=''):
         """Show a picture on a new canvas."""
+        ...
+
+    def check_photo(self):
+        """Say at once that a picture is not of mini's world."""
+        ...
+
+    def stored(self, name: str, data: bytes) -> tuple:
+        """An upload, written down where things are kept."""
+        ...
+
+    def take(self, name: str, data: bytes):
+        """A file that was chosen, dropped or pasted: a picture, or one that brings its settings back."""
+        ...
+
+    def order_of(self, note: dict) -> _Order:
+        """The order that a picture of the command line or of Python was made by, as far as its note says."""
+        ...
+
+    def set_to(self, order: _Order, marks: Marks, reference: tuple | None=None) -> bool:
+        """Set everything to an order; whether its picture was found."""
         ...
 
     def split(self):
@@ -255,8 +327,8 @@ class LayerDiffusionApp:
         """Set the sliders to a preset's values for this model."""
         ...
 
-    def _open_upload(self):
-        """Open the picture that was just given, if there is one."""
+    def say_preset(self, config: EditConfig):
+        """What goes beyond the paper."""
         ...
 
     def connect(self):
@@ -276,7 +348,23 @@ class LayerDiffusionApp:
         ...
 
     def run(self):
-        """Make the edit; after a stop with the same settings, go on with it."""
+        """Make the edit; after a stop with the same settings, go on with it; while another is being made, wait for it."""
+        ...
+
+    def begin_run(self, wish: tuple, given: dict):
+        """Start a run of what was wished for."""
+        ...
+
+    def next_in_queue(self):
+        """The first of those that wait."""
+        ...
+
+    def forget_queue(self):
+        """Nothing waits any more."""
+        ...
+
+    def tell_queue(self):
+        """Say what waits."""
         ...
 
     def wish(self) -> tuple:
@@ -301,7 +389,7 @@ class LayerDiffusionApp:
         ...
 
     def wait(self, seconds: float=600.0):
-        """Until the job has ended; for scripts."""
+        """Until the job has ended, and those that waited for it; for scripts."""
         ...
 
     def refresh(self):
@@ -310,6 +398,14 @@ class LayerDiffusionApp:
 
     def progress(self, event: Event, line: str, sheet):
         """A callback's news."""
+        ...
+
+    def say_stages(self):
+        """The bars, and the time that is left in all."""
+        ...
+
+    def look(self, pictures, what: str, losses: list | None=None):
+        """Show what there is to see of a run: these pictures, or the last ones, and the curve of a loss."""
         ...
 
     def watch(self, job: _Job) -> Callable:
@@ -360,17 +456,57 @@ class LayerDiffusionApp:
         """Write the shown result, and the picked picture once more by that name."""
         ...
 
+    def files(self) -> dict:
+        """The shown pictures as files, by their names."""
+        ...
+
+    def download(self):
+        """The picked picture to the browser, as a file."""
+        ...
+
+    def download_all(self):
+        """All pictures to the browser, in one file."""
+        ...
+
     def write_lines(self):
         """The lines that repeat the shown result."""
         ...
 
     def show_history(self):
-        """The edits so far, each with a way back."""
+        """The edits so far, each with a way back; those of an earlier page are read when they are wanted."""
+        ...
+
+    def past_cell(self, picture: bytes, what: str, act: Callable):
+        """An edit of the history, with its button."""
         ...
 
     def back_to(self, old: '_Shown'):
         """Show an earlier result, with the settings it was made by."""
         ...
+
+    def keep_shown(self, shown: '_Shown') -> list:
+        """Save a new edit in the history."""
+        ...
+
+    def fetch(self, folder: Path):
+        """Back to an edit of an earlier page."""
+        ...
+
+    def read_kept(self, folder: Path) -> '_Shown':
+        """An edit of the history, read from its folder."""
+        ...
+
+    def write_down(self):
+        """Keep what is set."""
+        ...
+
+    def come_back(self):
+        """What an earlier page left: the last edit, and what was set."""
+        ...
+
+def _thumbnails() -> str:
+    """The style by which the buttons of the examples show their pictures."""
+    ...
 
 def box(name: str, *inside):
     """Widgets in a box with a name for the style sheet."""
@@ -380,10 +516,10 @@ def _free_folder(image: str) -> str:
     """edits/NAME-1, or the first such folder that is free."""
     ...
 
-def _read_upload(file: dict) -> tuple:
+def _read_upload(name: str, data: bytes) -> Any:
     """A picture that was uploaded."""
     ...
-_APP_WORDS = {' (in Python object= and background=)': '', 'give the two parts with --object and --background': 'fill in the two fields below', ', and give the rest to --negative-prompt': '', 'its parts go to --object and --background, what shall not be there to --negative-prompt': 'its parts go into the two fields below', 'what shall not be there goes to --negative-prompt': 'say only what is there', 'options stand outside the sentence, and --help shows those there are': 'leave it out', 'a picture of the place goes to --reference': 'a picture of the place can be uploaded below'}
+_APP_WORDS = {' (in Python object= and background=)': '', 'give the two parts with --object and --background': 'fill in the two fields under Advanced', ', and give the rest to --negative-prompt': '', 'its parts go to --object and --background, what shall not be there to --negative-prompt': 'its parts go into the two fields under Advanced', 'what shall not be there goes to --negative-prompt': 'say only what is there', 'options stand outside the sentence, and --help shows those there are': 'leave it out', 'a picture of the place goes to --reference': 'a picture of the place can be uploaded under Advanced'}
 
 def _app_words(refused: BadInput) -> BadInput:
     """A sentence about options of the command line, as the editor would say it."""
@@ -402,15 +538,54 @@ class _Shown:
     reference: tuple | None = ...
     redraw: dict | None = ...
 
+    def note(self) -> dict:
+        """What brings all of it back, as JSON has it."""
+        ...
+
 def enlarged(picture, size: int=256) -> bytes:
     """A picture (tensor or Pillow) as a file, its longer side `size` pixels."""
     ...
 
+def _source(picture, size: int) -> str:
+    """A picture as an address with no file behind it."""
+    ...
+
 def _figure(picture, size: int=320, what: str='') -> str:
-    """A picture as HTML, with no file behind it."""
+    """A picture as HTML."""
+    ...
+_SLIDE = "this.parentElement.style.setProperty('--at', this.value + '%')"
+_LARGE = "const d = this.parentElement.querySelector('dialog'); d.firstElementChild.src = this.parentElement.querySelector('.ld-after').src; d.showModal()"
+
+def _compare(before, after, what: str, size: int=512) -> str:
+    """Two pictures on each other with a slider between them, as HTML."""
+    ...
+
+def _costs(config: EditConfig, count: int, place: bool=False) -> dict:
+    """Roughly how many passes of the U-Net each stage of an edit takes, in their order."""
+    ...
+
+def _time_left(costs: dict, stages: dict, pace: dict) -> float | None:
+    """How long all the stages will still take."""
+    ...
+
+def _clock(seconds: float) -> str:
+    """Seconds as people say them, rounded so that nobody takes them for exact."""
     ...
 STAGES = dict(reference='Drawing the new place', target='Looking for a target picture (Eq. 4)', words='Learning words (Eq. 2)', embeddings='Fitting the words (Eq. 2)', tuning='Teaching subject and place (Eq. 4-6)', drawing='Drawing the pictures (Eq. 7, 8)')
+
+def _curve(losses: list) -> str:
+    """How a loss went, as a small line."""
+    ...
+
+def _worth(score: dict) -> tuple:
+    """By what pictures are put in order: in one piece first, then what is right, then both numbers, for judges err."""
+    ...
 _COPY = "navigator.clipboard.writeText(this.parentElement.querySelector('pre').innerText); this.textContent = 'Copied'; setTimeout(() => this.textContent = 'Copy', 1500)"
+_LEARNT, _LARGEST = (8, 200 * 2 ** 20)
+
+def _forget_learnt(folder: Path):
+    """Take the U-Net's change out of a saved edit; its pictures and settings stay."""
+    ...
 _NOWHERE_ELSE = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:"
 
 def begin(folder: str, **options):
@@ -424,11 +599,12 @@ def _write_page(folder: Path, options: dict) -> Path:
 def _free_port(port: int | None=None) -> int:
     """The port that was asked for, or the first free one from 8866."""
     ...
+_FREED = ['--MappingKernelManager.cull_idle_timeout=45', '--MappingKernelManager.cull_interval=10']
 
 def _start_voila(page: Path, port: int, theme: str, browser: bool) -> subprocess.Popen:
     """A process that serves a page."""
     ...
 
-def serve(theme: str='light', port: int | None=None, browser: bool=True, say: Callable=print, **options):
+def serve(theme: str='auto', port: int | None=None, browser: bool=True, say: Callable=print, **options):
     """Serve the editor on this machine until Ctrl-C."""
     ...

@@ -211,6 +211,20 @@ def add_point(
 
 
 @patch
+def glimpse(
+    self: _Prompt,
+    x: float,
+    y: float,  # in pixels of the picture
+    subject: bool = True,  # False: this is not the subject
+) -> torch.Tensor:  # (1, H, W), 0 or 1
+    "The mask that a click here would make; nothing is marked."
+    known = set(self.found)
+    mask = self.draw(replace(self.marks, points=self.marks.points + ((float(x), float(y), int(subject)),)))
+    self.found = {key: found for key, found in self.found.items() if key in known}
+    return mask
+
+
+@patch
 def remove_point(
     self: _Prompt,
     index: int = -1,  # in the order of the clicks
@@ -426,6 +440,20 @@ def hear(
             self.become(_read_marks(content["marks"]))
         elif content.get("do") in ("undo", "redo", "clear"):
             getattr(self, content["do"])()
+        elif content.get("do") == "glimpse":
+            self.show_glimpse(content)
     except BadInput as refused:
         self.says, self.wrong = str(refused), True
         self.push()
+
+
+@patch
+def show_glimpse(self: PromptCanvas, content: dict):
+    "Send the mask of a click that was not made; nothing where there cannot be one."
+    try:
+        ((x, y, subject),) = _read_marks(dict(points=[content["point"]])).points
+        found = [_mask_bytes(self.glimpse(x, y, bool(subject)))] if self.seen else []
+    except (BadInput, KeyError, ValueError):
+        found = []
+    self.widget.send(dict(do="glimpse", point=content.get("point")), found)
+

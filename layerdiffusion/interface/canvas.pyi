@@ -73,6 +73,10 @@ class _Prompt:
         """A click."""
         ...
 
+    def glimpse(self, x: float, y: float, subject: bool=True) -> torch.Tensor:
+        """The mask that a click here would make; nothing is marked."""
+        ...
+
     def remove_point(self, index: int=-1) -> _Prompt:
         """Take a click back."""
         ...
@@ -143,4 +147,8 @@ class PromptCanvas(_Prompt):
 
     def hear(self, content: dict):
         """Do what was done in the browser; a refusal is said there."""
+        ...
+
+    def show_glimpse(self, content: dict):
+        """Send the mask of a click that was not made; nothing where there cannot be one."""
         ...

@@ -1100,7 +1100,9 @@ def editor(
     device: Annotated[
         str | None, typer.Option(help="cpu, cuda, cuda:1 or mps. Unset: the fastest there is.", metavar="NAME")
     ] = None,
-    theme: Annotated[Literal["light", "dark"], typer.Option(help="Colours of the page.")] = "light",
+    theme: Annotated[
+        Literal["auto", "light", "dark"], typer.Option(help="Colours of the page; auto: as your system is set.")
+    ] = "auto",
     port: Annotated[
         int | None, typer.Option(help="Port on 127.0.0.1. Unset: the first free one from 8866.", min=1024, max=65535)
     ] = None,

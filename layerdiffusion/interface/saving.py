@@ -227,6 +227,20 @@ def full_resolution(
     return [Image.composite(to_pil(x).resize(whole.size, Image.Resampling.LANCZOS), whole, soft) for x in self.images]
 
 # %% ../../nbs/interface/09_saving.ipynb #49df245c
+_NOTED = ("format", "text", "object", "background", "config", "model", "model_hash", "editor")
+
+
+def picture_note(
+    settings: dict,  # anything JSON has
+):
+    "Settings as a text inside a PNG file, named layerdiffusion: `pnginfo` of Pillow's `save`."
+    from PIL.PngImagePlugin import PngInfo
+
+    note = PngInfo()
+    note.add_text("layerdiffusion", json.dumps(settings))
+    return note
+
+
 @patch
 @shielded
 def save(
@@ -262,8 +276,10 @@ def replace_files(self: EditResult, folder: Path, rank: int | None = None, photo
     notes, large = _fitting_notes(self.info, "PNG"), [] if photo is None else self.full_resolution(photo)
     jpeg = dict(quality=95, subsampling=0, **_fitting_notes(photo_info(photo), "JPEG")) if large else {}
     with _whole_folder(folder) as inside:
+        said = {name: settings[name] for name in _NOTED if name in settings}
         for name, x in pictures.items():
-            to_pil(x).save(inside / f"{name}.png", **(notes if name.startswith(("seed", "input")) else {}))
+            inner = dict(pnginfo=picture_note(said | dict(seed=int(name[5:])))) if name.startswith("seed") else {}
+            to_pil(x).save(inside / f"{name}.png", **inner, **(notes if name.startswith(("seed", "input")) else {}))
         for seed, whole in zip(self.seeds, large, strict=False):  # `large` may be empty
             whole.save(inside / f"full-{seed}.jpg", **jpeg)
         self.sheet().save(inside / "sheet.png")

@@ -115,6 +115,11 @@ def _smaller(note, kind):
 def _comes_back(kind, name, note):
     """Whether a picture of one pixel keeps a note."""
     ...
+_NOTED = ('format', 'text', 'object', 'background', 'config', 'model', 'model_hash', 'editor')
+
+def picture_note(settings: dict):
+    """Settings as a text inside a PNG file, named layerdiffusion: `pnginfo` of Pillow's `save`."""
+    ...
 
 def _pictures_of(result: EditResult) -> dict:
     """The pictures of an edit, by the names of their files."""

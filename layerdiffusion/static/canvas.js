@@ -72,13 +72,15 @@ class Canvas {
     board.onpointermove = (e) => this.moved(e);
     board.onpointerup = (e) => this.up(e);
     board.onpointercancel = () => this.cancel();
-    board.onpointerleave = () => { if (!this.drag) { this.hover = null; this.draw(); } };
+    board.onpointerleave = () => { if (!this.drag) { this.hover = null; this.forget(); this.draw(); } };
     board.oncontextmenu = (e) => e.preventDefault();
     board.onkeydown = (e) => this.key(e);
     board.onkeyup = (e) => ARROWS[e.key] && this.pending && this.commit(this.pending);
     board.onblur = () => { this.cursor = null; this.pending && this.commit(this.pending); this.draw(); };
     this.onview = () => this.update();
     this.onpictures = () => this.pictures();
+    this.onglimpse = (message, buffers) => message.do === "glimpse" && this.glimpsed(message, buffers);
+    model.on("msg:custom", this.onglimpse);
     model.on("change:view", this.onview);
     model.on("change:mask change:image", this.onpictures);
     this.observer = new ResizeObserver(() => this.draw());
@@ -87,6 +89,8 @@ class Canvas {
 
   close() {
     this.observer.disconnect();
+    clearTimeout(this.rest);
+    this.model.off("msg:custom", this.onglimpse);
     this.model.off("change:view", this.onview);
     this.model.off("change:mask change:image", this.onpictures);
   }
@@ -126,7 +130,38 @@ class Canvas {
     this.draw();
   }
 
+  // what a click would take, asked for where the pointer rests
+  forget() { clearTimeout(this.rest); this.glimpse = null; }
+
+  resting(p) {
+    this.forget();
+    const points = this.tool === "plus" || this.tool === "minus";
+    if (!points || this.drag || this.marks.points.some((q) => this.near(p, q))) return;
+    this.rest = setTimeout(() => this.peek(p), 120);
+  }
+
+  peek(p) {
+    if (this.peeking) { this.rest = setTimeout(() => this.peek(p), 120); return; }
+    this.peeking = true;
+    setTimeout(() => { this.peeking = false; }, 3000);
+    this.model.send({ do: "glimpse", point: [...p, this.tool === "plus" ? 1 : 0] });
+  }
+
+  async glimpsed({ point }, buffers) {
+    this.peeking = false;
+    const mask = buffers.length ? await bitmap(buffers[0]) : null;
+    const [x, y] = this.hover ?? [NaN, NaN];
+    if (!mask || !point || Math.hypot(x - point[0], y - point[1]) > 6 * this.unit) return;
+    this.glimpse = this.paint((g, w, h) => {
+      g.drawImage(mask, 0, 0, w, h);
+      g.globalCompositeOperation = "source-in"; g.fillStyle = "#4aa3ff"; g.fillRect(0, 0, w, h);
+    });
+    this.root.dataset.glimpse = point;
+    this.draw();
+  }
+
   send(what, marks) {
+    this.forget();
     this.asked = performance.now();
     this.model.send(marks ? { do: what, marks } : { do: what });
   }
@@ -174,6 +209,7 @@ class Canvas {
 
   moved(e) {
     this.hover = this.at(e);
+    if (e.pointerType !== "touch") this.resting(this.hover);
     if (this.drag) for (const each of e.getCoalescedEvents?.().length ? e.getCoalescedEvents() : [e]) this.pull(this.at(each));
     this.draw();
   }
@@ -309,6 +345,7 @@ class Canvas {
     g.imageSmoothingQuality = "high";
     g.drawImage(this.image, 0, 0, board.width, board.height);
     if (this.layers) this.subject(g);
+    if (this.glimpse) { g.globalAlpha = 0.45; g.drawImage(this.glimpse, 0, 0, board.width, board.height); g.globalAlpha = 1; }
     g.setTransform(board.width / this.w, 0, 0, board.height / this.h, 0, 0);
     this.signs(g);
   }
