@@ -118,6 +118,18 @@ def test_functions_have_tables(site):
 
 
 @needs_tools
+def test_a_page_has_its_notebook_and_the_next_page(site):
+    "No widget is left as Python's words for it."
+    page = _Page((site / "fine_tuning.html").read_text(encoding="utf-8"))
+    assert {"embeddings.html", "guidance.html"} <= set(page.links)
+    at = "layerdiffusion/layerdiffusion/blob/main/nbs/method/05_fine_tuning.ipynb"
+    assert {f"https://github.com/{at}", f"https://colab.research.google.com/github/{at}"} <= set(page.links)
+    texts = {p.name: p.read_text(encoding="utf-8") for p in site.glob("*.html")}
+    assert not [name for name, text in texts.items() if re.search(r">\s*(interactive|VBox)\(children=", text)]
+    assert "a live widget stands here" in texts["alpha.html"]
+
+
+@needs_tools
 def test_search_covers_every_page(site):
     entries = json.loads((site / "search.json").read_text(encoding="utf-8"))
     assert {e["href"].split("#")[0] for e in entries} == {p.name for p in site.glob("*.html")}
@@ -152,6 +164,8 @@ LOOK = """() => ({
     maths: document.querySelectorAll('span.math').length,
     katex: document.querySelectorAll('.katex').length,
     failed: document.querySelectorAll('.katex-error').length,
+    cut: [...document.querySelectorAll(innerWidth > 700 ? 'main pre, main .sd-table' : 'main div.sourceCode > pre')]
+        .filter(e => e.scrollWidth > e.clientWidth + 1).length,
     broken: [...document.images].filter(i => !i.complete || !i.naturalWidth).map(i => i.src.slice(0, 80)),
     over: [...document.querySelectorAll('main img')]
         .filter(i => i.getBoundingClientRect().right > innerWidth + 1).length})"""
@@ -161,7 +175,7 @@ def look(page, url):
     "What is wrong with a page as a reader sees it."
     page.goto(url, wait_until="load")
     seen = page.evaluate(LOOK)
-    wrong = [k for k in ("broken", "failed", "over") if seen[k]]
+    wrong = [k for k in ("broken", "failed", "over", "cut") if seen[k]]
     if seen["wide"] > 0:
         wrong.append(f"{seen['wide']} px too wide")
     if seen["words"] < 200:

@@ -125,6 +125,8 @@ def test_what_is_imported_is_required(told):
             "nbdev",
             "fastcore",
             "smalldocs",
+            "onnx",
+            "onnxruntime",
         }
     )
 

@@ -7,6 +7,7 @@ __all__ = []
 
 # %% ../../nbs/evidence/26_docs.ipynb #15460b5d
 import inspect
+import json
 import os
 import re
 import shutil
@@ -19,7 +20,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from ..base.core import BadInput
+from ..base.core import BadInput, example_path
 
 # %% ../../nbs/evidence/26_docs.ipynb #f9b08abb
 def _find_checkout(
@@ -135,6 +136,29 @@ def _drop_numbers(folder: Path,  # nbdev's processed notebooks, changed in place
         page.with_name(_NUMBERED.sub(r"\1", page.name)).write_text(text, encoding="utf-8")
     menu.write_text(_NUMBERED.sub(r"\1", menu.read_text(encoding="utf-8")), encoding="utf-8")
 
+# %% ../../nbs/evidence/26_docs.ipynb #be4dd539
+LIVE = "application/vnd.jupyter.widget-view+json"
+
+
+def still(output: dict) -> list:  # an output of a cell
+    "What a site shows of it: itself, or, of a widget without a picture, one line; of a progress bar, nothing."
+    data = output.get("data", {})
+    if LIVE not in data or any(kind.startswith("image/") for kind in data):
+        return [output]
+    if "%|" in "".join(data.get("text/plain", "")):
+        return []
+    return [dict(output, data={"text/markdown": ["*In a notebook a live widget stands here.*"]})]
+
+
+def still_pages(folder: Path):  # nbdev's processed notebooks, changed in place
+    "Take the words for widgets out of the pages."
+    for page in folder.glob("*.ipynb"):
+        notebook = json.loads(page.read_text(encoding="utf-8"))
+        for cell in notebook["cells"]:
+            if "outputs" in cell:
+                cell["outputs"] = [kept for output in cell["outputs"] for kept in still(output)]
+        page.write_text(json.dumps(notebook), encoding="utf-8")
+
 # %% ../../nbs/evidence/26_docs.ipynb #9ead7113
 _IMPORT = re.compile(r"""@import\s*(?:url\()?["']?https?://[^"')]*["']?\)?;""")
 _KATEX = re.compile(r"https://cdn\.jsdelivr\.net/npm/katex@[\d.]+/dist/(?:contrib/)?")
@@ -227,9 +251,9 @@ def _build_here():
     quarto.refresh_quarto_yml()
     folder = serve.proc_nbs(force=True, n_workers=0)
     _drop_numbers(folder, Path("_quarto.yml"))
-    shutil.copytree(
-        "nbs", folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.ipynb", "_*", "*.yml", "katex", ".*")
-    )  # nbdev copies no subfolders
+    still_pages(folder)
+    other = shutil.ignore_patterns("*.ipynb", "_*", "*.yml", "katex", "demo", ".*")
+    shutil.copytree("nbs", folder, dirs_exist_ok=True, ignore=other)  # nbdev copies no subfolders
     left = [w for w in build(folder, quiet=True).warnings if "output-file" not in w]  # nbdev writes that key for Quarto
     if left:
         sys.exit("the site has warnings: " + "; ".join(left))
@@ -254,15 +278,56 @@ def check_folder(out: Path, flag: str = "--out"):
         )
 
 
-def finish(site: Path, katex: Path, host: str):
-    "Make a built site independent of other machines."
+def add_demo(
+    site: Path,  # a built site
+    source: Path,  # `nbs/demo` of the checkout
+    models: Path | None = None,  # what `layerdiffusion export-web` wrote; None: recorded pictures only
+):
+    "Put the two dials after the first paragraph of the first page."
+    index, part = site / "index.html", site / "demo/demo.html"
+    shutil.copytree(source, site / "demo")
+    shutil.copy(example_path("dog"), site / "demo/photo.png")
+    if models:
+        shutil.copytree(models, site / "demo", dirs_exist_ok=True)
+    else:
+        (site / "demo/demo.json").write_text("null", encoding="utf-8")  # asked for and not there would be an error
+    section, text = part.read_text(encoding="utf-8"), index.read_text(encoding="utf-8")
+    text = re.sub(r"\n<p>(?!<img).*?</p>\n", lambda m: m[0] + section, text, count=1, flags=re.S)
+    index.write_text(text, encoding="utf-8")
+    part.unlink()
+
+
+def link_notebooks(
+    site: Path,  # a built site
+    nbs: Path,  # the notebooks that it was made of
+    address: str,  # of `nbs` on GitHub
+):
+    "Say below each page's title where its notebook is."
+    title = '<div class="quarto-title-meta"></div>'
+    for path in nbs.rglob("[!_.]*.ipynb"):
+        page, at = site / f"{re.sub('^[0-9]+_', '', path.stem)}.html", f"{address}/{path.relative_to(nbs).as_posix()}"
+        if not page.is_file():
+            continue
+        colab = at.replace("https://github.com", "https://colab.research.google.com/github")
+        links = f'This page is a notebook: <a href="{at}">on GitHub</a>, <a href="{colab}">in Colab</a>'
+        text = page.read_text(encoding="utf-8").replace(title, f'{title}<p class="notebook-links">{links}</p>', 1)
+        page.write_text(text, encoding="utf-8")
+
+
+def finish(site: Path, root: Path, demo: Path | None = None):
+    "Add the demo and the links to the notebooks, and make a built site independent of other machines."
+    cfg = _settings_of(root)
+    link_notebooks(site, root / "nbs", f"{cfg['git_url']}/blob/{cfg['branch']}/nbs")
+    if (root / "nbs/demo").is_dir():
+        add_demo(site, root / "nbs/demo", demo)
+    host = cfg["doc_host"] + cfg["doc_baseurl"]
     pages = {p: p.read_text(encoding="utf-8") for p in site.glob("*.html")}
     anchors = {p.name: _Page(text).ids for p, text in pages.items()}
     for page, text in pages.items():
         page.write_text(_localise(text, host, anchors), encoding="utf-8")
     for style in site.rglob("*.css"):
         style.write_text(_IMPORT.sub("", style.read_text(encoding="utf-8")), encoding="utf-8")  # typefaces of a server
-    shutil.copytree(katex, site / "site_libs/katex")
+    shutil.copytree(root / "nbs/katex", site / "site_libs/katex")
     (site / ".nojekyll").touch()  # GitHub Pages: publish the files as they are
 
 # %% ../../nbs/evidence/26_docs.ipynb #a2e89da3
@@ -289,12 +354,15 @@ def _build_in(work: Path, root: Path):
 def build_site(
     out: Path | None = None,  # folder of the site; None: `_docs` in the checkout
     root: Path | None = None,  # a folder in the checkout; None: where you are
+    demo: Path | None = None,  # what `layerdiffusion export-web` wrote; None: recorded pictures on the first page
 ) -> Path:  # the folder
     "Build the site and check it; a site with a fault is not written."
     root = _find_checkout(root)
-    cfg, out = _settings_of(root), Path(out or root / "_docs").resolve()
+    out = Path(out or root / "_docs").resolve()
     _need_tools()
     check_folder(out)
+    if demo and not (Path(demo) / "demo.json").is_file():
+        raise BadInput(f"--demo {str(demo)!r} holds no demo.json; layerdiffusion export-web --out {demo} makes it.")
     with tempfile.TemporaryDirectory() as d:
         work = Path(d)
         shutil.copytree(root / "nbs", work / "nbs", ignore=shutil.ignore_patterns(".*", "_proc", "_docs", "nbdev.yml"))
@@ -303,7 +371,7 @@ def build_site(
         flatten(work)
         _build_in(work, root)
         site = work / "_proc/_docs"
-        finish(site, root / "nbs/katex", cfg["doc_host"] + cfg["doc_baseurl"])
+        finish(site, root, demo)
         if wrong := _faults(site):
             raise BadInput(f"The site has {len(wrong)} faults: {'; '.join(wrong[:20])}")
         shutil.rmtree(out, ignore_errors=True)

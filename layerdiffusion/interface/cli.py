@@ -1066,6 +1066,10 @@ def _docs(
     out: Annotated[
         Path | None, typer.Option(help="Folder of the site. Unset: _docs in the checkout.", metavar="DIR")
     ] = None,
+    demo: Annotated[
+        Path | None,
+        typer.Option(help="What export-web wrote. Unset: recorded pictures on the first page.", metavar="DIR"),
+    ] = None,
     serve: Annotated[
         bool, typer.Option("--serve", help="Show it to the browsers of this machine until Ctrl-C.")
     ] = False,
@@ -1075,10 +1079,26 @@ def _docs(
     "Build the website of a checkout from its notebooks, without Quarto; a dead link or a leftover stops it."
     from layerdiffusion.evidence.docs import build_site, serve_site
 
-    folder = build_site(out)
+    folder = build_site(out, demo=demo)
     _announce(f"Wrote    {folder}\nLook at  {folder / 'index.html'}")
     if serve:
         serve_site(folder, port)
+
+# %% ../../nbs/interface/30_cli.ipynb #0a18feb7
+@app.command()
+def export_web(
+    out: Annotated[Path, typer.Option(help="Folder for the files; docs --demo takes it.", metavar="DIR")] = Path("web"),
+    ort: Annotated[
+        Path | None,
+        typer.Option(help="npm's onnxruntime-web. Unset: the one in node_modules where you are.", metavar="DIR"),
+    ] = None,
+    debug: Annotated[bool, typer.Option("--debug", help=_RUN[-1].help)] = False,
+):
+    "Write mini, tuned on one edit, as files for the site's live demo: some minutes."
+    from layerdiffusion.evidence.web import export_web
+
+    told = export_web(out, ort)
+    _announce(f"Wrote    {out}, {told['megabytes']} MB; pictures within {told['difference']}/255 of PyTorch's")
 
 # %% ../../nbs/interface/30_cli.ipynb #fcde450f
 @app.command(
