@@ -288,7 +288,7 @@ def build_site(
             "MPLBACKEND": "agg",
         }
         done = subprocess.run(
-            [sys.executable, "-c", "from layerdiffusion.evidence.docs import build_here; build_here()"],
+            [sys.executable, "-c", "from layerdiffusion.evidence.docs import _build_here; _build_here()"],
             cwd=work,
             env=env,
             capture_output=True,
