@@ -20,7 +20,7 @@ import torch.nn.functional as F
 
 # %% ../nbs/method/07_identity.ipynb #9c0cacd4
 from .base.core import BadInput, Event, one_loader, package_folder, shielded
-from .embeddings import subject_phrase
+from .words import subject_phrase
 from .fine_tuning import apply_difference
 from .base.folders import check_weights, fetch, read_json
 from .base.masks import propose_subject

@@ -252,7 +252,7 @@ class EditConfig(BaseModel):
     def in_words(cls, text):
         if not text:
             return text
-        from layerdiffusion.embeddings import plain_words
+        from layerdiffusion.words import plain_words
 
         return plain_words(text, "The negative prompt")
 

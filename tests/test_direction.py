@@ -448,7 +448,7 @@ def test_the_two_terms_are_the_layers(models, scene):
 
 def test_the_photo_where_its_subject_does_it_already(method, scene, monkeypatch):
     "auto: by the words for the photo; input: always; target: never. A text without an action asks for none."
-    from layerdiffusion.embeddings import split_text
+    from layerdiffusion.words import split_text
 
     drawn = torch.full((3, 64, 64), 0.5)
     monkeypatch.setattr(method, "draw", lambda *a: drawn, raising=False)
@@ -634,7 +634,7 @@ def coats(monkeypatch, method, photo_coat):
 def test_the_coat_becomes_the_one_that_is_asked_for(method, monkeypatch):
     """Only the subject's; not where it is worn already; and with `recolour_tone` as much lighter or darker than its
     words as the old one."""
-    from layerdiffusion.embeddings import split_text
+    from layerdiffusion.words import split_text
 
     split = split_text("a blue dog lying in the snow")
 

@@ -239,7 +239,7 @@ for name in {rooms}: importlib.import_module("layerdiffusion." + name)
 print(sorted(n for n in sys.modules if n.startswith("layerdiffusion.") and n.rpartition(".")[2] in {toys}))
 """
 PAPER_ROOMS = (
-    "core folders sd method masks embeddings fine_tuning guidance identity settings saving pipeline memory "
+    "core folders sd method masks words embeddings fine_tuning guidance identity settings saving pipeline memory "
     "canvas app cli"
 )
 

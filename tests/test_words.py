@@ -4,8 +4,8 @@ of another tool's is passed on as words."""
 import pytest
 
 from layerdiffusion.base.core import BadInput
-from layerdiffusion.embeddings import plain_words, split_text
 from layerdiffusion.settings import EditConfig
+from layerdiffusion.words import plain_words, split_text
 
 PLAIN = "a dog jumping | in a forest"
 

@@ -47,7 +47,7 @@ from layerdiffusion.base.core import (
     write_atomic,
     write_json,
 )
-from ..embeddings import split_text
+from ..words import split_text
 from ..base.masks import propose_subject
 from ..evidence.metrics import Clip, clip_score, subject_likeness
 from ..pipeline import DRAWN, LayerDiffusion, check_world, load_edit

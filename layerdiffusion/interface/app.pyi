@@ -27,7 +27,7 @@ from collections.abc import Callable
 import torch
 from .canvas import Marks, PromptCanvas, picture_bytes, read_marks
 from layerdiffusion.base.core import BadInput, Event, Preview, example_path, join_callbacks, list_examples, load_image, package_folder, to_pil, write_atomic, write_json
-from ..embeddings import split_text
+from ..words import split_text
 from ..base.masks import propose_subject
 from ..evidence.metrics import Clip, clip_score, subject_likeness
 from ..pipeline import DRAWN, LayerDiffusion, check_world, load_edit

@@ -806,7 +806,7 @@ def edit(
     **options,
 ):
     "Edit one picture: it becomes what TEXT says, and its subject stays the same subject."
-    from layerdiffusion.embeddings import plain_words, split_text
+    from layerdiffusion.words import plain_words, split_text
 
     text = plain_words(text, "TEXT")
     split_text(text, options["object"], options["background"])  # refuses what is no description, before loading

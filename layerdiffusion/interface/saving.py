@@ -38,7 +38,7 @@ from layerdiffusion.base.core import (
     to_pil,
     write_json,
 )
-from ..embeddings import Split
+from ..words import Split
 from ..fine_tuning import apply_difference, changed, check_rank, left_out, low_rank, thin
 from ..guidance import turns
 from ..base.masks import dilate, overlay
