@@ -1,6 +1,6 @@
 # Made by tests/stubs.py: the classes of the module beside it, whole.
 """The whole method in one call: a picture and a sentence in, edited pictures out, with every setting written down"""
-__all__ = ['LayerDiffusion', 'Scene', 'EditOutput', 'load_edit']
+__all__ = ['LayerDiffusion', 'Scene', 'check_world', 'EditOutput', 'load_edit']
 import copy
 import ctypes
 import functools
@@ -365,7 +365,7 @@ def _read_mask(mask, height: int, width: int, whole: tuple | None=None) -> torch
     """A mask from a file, a picture, an array, a tensor or SAM's own dict, refused when it is empty or full."""
     ...
 
-def _check_world(models: Models, image: torch.Tensor, least: float=20.0):
+def check_world(models: Models, image: torch.Tensor, least: float=20.0):
     """Warn when a mini model's autoencoder cannot represent the picture."""
     ...
 

@@ -1,6 +1,6 @@
 # Made by tests/stubs.py: the classes of the module beside it, whole.
 """Click on the subject, see what the method takes for it: points, a box, a brush, and the subject dragged elsewhere"""
-__all__ = ['PromptCanvas']
+__all__ = ['read_marks', 'PromptCanvas']
 import functools
 import io
 import math
@@ -32,7 +32,7 @@ class Marks:
     scale: float = ...
     blank: bool = ...
 
-def _read_marks(data: dict) -> Marks:
+def read_marks(data: dict) -> Marks:
     """Marks from JSON."""
     ...
 
