@@ -1,6 +1,6 @@
 # Made by tests/stubs.py: the classes of the module beside it, whole.
 """The whole method in one call: a picture and a sentence in, edited pictures out, with every setting written down"""
-__all__ = ['LayerDiffusion', 'Scene', 'check_world', 'EditOutput', 'load_edit']
+__all__ = ['LayerDiffusion', 'Scene', 'EditOutput', 'load_edit']
 import copy
 import ctypes
 import functools

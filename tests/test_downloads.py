@@ -261,8 +261,8 @@ def test_what_diffusers_cached(hub, tmp_path, repository):
 
 
 REFUSED = dict(
-    one_file=({"dreamy.safetensors": "x" * 99}, ["dreamy.safetensors", "from_single_file"]),
-    lora=({"pytorch_lora_weights.safetensors": "x"}, ["LoRA", "fuse_lora"]),
+    one_file=({"dreamy.safetensors": "x" * 99}, ["dreamy.safetensors", "in one file"]),
+    lora=({"pytorch_lora_weights.safetensors": "x"}, ["LoRA", "--lora"]),
     pickled=(
         {n.replace(".safetensors", ".bin"): p for n, p in FILES.items()},
         ["unet", ".bin", "use_safetensors=False"],
@@ -315,5 +315,5 @@ def test_a_lora_beside_is_said(hub, tmp_path, repository):
     name = repository("somebody/styled-diffusion", FILES | {"pytorch_lora_weights.safetensors": "x"})
     done = resolve(hub, tmp_path, name)
     assert (
-        "pytorch_lora_weights.safetensors" in done.stderr and "fuse_lora" in done.stderr and len(weights_asked()) == 3
+        "pytorch_lora_weights.safetensors" in done.stderr and "--lora" in done.stderr and len(weights_asked()) == 3
     )

@@ -237,7 +237,7 @@ HARMLESS = [
         ),
         "DPMSolverMultistepScheduler",
     ),
-    ("a LoRA beside", add("pytorch_lora_weights.safetensors"), "fuse_lora"),
+    ("a LoRA beside", add("pytorch_lora_weights.safetensors"), "--lora"),
     (
         "a LoRA in the U-Net's folder",
         add("unet/pytorch_lora_weights.safetensors"),
@@ -330,7 +330,7 @@ REFUSED = [
         both(
             gone("unet", "vae", "text_encoder", "tokenizer", "scheduler", "model_index.json"), add("dream.safetensors")
         ),
-        ["dream.safetensors", "from_single_file", "save_pretrained"],
+        ["dream.safetensors", "in one file", "as the model"],
     ),
     (
         "a saved edit",
@@ -354,7 +354,7 @@ REFUSED = [
             gone("unet", "vae", "text_encoder", "tokenizer", "scheduler", "model_index.json"),
             add("pytorch_lora_weights.safetensors"),
         ),
-        ["pytorch_lora_weights.safetensors", "LoRA", "fuse_lora"],
+        ["pytorch_lora_weights.safetensors", "LoRA", "--lora"],
     ),
     ("SDXL", both(add("text_encoder_2/config.json"), add("text_encoder_2/model.safetensors")), ["SDXL"]),
     ("a transformer", both(move("unet", "transformer")), ["transformer"]),

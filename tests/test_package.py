@@ -105,8 +105,8 @@ def test_requirements(told):
 
 
 def test_what_is_imported_is_required(told):
-    """Each third-party module named in the library is a requirement; only pictures and forms in a notebook, and the
-    website, ask for more."""
+    """Each third-party module named in the library is a requirement; only pictures and forms in a notebook, the
+    website and a Ray cluster ask for more."""
     trees = [ast.parse(p.read_text(encoding="utf-8")) for p in DATA.rglob("*.py")]
     nodes = [n for tree in trees for n in ast.walk(tree)]
     names = {a.name for n in nodes if isinstance(n, ast.Import) for a in n.names} | {
@@ -127,6 +127,7 @@ def test_what_is_imported_is_required(told):
             "smalldocs",
             "onnx",
             "onnxruntime",
+            "ray",
         }
     )
 
@@ -166,7 +167,7 @@ def test_each_requirement_is_used_bounded_and_explained(told):
     assert sorted(line for line, _ in explained()) == sorted(asked)
     assert not [line for line, above in explained() if not re.fullmatch(r"# \S.{3,}", above)]
     assert not [line for line, _ in explained() if not re.search(r"==|,<\d", line)]
-    other = dict(pillow="PIL", pyyaml="yaml", open_clip_torch="open_clip")
+    other = {"pillow": "PIL", "pyyaml": "yaml", "open_clip_torch": "open_clip", "scikit-image": "skimage"}
     imported = names_imported()
     for line, above in explained():
         name = re.match(r"[\w-]+", line)[0]

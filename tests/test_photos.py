@@ -1,7 +1,10 @@
 """Photos as cameras make them, through v1.4's plan with random weights at a tenth of its width.
 
-Sizes, notes, colour profile, files.
+Sizes, notes, colour profile, files; and a real photo, scikit-image's cat, at 512 px. `LAYERDIFFUSION_SAM` names a file
+of SAM's weights, which then finds the cat; without one its mask is given.
 """
+
+import os
 
 import pytest
 from PIL import Image, ImageCms, ImageDraw
@@ -157,3 +160,94 @@ def test_command_pastes_back(tmp_path, monkeypatch):
         Image.open("out/full-0.jpg").size == (300, 200)
         and notes("out/full-0.jpg")[2] == notes("out/seed-0.png")[2] == info["icc_profile"]
     )
+
+
+# A real photo
+
+
+@pytest.fixture(scope="module")
+def cat(tmp_path_factory):
+    "A photo of 1353 x 900 px of a cat's head, lying on its side as a camera leaves it; and the cat in white."
+    pytest.importorskip("skimage", reason="scikit-image is not installed; it is in the extra dev")
+    from skimage import data
+
+    upright = Image.fromarray(data.cat()).resize((1353, 900), Image.Resampling.LANCZOS)
+    folder, info = tmp_path_factory.mktemp("cat"), photo(8, 8, orientation=6)[1]
+    upright.transpose(Image.Transpose.ROTATE_90).save(folder / "cat.jpg", quality=97, **info)
+    mask = Image.new("L", upright.size)
+    draw = ImageDraw.Draw(mask)
+    draw.ellipse([260, 120, 830, 840], fill=255)
+    draw.polygon([(300, 400), (250, 30), (480, 180)], fill=255)  # an ear
+    draw.polygon([(620, 160), (810, 10), (820, 380)], fill=255)
+    mask.save(folder / "mask.png")
+    return folder, upright, info
+
+
+@pytest.fixture(scope="module")
+def result(cat, tmp_path_factory):
+    "An edit of it at 512 px, saved with the photo's full size."
+    from layerdiffusion import LayerDiffusion
+    from layerdiffusion.evidence.full_size import _build_model
+
+    sam, folder = os.environ.get("LAYERDIFFUSION_SAM"), tmp_path_factory.mktemp("edit")
+    model = _build_model(tmp_path_factory.mktemp("model") / "sd", width=0.1, size=512)
+    method = LayerDiffusion.from_pretrained(model, "cpu", sam)
+    where = dict(point=(550, 600)) if sam else dict(mask=cat[0] / "mask.png")
+    text = "a cat sleeping on a sofa in the evening sun"
+    made = method.edit(cat[0] / "cat.jpg", text, **where, seeds=[0, 1], config=short())
+    made.save(folder / "out", photo=cat[0] / "cat.jpg")
+    return made, folder / "out"
+
+
+def numbers(picture, size=None):
+    import numpy as np
+
+    return np.asarray(picture.convert("RGB").resize(size) if size else picture.convert("RGB")).astype(float)
+
+
+def test_a_real_photo_is_what_the_model_sees(cat, result):
+    "Upright, in its colours, at 512 px; turned or mirrored, it would be another picture. The mask lies on the cat."
+    made, out = result
+    assert made.images.shape == (2, 3, 344, 512)
+    seen, upright = numbers(Image.open(out / "input.png")), cat[1]
+    assert abs(seen - numbers(upright, (512, 344))).mean() < 4
+    for turn in (Image.Transpose.ROTATE_180, Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.FLIP_TOP_BOTTOM):
+        assert abs(seen - numbers(upright.transpose(turn), (512, 344))).mean() > 20
+    mask = numbers(Image.open(out / "mask.png"))[..., 0] > 127
+    drawn = numbers(Image.open(cat[0] / "mask.png"), (512, 344))[..., 0] > 127
+    assert (mask & drawn).sum() / (mask | drawn).sum() > (0.6 if os.environ.get("LAYERDIFFUSION_SAM") else 0.98)
+
+
+def test_a_real_photo_in_files(cat, result):
+    "Sizes, notes and profile of all that is written; two seeds are two pictures."
+    made, out = result
+    sizes = {p.name: Image.open(p).size for p in out.iterdir() if p.suffix in (".png", ".jpg")}
+    assert {n: s for n, s in sizes.items() if n[:4] in ("seed", "inpu", "mask", "full")} == {
+        **dict.fromkeys(("seed-0.png", "seed-1.png", "input.png", "mask.png"), (512, 344)),
+        **dict.fromkeys(("full-0.jpg", "full-1.jpg"), (1353, 900)),
+    }
+    for name in ("seed-0.png", "input.png", "full-0.jpg"):
+        camera, turned, profile = notes(out / name)
+        assert camera == "A camera" and turned in (None, 1) and profile == cat[2]["icc_profile"], name
+    assert (made.images[0] - made.images[1]).abs().mean() > 0.01
+
+
+def test_a_real_photo_is_pasted_back(cat, result):
+    "Far from the cat every pixel is the photo's own; on it the edit stands, seed by seed."
+    import numpy as np
+
+    from layerdiffusion.base.core import load_image
+    from layerdiffusion.base.masks import dilate
+
+    made, _ = result
+    wholes = [np.asarray(w) for w in made.full_resolution(cat[0] / "cat.jpg")]
+    before = np.asarray(load_image(cat[0] / "cat.jpg"))
+
+    def large(mask):
+        return np.asarray(Image.fromarray((mask * 255).byte().numpy()).resize((1353, 900))) > 127
+
+    on, far = large(made.mask[0]), ~large(dilate(made.mask[None], 90)[0, 0])
+    for whole in wholes:
+        assert whole.shape == (900, 1353, 3) and far.mean() > 0.05
+        assert not (whole != before).any(2)[far].any() and (whole != before).any(2)[on].mean() > 0.95
+    assert (wholes[0] != wholes[1]).any(2)[on].mean() > 0.9

@@ -1196,6 +1196,26 @@ def _learnable(x):
         return type(x)(map(_learnable, x))
     return x.clone() if hasattr(x, "is_inference") and x.is_inference() else x
 
+# %% ../../nbs/base/00_core.ipynb #d2fa0820
+@contextlib.contextmanager
+def quiet():
+    "No progress bars and warnings from diffusers and transformers inside the `with`, and one thread there at a time."
+    from diffusers.utils import logging as a
+    from transformers.utils import logging as b
+
+    with LOADING:
+        before = [(m, m.get_verbosity(), m.is_progress_bar_enabled()) for m in (a, b)]
+        for m in (a, b):
+            m.set_verbosity_error()
+            m.disable_progress_bar()
+        try:
+            yield
+        finally:
+            for m, level, bar in before:
+                m.set_verbosity(level)
+                if bar:
+                    m.enable_progress_bar()
+
 # %% ../../nbs/base/00_core.ipynb #3fdb212d
 @dataclass
 class Event:

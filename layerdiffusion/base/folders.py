@@ -144,15 +144,11 @@ def _parts_missing(names: Sequence[str]) -> str:
     whole = [n for n in roots if n.endswith((".safetensors", ".ckpt"))]
     lora = [n for n in roots if "lora" in n.lower() or n == "adapter_config.json"]
     if lora:
-        return (
-            f"{said}; {lora[0]} is a LoRA, a change to a model: add it to its model with diffusers "
-            "(load_lora_weights, fuse_lora, save_pretrained)"
-        )
+        return f"{said}; {lora[0]} is a LoRA, a change to a model: give the model, and this file by --lora (loras=)"
+    if whole and whole[0].endswith(".safetensors"):
+        return f"{said}; if {whole[0]} is a whole model in one file, give that file as the model"
     if whole:
-        return (
-            f"{said}; if {whole[0]} is a whole model in one file, diffusers makes the folder of it: "
-            f"{_ONE_FILE.format(whole[0])}"
-        )
+        return f"{said}; with a copy of {whole[0]} that you trust, {_ONE_FILE.format(whole[0])} makes it"
     if "config.json" in roots:
         return f"{said}; this seems to be one part alone, so give the folder about it"
     return said
@@ -475,8 +471,7 @@ def _beside(names: Iterable[str], where: str) -> list:
     "A note about what lies beside a model and is not read."
     found = beside(names)
     lora = any("lora" in name.lower() or "adapter" in name.lower() for name in found)
-    cure = "; make a LoRA part of its model with diffusers (load_lora_weights, fuse_lora, save_pretrained)"
-    cure = cure if lora else ""
+    cure = "; a LoRA becomes part of a model by --lora FILE (loras=)" if lora else ""
     return [f"{where} holds more than a model, and that is not read: {', '.join(found)}{cure}."] if found else []
 
 # %% ../../nbs/base/01_folders.ipynb #1afaeaed
@@ -638,13 +633,15 @@ def resolve_model(
         return folder
     if folder.exists():
         raise BadModel(
-            f"The model {str(name)!r} is a file; a model is a folder with {', '.join(PARTS)}; "
-            f"with diffusers, {_ONE_FILE.format(folder.name)} makes one."
+            f"The model {str(name)!r} is a file that is not read here; a model is a folder with {', '.join(PARTS)}, or "
+            f"a .safetensors file; with a copy you trust, {_ONE_FILE.format(folder.name)} makes a folder."
         )
     if page := re.fullmatch(r"https?://(?:www\.)?(?:huggingface\.co|hf\.co)/([\w.-]+/[\w.-]+)(/.*)?", str(name)):
         raise BadModel(f"The model {str(name)!r} is a web address; give the name on it, {page[1]!r}.")
     if one_file:
-        raise BadModel(f"There is no file {str(name)!r}, and a model is a folder with {', '.join(PARTS)}.")
+        raise BadModel(
+            f"There is no file {str(name)!r}; a model is a .safetensors file, or a folder with {', '.join(PARTS)}."
+        )
     raise BadModel(
         f"There is no model folder {str(name)!r}; give 'mini', a folder, or a hub name such as "
         "'CompVis/stable-diffusion-v1-4'."

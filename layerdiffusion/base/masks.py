@@ -29,6 +29,7 @@ from layerdiffusion.base.core import (
     one_loader,
     open_image,
     package_folder,
+    quiet,
 )
 from .core import shielded
 from .folders import check_weights, read_json
@@ -302,6 +303,77 @@ def _plain(weights):
         return weights
     return {_sam_name(name): w for name, w in weights.items()}
 
+# %% ../../nbs/base/03_masks.ipynb #7693f04d
+_LATER = dict.fromkeys(("sam2", "sam2_video"), "Sam2Model")  # kind in config.json -> transformers' class
+_LATER |= dict.fromkeys(("sam3_tracker", "sam3_tracker_video", "sam3_video"), "Sam3TrackerModel")
+
+
+def _later_sam(folder, kind):
+    "A SAM 2 or SAM 3 from a folder of transformers, with what prepares its pictures as `sees`."
+    import transformers
+
+    cls = getattr(transformers, _LATER[kind], None)
+    if cls is None:
+        raise BadModel(
+            f"{str(folder)!r} holds a {kind}, which transformers {transformers.__version__} does not know; "
+            "install a newer one (pip install -U transformers)."
+        )
+    for file in folder.glob("*.safetensors"):
+        check_weights(file)
+    try:
+        with quiet():
+            how = dict(use_safetensors=True, output_loading_info=True, dtype=torch.float32, local_files_only=True)
+            sam, info = cls.from_pretrained(folder, **how)
+            sam.sees = transformers.AutoImageProcessor.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError) as e:
+        why = " ".join(str(e).split())[:150]
+        raise BadModel(
+            f"{str(folder)!r} holds no whole {cls.__name__} ({why}); it needs config.json, model.safetensors and "
+            "preprocessor_config.json from one repository, such as facebook/sam2.1-hiera-large."
+        ) from e
+    if odd := sorted(info["missing_keys"] | info["unexpected_keys"]):
+        where = f"The weights in {str(folder)!r} do not fit its config.json"
+        raise BadModel(f"{where} ({', '.join(odd[:3])}); get both from one repository.")
+    return sam
+
+# %% ../../nbs/base/03_masks.ipynb #23c2fa5b
+class _LaterPredictor:
+    "What `SamPredictor` is for the first SAM."
+
+    def __init__(self, model):
+        self.model, self.transform, self.is_image_set, self.original_size = model, self, False, None
+
+    @property
+    def device(self):
+        return self.model.device
+
+    def set_image(self, picture):  # (H, W, 3), bytes
+        pixels = self.model.sees(images=picture, return_tensors="pt")["pixel_values"].to(self.device)
+        self.seen = self.model.get_image_embeddings(pixels)
+        self.original_size, self.is_image_set = picture.shape[:2], True
+
+    def apply_coords_torch(self, coords, size):  # (n, 2) in pixels, of a picture of this height and width
+        side = self.model.config.prompt_encoder_config.image_size
+        return coords * coords.new_tensor([side / size[1], side / size[0]])
+
+    def predict_torch(self, coords, labels, boxes=None, multimask_output=True):  # (B, n, 2), (B, n), (B, 4)
+        given = dict(input_points=coords, input_labels=labels, input_boxes=boxes)
+        given = {name: x[None] for name, x in given.items() if x is not None}
+        out = self.model(image_embeddings=self.seen, multimask_output=multimask_output, **given)
+        masks = F.interpolate(out.pred_masks[0].float(), self.original_size, mode="bilinear")
+        return masks > 0, out.iou_scores[0].float(), None
+
+    @torch.no_grad()
+    def predict(self, point_coords=None, point_labels=None, box=None, multimask_output=True):
+        def scaled(x):  # (n, 2) of numpy
+            return self.apply_coords_torch(torch.as_tensor(x, device=self.device), self.original_size)[None]
+
+        coords = None if point_coords is None else scaled(point_coords)
+        labels = None if point_labels is None else torch.as_tensor(point_labels, device=self.device)[None]
+        boxes = None if box is None else scaled(box.reshape(2, 2)).reshape(1, 4)
+        masks, quality, _ = self.predict_torch(coords, labels, boxes, multimask_output)
+        return masks[0].cpu().numpy(), quality[0].cpu().numpy(), None
+
 # %% ../../nbs/base/03_masks.ipynb #9768d925
 def _sam_parts(name, checkpoint):
     "The file of weights, what to build (None: its shapes say it), and whether it was trained with boxes."
@@ -327,7 +399,7 @@ def _sam_parts(name, checkpoint):
     if config["model_type"] != "sam":
         raise BadModel(
             f"{str(folder)!r} holds a model of the kind {config['model_type']!r}; give transformers' SamModel, "
-            "whose kind is 'sam', such as facebook/sam-vit-base saved by save_pretrained."
+            f"whose kind is 'sam', such as facebook/sam-vit-base saved by save_pretrained, or {', '.join(_LATER)}."
         )
     file = next((f for f in ("model.safetensors", "pytorch_model.bin") if (folder / f).is_file()), "model.safetensors")
     return folder / file, None, True
@@ -343,13 +415,15 @@ def load_sam(
     """A segmenter, ready to be asked.
 
     `name` is "mini"; a published size, "vit_b", "vit_l" or "vit_h"; a file of published weights; a folder, also one
-    that transformers saved; or a `Sam`, `SamPredictor` or `SamModel` that is loaded already.
+    that transformers saved, of SAM, SAM 2 or SAM 3; or a `Sam`, `SamPredictor` or `SamModel` that is loaded already.
 
     Raises:
         BadModel: there is no such SAM, or its weights are incomplete, damaged or of another kind.
     """
     if not isinstance(name, (str, Path)):
         sam, boxes = _loaded(name), True
+    elif kind := _later_kind(name):
+        sam, boxes = _later_sam(Path(name).expanduser(), kind), True
     else:
         path, config, boxes = _sam_parts(name, checkpoint)
         if not path.is_file():
@@ -361,6 +435,13 @@ def load_sam(
     sam = sam.to(device).eval().requires_grad_(False)
     sam.knows_boxes = getattr(sam, "knows_boxes", boxes)
     return sam
+
+
+def _later_kind(name):
+    "SAM 2 or SAM 3, as the folder's config.json calls it; empty where it is none."
+    file = Path(name).expanduser() / "config.json"
+    kind = read_json(file).get("model_type") if os.path.isfile(file) else None
+    return kind if kind in _LATER else ""
 
 
 def _loaded(sam):
@@ -448,7 +529,8 @@ def look(
     """
     from segment_anything import SamPredictor
 
-    predictor = sam if hasattr(sam, "set_image") else SamPredictor(sam)
+    kind = _LaterPredictor if hasattr(sam, "sees") else SamPredictor
+    predictor = sam if hasattr(sam, "set_image") else kind(sam)
     predictor.model.knows_boxes = getattr(predictor.model, "knows_boxes", True)  # SAM's own classes do not say it
     if predictor.is_image_set and predictor.original_size == tuple(image.shape[-2:]):
         return predictor

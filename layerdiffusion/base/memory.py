@@ -203,8 +203,10 @@ def _count_decode(models: Models, height: int, width: int, seeds: int, copies: b
 
 def _count_sam(sam) -> int:  # bytes at most
     "The weights of a `Sam` and what looking at one picture makes."
-    encoder = copy.deepcopy(sam.image_encoder).to("meta")
-    x = torch.zeros(1, 3, encoder.img_size, encoder.img_size, device="meta")
+    first = hasattr(sam, "image_encoder")  # SAM 2 and SAM 3 name it otherwise
+    encoder = copy.deepcopy(sam.image_encoder if first else sam.vision_encoder).to("meta")
+    side = encoder.img_size if first else sam.config.prompt_encoder_config.image_size
+    x = torch.zeros(1, 3, side, side, device="meta")
     with torch.no_grad(), _Live(encoder, x) as live:
         encoder(x)
     return _weight_bytes(sam) + live.peak

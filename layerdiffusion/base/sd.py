@@ -23,8 +23,9 @@ from collections.abc import Callable, Sequence
 
 # %% ../../nbs/base/02_sd.ipynb #0722c54e
 import torch
-from .core import LOADING, BadInput, BadModel, Event, check_callback, one_loader, shielded
-from .folders import PARTS, check_folder, read_json, resolve_model, say_once, weight_files, weights_hash
+from .core import BadInput, BadModel, Event, check_callback, one_loader, quiet, shielded
+from .files import model_folder
+from .folders import PARTS, check_folder, read_json, say_once, weight_files, weights_hash
 from layerdiffusion.method import (
     denoise,
     embed_text,
@@ -89,26 +90,6 @@ class Models:
             part.to(device)
         self.device = torch.device(device)
         return self
-
-# %% ../../nbs/base/02_sd.ipynb #71a357e7
-@contextmanager
-def quiet():
-    "No progress bars and warnings from diffusers and transformers inside the `with`, and one thread there at a time."
-    from diffusers.utils import logging as a
-    from transformers.utils import logging as b
-
-    with LOADING:
-        before = [(m, m.get_verbosity(), m.is_progress_bar_enabled()) for m in (a, b)]
-        for m in (a, b):
-            m.set_verbosity_error()
-            m.disable_progress_bar()
-        try:
-            yield
-        finally:
-            for m, level, bar in before:
-                m.set_verbosity(level)
-                if bar:
-                    m.enable_progress_bar()
 
 # %% ../../nbs/base/02_sd.ipynb #2a8e956c
 PRECISIONS = dict(fp32=torch.float32, bf16=torch.bfloat16, fp16=torch.float16)
@@ -298,7 +279,7 @@ def _load_tokenizer(folder: Path, text_encoder):
 @shielded
 @one_loader
 def load_models(
-    name: str | Path = "mini",  # "mini", a folder, or a hub name
+    name: str | Path = "mini",  # "mini", a folder, a checkpoint in one file, or a hub name
     device: str | torch.device = "cpu",  # "cpu", "cuda", "mps"
     dtype: torch.dtype = torch.float32,  # of all weights, see `pick_precision`
     offline: bool = False,  # never ask the hub
@@ -308,7 +289,7 @@ def load_models(
     Raises:
         BadModel: it is not there, is incomplete or damaged, or is no Stable Diffusion 1 or 2.
     """
-    folder = resolve_model(name, offline)
+    folder = model_folder(name, offline=offline)
     notes = check_folder(folder)
     card = read_json(folder / "card.json") if (folder / "card.json").exists() else {}
     from diffusers import AutoencoderKL, UNet2DConditionModel

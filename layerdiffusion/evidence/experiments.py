@@ -192,8 +192,14 @@ def _draw_cell(
 
 def _save_strip(images: torch.Tensor, path: Path):
     "The pictures of a cell in one row, as WebP."
-    strip = to_pil(torch.cat(list(images), 2))
-    write_atomic(path, lambda p: strip.save(p, "WEBP", quality=50, method=6))
+    write_atomic(path, lambda p: p.write_bytes(_strip(images)))
+
+
+def _strip(images):
+    "The same as bytes."
+    file = io.BytesIO()
+    to_pil(torch.cat(list(images), 2)).save(file, "WEBP", quality=50, method=6)
+    return file.getvalue()
 
 
 def _load_strip(
@@ -325,20 +331,13 @@ def score_cell(method, task, images: torch.Tensor, judge=None) -> list:  # a dic
     return [dict(row, clip=round(c, 4)) for row, c in zip(rows, cosine.tolist(), strict=True)]
 
 
-def _run_cell(
-    method, task, setting: _Setting, seeds: Sequence[int], folder: Path, share: float = 1.0, judge=None
-) -> dict:
-    "One setting on one edit, drawn and scored, or read when it is there."
-    numbers = _numbers_of(method, setting, share)
-    name = _cell_name(method, task, setting, seeds, numbers)
-    there = _find_row(folder, name)
-    if there is not None:
-        return there | dict(setting=setting.name)
+def _make_cell(method, task, setting, seeds, numbers, judge=None):
+    "One setting on one edit, drawn and scored: its row and its pictures as WebP."
     start = time.time()
     images = _draw_cell(method, task, setting, seeds, numbers)
     seconds = time.time() - start
     row = dict(
-        name=name,
+        name=_cell_name(method, task, setting, seeds, numbers),
         setting=setting.name,
         edit=task.name,
         kind=task.kind,
@@ -348,9 +347,26 @@ def _run_cell(
         numbers=numbers,
         scores=score_cell(method, task, images, judge),
     )
-    path = Path(folder) / "cells" / f"{name}.json"
-    _save_strip(images, path.with_suffix(".webp"))
+    return row, _strip(images)
+
+
+def _keep_cell(folder, row, strip):
+    "Write a cell: the pictures, then the row."
+    path = Path(folder) / "cells" / f"{row['name']}.json"
+    write_atomic(path.with_suffix(".webp"), lambda p: p.write_bytes(strip))
     write_atomic(path, lambda p: p.write_text(json.dumps(row, separators=(",", ":")) + "\n", encoding="utf-8"))
+
+
+def _run_cell(
+    method, task, setting: _Setting, seeds: Sequence[int], folder: Path, share: float = 1.0, judge=None
+) -> dict:
+    "One setting on one edit, drawn and scored, or read when it is there."
+    numbers = _numbers_of(method, setting, share)
+    there = _find_row(folder, _cell_name(method, task, setting, seeds, numbers))
+    if there is not None:
+        return there | dict(setting=setting.name)
+    row, strip = _make_cell(method, task, setting, seeds, numbers, judge)
+    _keep_cell(folder, row, strip)
     return row
 
 # %% ../../nbs/evidence/18_experiments.ipynb #e15a7a32
@@ -398,6 +414,25 @@ def _run_edit(wanted, number, folder):
         _TICKS.put(1)
     return rows
 
+# %% ../../nbs/evidence/18_experiments.ipynb #f474d2f5
+class _Processes:
+    "Runs edits on processes of this machine, each on one of the devices, in turn."
+
+    def __init__(self, workers: int, device: str, model: str):
+        if workers < 1:
+            raise BadInput(f"workers is {workers}; it must be at least 1.")
+        resolve_model(model)  # refuses what is not there before processes are started
+        self.workers, self.model = workers, model
+        self.devices = [pick_device(d) for d in device.split(",")]
+        self.environment = environment(str(self.devices[0]))
+
+    def run(self, wanted: Sequence[_Wanted], folder: Path, keep: Callable):
+        "Draw what is wanted; `keep` gets each edit when it is complete."
+        pool, ticks = _start_processes(self.workers, self.devices, self.model)
+        with pool:
+            jobs = [pool.submit(_run_edit, wanted, k, folder) for k in range(max(w.edits for w in wanted))]
+            watch(jobs, ticks, sum(w.edits for w in wanted), pool, keep)
+
 # %% ../../nbs/evidence/18_experiments.ipynb #10634a34
 def run_experiments(
     names: Sequence[str],  # of `EXPERIMENTS`
@@ -407,6 +442,7 @@ def run_experiments(
     workers: int = 2,  # processes
     device: str = "cpu",  # or several, "cuda:0,cuda:1", in turn
     model: str = "mini",
+    engine=None,  # what runs the cells, such as a `Cluster` (page 27); None: processes on this machine
 ) -> dict:  # (name, preset) -> record
     "Run experiments edit by edit, or finish them; records grow with each edit, and at the end all is packed."
     wanted = [
@@ -416,11 +452,8 @@ def run_experiments(
         for s in plan(n, size, of)
         for how in [_extent(n, size)]
     ]
-    if workers < 1:
-        raise BadInput(f"workers is {workers}; it must be at least 1.")
-    resolve_model(model)  # refuses what is not there before processes are started
-    devices = [pick_device(d) for d in device.split(",")]
-    rows, records, made = {}, {}, dict(model=model, environment=environment(str(devices[0])), workers=workers)
+    engine = engine or _Processes(workers, device, model)
+    rows, records, made = {}, {}, dict(model=model, environment=engine.environment, workers=engine.workers)
 
     def keep(edit):
         for key, row in edit:
@@ -431,10 +464,7 @@ def run_experiments(
 
     with one_writer(folder):
         (Path(folder) / "cells").mkdir(parents=True, exist_ok=True)
-        pool, ticks = _start_processes(workers, devices, model)
-        with pool:
-            jobs = [pool.submit(_run_edit, wanted, k, folder) for k in range(max(w.edits for w in wanted))]
-            watch(jobs, ticks, sum(w.edits for w in wanted), pool, keep)
+        engine.run(wanted, folder, keep)
         pack(folder)
     return records
 

@@ -6,12 +6,12 @@
 __all__ = []
 
 # %% ../../nbs/evidence/25_full_size.ipynb #2999d201
-from functools import cache
 from pathlib import Path
 
 import torch
 
 from ..base.core import BadInput, write_json
+from ..base.files import _clip_tokenizer
 from ..base.sd import PREDICTIONS, Models, quiet
 
 # %% ../../nbs/evidence/25_full_size.ipynb #1543cc08
@@ -110,20 +110,6 @@ def _build_parts(configs: dict) -> dict:  # unet, vae, text_encoder
             vae=AutoencoderKL(**configs["vae"]),
             text_encoder=CLIPTextModel(CLIPTextConfig(**configs["text_encoder"])),
         )
-
-# %% ../../nbs/evidence/25_full_size.ipynb #2622d6b0
-@cache
-def _clip_tokenizer(version: str = "1.4"):  # see `_sd_configs`
-    "CLIP's tokenizer, as in Stable Diffusion's folders."
-    from open_clip.tokenizer import SimpleTokenizer
-    from transformers import CLIPTokenizer
-
-    known = SimpleTokenizer()
-    start, end = "<|startoftext|>", "<|endoftext|>"
-    vocabulary = dict(list(known.encoder.items())[:-2]) | {start: known.sot_token_id, end: known.eot_token_id}
-    return CLIPTokenizer(
-        vocab=vocabulary, merges=list(known.bpe_ranks), pad_token="!" if version == "2.1" else end, model_max_length=77
-    )
 
 # %% ../../nbs/evidence/25_full_size.ipynb #39be6965
 def _build_model(

@@ -1,6 +1,6 @@
 # Made by tests/stubs.py: the classes of the module beside it, whole.
 """Click on the subject, see what the method takes for it: points, a box, a brush, and the subject dragged elsewhere"""
-__all__ = ['read_marks', 'PromptCanvas']
+__all__ = ['PromptCanvas']
 import functools
 import io
 import math

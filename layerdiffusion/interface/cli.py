@@ -194,9 +194,24 @@ _RUN = [
         "model",
         str,
         "mini",
-        "mini, a Stable Diffusion folder, or a hub name. mini is shipped and knows only its drawn world; "
-        "CompVis/stable-diffusion-v1-4 is the paper's.",
+        "mini, a Stable Diffusion folder, a checkpoint in one .safetensors file, or a hub name. mini is shipped and "
+        "knows only its drawn world; CompVis/stable-diffusion-v1-4 is the paper's.",
         metavar="NAME",
+    ),
+    _Opt(
+        "lora",
+        list[str],
+        [],
+        "A LoRA that becomes part of the model, and how much of it. May be given several times.",
+        metavar="FILE[:WEIGHT]",
+    ),
+    _Opt("vae", str | None, None, "Another autoencoder of the same family: a file or a folder.", metavar="PATH"),
+    _Opt(
+        "model_config",
+        str | None,
+        None,
+        "A folder with the settings of the model that --model FILE was made from. Stable Diffusion 1 needs none.",
+        metavar="DIR",
     ),
     _Opt(
         "sam",
@@ -680,6 +695,16 @@ def prepare(method, text: str, request: dict, config, show: Callable):
     return scene, given
 
 # %% ../../nbs/interface/30_cli.ipynb #cfa7ddaa
+def chosen_model(options: dict) -> str:
+    "The model's name, or the folder that it makes together with LoRAs, an autoencoder or settings."
+    if not (options["lora"] or options["vae"] or options["model_config"]):
+        return options["model"]
+    from layerdiffusion.base.files import model_folder
+
+    given = (options[name] for name in ("vae", "lora", "model_config", "offline"))
+    return str(model_folder(options["model"], *given))
+
+
 def _choose_level(method, wanted: str, request: dict, config) -> str:
     "The level of memory to begin with, announced with its reason."
     if wanted == "auto" and method.models.card.get("name") == "mini":
@@ -820,7 +845,7 @@ def edit(
     check_edit_folder(request["out"])
     with _workplace(request, text) as at_end:
         method = LayerDiffusion.from_pretrained(
-            options["model"], options["device"], options["sam"], options["precision"], options["offline"]
+            chosen_model(options), options["device"], options["sam"], options["precision"], options["offline"]
         )
         config = preset(chosen, method.models.card, **settings)
         method.settings(config)  # refuses what does not fit this model
@@ -1034,24 +1059,42 @@ def experiment(
     out: Annotated[Path, typer.Option(help="Folder of the records and their pictures.", metavar="DIR")] = Path(
         "experiments"
     ),
-    workers: Annotated[int, typer.Option(help="Processes.", min=1)] = 2,
+    workers: Annotated[
+        int | None, typer.Option(help="Processes. Unset: 2; with --engine ray one for each device.", min=1)
+    ] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda or several: cuda:0,cuda:1.", metavar="NAMES")] = "cpu",
     model: Annotated[str, typer.Option(help="mini, or a folder of a mini model.", metavar="NAME")] = "mini",
+    engine: Annotated[
+        Literal["processes", "ray"],
+        typer.Option(help="processes: on this machine. ray: on a cluster; needs the extra [ray]."),
+    ] = "processes",
+    address: Annotated[
+        str | None,
+        typer.Option(help="Of a Ray cluster; auto: the one this machine is in. Unset: this machine.", metavar="NAME"),
+    ] = None,
     debug: Annotated[bool, typer.Option("--debug", help=_RUN[-1].help)] = False,
 ):
     "Run the paper's experiments on edits whose true answer is known; every picture is kept, with its scores."
     _check_writable(out)
     from layerdiffusion.evidence.experiments import EXPERIMENTS, run_experiments, show_experiment, told
 
+    if address and engine != "ray":
+        raise BadInput("--address is that of a Ray cluster; give --engine ray, too.")
+    cluster = None
+    if engine == "ray":
+        from layerdiffusion.evidence.cluster import Cluster
+
+        cluster = Cluster(workers, device, model, address)
     try:
         records = run_experiments(
             list(EXPERIMENTS) if name == "all" else [name],
             size,
             ["best", "paper"] if preset == "both" else [preset],
             out,
-            workers,
+            workers or 2,
             device,
             model,
+            cluster,
         )
     except KeyboardInterrupt:
         raise _Stopped(
