@@ -5,7 +5,7 @@ from dataclasses import asdict
 import pytest
 import torch
 
-from layerdiffusion.interface.canvas import Marks, _Prompt, PromptCanvas, _Stroke, _mask_bytes, _read_marks
+from layerdiffusion.interface.canvas import Marks, _Prompt, PromptCanvas, _Stroke, _mask_bytes, read_marks
 from layerdiffusion.base.core import BadInput, load_image
 from layerdiffusion.base.masks import find_mask, iou, load_sam, move_mask
 from layerdiffusion.pipeline import _read_mask
@@ -86,9 +86,9 @@ def test_undo_and_redo(prompt):
         (lambda p: p.place(2, 0), "from -1 to 1"),
         (lambda p: p.place(scale=0), "0.05"),
         (lambda p: p.remove_point(), "no point"),
-        (lambda p: p.become(_read_marks({"points": [[1, "x", 1]]})), "cannot be read"),
-        (lambda p: p.become(_read_marks({"move": [float("nan"), 0]})), "cannot be read"),
-        (lambda p: p.become(_read_marks("nonsense")), "cannot be read"),
+        (lambda p: p.become(read_marks({"points": [[1, "x", 1]]})), "cannot be read"),
+        (lambda p: p.become(read_marks({"move": [float("nan"), 0]})), "cannot be read"),
+        (lambda p: p.become(read_marks("nonsense")), "cannot be read"),
         (lambda p: _Prompt(p.picture).add_point(3, 3), "need SAM"),
     ],
 )
@@ -104,7 +104,7 @@ def test_marks_go_through_json():
     marks = Marks(
         ((1.0, 2.0, 1),), (0.0, 0.0, 9.0, 9.0), (_Stroke(((1.0, 2.0), (3.0, 4.0)), 2.0, True),), (0.1, 0.2), 0.5, True
     )
-    assert _read_marks(json.loads(json.dumps(asdict(marks)))) == marks and _read_marks({}) == Marks()
+    assert read_marks(json.loads(json.dumps(asdict(marks)))) == marks and read_marks({}) == Marks()
 
 
 def test_arguments_of_edit(prompt):

@@ -1,6 +1,6 @@
 # Made by tests/stubs.py: the classes of the module beside it, whole.
 """Click on the subject, see what the method takes for it: points, a box, a brush, and the subject dragged elsewhere"""
-__all__ = ['PromptCanvas']
+__all__ = ['Stroke', 'Marks', 'read_marks', 'stroke', 'Prompt', 'picture_bytes', 'mask_bytes', 'canvas_class', 'PromptCanvas']
 import functools
 import io
 import math
@@ -16,7 +16,7 @@ from layerdiffusion.base.masks import bounding_box, check_mask, composite, dilat
 from .saving import patch
 
 @dataclass(frozen=True)
-class _Stroke:
+class Stroke:
     """A line of the brush or the eraser."""
     points: tuple
     radius: float
@@ -32,25 +32,25 @@ class Marks:
     scale: float = ...
     blank: bool = ...
 
-def _read_marks(data: dict) -> Marks:
+def read_marks(data: dict) -> Marks:
     """Marks from JSON."""
     ...
 
-def _stroke(mask: torch.Tensor, points: Sequence, radius: float, erase: bool=False) -> torch.Tensor:
+def stroke(mask: torch.Tensor, points: Sequence, radius: float, erase: bool=False) -> torch.Tensor:
     """The mask after a line of the brush or the eraser."""
     ...
 
-class _Prompt:
+class Prompt:
     """A picture, what was marked on it, and the mask of its subject."""
 
     def __init__(self, image, sam: Any=None, size: int=64):
         ...
 
-    def become(self, marks: Marks) -> '_Prompt':
+    def become(self, marks: Marks) -> 'Prompt':
         """Take these marks for the present ones; what was before can be had back by `undo`."""
         ...
 
-    def show(self, marks: Marks, mask: torch.Tensor) -> '_Prompt':
+    def show(self, marks: Marks, mask: torch.Tensor) -> 'Prompt':
         """Let the listeners know."""
         ...
 
@@ -69,35 +69,35 @@ class _Prompt:
         """What there is, in a sentence."""
         ...
 
-    def add_point(self, x: float, y: float, subject: bool=True) -> _Prompt:
+    def add_point(self, x: float, y: float, subject: bool=True) -> Prompt:
         """A click."""
         ...
 
-    def remove_point(self, index: int=-1) -> _Prompt:
+    def remove_point(self, index: int=-1) -> Prompt:
         """Take a click back."""
         ...
 
-    def set_box(self, *box: float) -> _Prompt:
+    def set_box(self, *box: float) -> Prompt:
         """A box around the subject."""
         ...
 
-    def paint(self, points: Sequence, radius: float=3.0, erase: bool=False) -> _Prompt:
+    def paint(self, points: Sequence, radius: float=3.0, erase: bool=False) -> Prompt:
         """A line of the brush, or of the eraser."""
         ...
 
-    def place(self, dx: float=0.0, dy: float=0.0, scale: float=1.0) -> _Prompt:
+    def place(self, dx: float=0.0, dy: float=0.0, scale: float=1.0) -> Prompt:
         """Where the subject shall go, and how large it shall be."""
         ...
 
-    def undo(self) -> _Prompt:
+    def undo(self) -> Prompt:
         """Take the last mark back."""
         ...
 
-    def redo(self) -> _Prompt:
+    def redo(self) -> Prompt:
         """Undo the undoing."""
         ...
 
-    def clear(self) -> _Prompt:
+    def clear(self) -> Prompt:
         """Take all marks off; where there are none, empty the mask."""
         ...
 
@@ -113,16 +113,16 @@ def picture_bytes(image, longest: int=1024) -> bytes:
     """A picture as a file for a browser: PNG when small, else JPEG."""
     ...
 
-def _mask_bytes(mask: torch.Tensor, longest: int=512) -> bytes:
+def mask_bytes(mask: torch.Tensor, longest: int=512) -> bytes:
     """A mask as a PNG that is opaque where the subject is, enlarged with smooth edges."""
     ...
 
-def _canvas_class() -> type:
+def canvas_class() -> type:
     """The class of the widget, made when it is first needed: the library imports without the notebook tools."""
     ...
 
-class PromptCanvas(_Prompt):
-    """A `_Prompt` to look at and to draw on, by mouse, finger or keys."""
+class PromptCanvas(Prompt):
+    """A `Prompt` to look at and to draw on, by mouse, finger or keys."""
     _widget = None
 
     @property
