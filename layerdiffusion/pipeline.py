@@ -44,6 +44,7 @@ from layerdiffusion.embeddings import (
     subject_action,
     subject_phrase,
 )
+from .base.families import FAMILIES
 from .base.folders import read_json, resolve_model
 from .fine_tuning import apply_difference, fine_tune, trainable, union, weight_difference
 from .guidance import turns
@@ -291,7 +292,8 @@ def _check_pipe(pipe):
     more = [name for name in ("text_encoder_2", "transformer") if getattr(pipe, name, None) is not None]
     if missing or more or type(parts[1]).__name__ != "UNet2DConditionModel":
         why = f"lacks {missing[0]}" if missing else f"has {more[0]}" if more else f"has a {type(parts[1]).__name__}"
-        raise BadInput(f"from_pipe takes a StableDiffusionPipeline, and this {kind} {why}.")
+        other = "; layerdiffusion.base.families.edit edits with it" if kind in FAMILIES else ""
+        raise BadInput(f"from_pipe takes a StableDiffusionPipeline, and this {kind} {why}{other}.")
     if pipe.unet.config.in_channels != pipe.vae.config.latent_channels:
         raise BadInput(
             f"The U-Net of this {kind} reads {pipe.unet.config.in_channels} channels and its latents have "

@@ -19,6 +19,7 @@ import torch
 from layerdiffusion.base.core import BadInput, Event, Notice, as_path, check_callback, content_hash, environment, fit_image, fit_points, join_callbacks
 from .base.core import live_preview, load_image, one_writer, pick_device, shielded, to_pil, write_atomic
 from layerdiffusion.embeddings import Split, conditions_of, plain_words, split_text, subject_action, subject_phrase
+from .base.families import FAMILIES
 from .base.folders import read_json, resolve_model
 from .fine_tuning import apply_difference, fine_tune, trainable, union, weight_difference
 from .guidance import turns

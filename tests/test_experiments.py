@@ -23,8 +23,8 @@ from layerdiffusion.evidence.experiments import (
     SIZES,
     _TABLE,
     _Setting,
-    _Wanted,
-    _by_tuning,
+    Wanted,
+    by_tuning,
     compare,
     _correct,
     count_answers,
@@ -228,8 +228,8 @@ def test_a_pack_cut_off_anywhere_loses_nothing(tmp_path, monkeypatch):
 
 
 def test_a_packed_cell_is_not_drawn_again(tmp_path, monkeypatch):
-    monkeypatch.setattr(experiments, "_numbers_of", lambda *a: {})
-    monkeypatch.setattr(experiments, "_cell_name", lambda *a: "a")
+    monkeypatch.setattr(experiments, "numbers_of", lambda *a: {})
+    monkeypatch.setattr(experiments, "cell_name", lambda *a: "a")
     monkeypatch.setattr(experiments, "_draw_cell", lambda *a: pytest.fail("drawn again"))
     draw(tmp_path, "a")
     pack(tmp_path)
@@ -393,7 +393,7 @@ def test_turns_or_not_the_unet_is_tuned_once(tmp_path, monkeypatch):
         _Setting("α = 1", "paper", tiny | dict(alpha=1.0)),
         _Setting("no turns", "paper", tiny | dict(iterative_guidance=False)),
     ]
-    order = _by_tuning(method, [_Wanted("mine", "paper", s, 1, 1, 1.0) for s in settings])
+    order = by_tuning(method, [Wanted("mine", "paper", s, 1, 1, 1.0) for s in settings])
     assert [w.setting.name for w in order] == ["whole", "no turns", "α = 1"]
     for w in order:
         experiments._run_cell(method, edit_set("joint")[0], w.setting, [0], tmp_path)

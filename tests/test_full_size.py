@@ -297,12 +297,12 @@ def test_everything_is_on_the_gpu():
     import torch
     from diffusers import DDIMScheduler
     from layerdiffusion.fine_tuning import trainable
-    from layerdiffusion.evidence.full_size import _build_parts, _clip_tokenizer, _sd_configs
+    from layerdiffusion.evidence.full_size import _build_parts, clip_tokenizer, _sd_configs
     from layerdiffusion.base.memory import _shapes_only
     from layerdiffusion.method import layered_loss, noise_loss, sample_noise_and_t, stack_layers
     from layerdiffusion.base.sd import Models, decode_latents, encode_image, encode_text, initial_latents, speak_float32
 
-    configs, tokenizer = _sd_configs("1.4", 0.1, 64), _clip_tokenizer()
+    configs, tokenizer = _sd_configs("1.4", 0.1, 64), clip_tokenizer()
     scheduler = DDIMScheduler.from_config(configs["scheduler"])
     with _shapes_only():
         torch.set_default_dtype(torch.bfloat16)

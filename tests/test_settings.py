@@ -181,14 +181,14 @@ def test_the_advice_of_a_message_works(method):
 def test_a_new_setting_orphans_nothing(monkeypatch):
     "A setting that comes later, with a default: keys of settings, of cells and of stages stay as they were."
     from layerdiffusion import settings as page
-    from layerdiffusion.evidence.experiments import _Setting, _cell_name
+    from layerdiffusion.evidence.experiments import _Setting, cell_name
 
     models = type("Models", (), dict(hash="0" * 16))
     method, task = type("Method", (), dict(models=models)), type("Task", (), dict(name="joint 0"))
     whole = EditConfig(alpha=0.5, tuning_steps=20).resolve({})
 
     def name(numbers):
-        return _cell_name(method, task, _Setting("x", "paper"), [0, 1], numbers)
+        return cell_name(method, task, _Setting("x", "paper"), [0, 1], numbers)
 
     before = name(whole.model_dump()), page.settings_key(whole.model_dump())
     monkeypatch.setitem(page.DEFAULTS, "later", 3)

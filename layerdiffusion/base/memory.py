@@ -13,6 +13,7 @@ import weakref
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -21,7 +22,8 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from .core import BadInput, OutOfMemory, one_loader
 from ..fine_tuning import trainable
-from ..method import layered_loss, noise_loss
+from .families import FAMILIES, LowRank
+from ..method import embedding_loss, guided_noise, layered_loss, noise_loss
 from .sd import How, Models, speak_float32, use
 from ..settings import PAPER, EditConfig
 
@@ -420,3 +422,113 @@ def run_in(
             torch.cuda.empty_cache()
         say(f"Out of memory at level {level!r}: going on at {lower!r}, with what is done already.")
         level = lower
+
+# %% ../../nbs/base/21_memory.ipynb #bc26027e
+_FOUR = dict(down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4)
+_VAE = _FOUR | dict(block_out_channels=(128, 256, 512, 512), layers_per_block=2)
+_SDXL = dict(
+    sample_size=128,
+    down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    block_out_channels=(320, 640, 1280),
+    transformer_layers_per_block=(1, 2, 10),
+    attention_head_dim=(5, 10, 20),
+    cross_attention_dim=2048,
+    use_linear_projection=True,
+    addition_embed_type="text_time",
+    addition_time_embed_dim=256,
+    projection_class_embeddings_input_dim=2816,
+)
+_KLEIN = dict(num_layers=5, num_single_layers=20, num_attention_heads=24, joint_attention_dim=7680)
+_KLEIN |= dict(guidance_embeds=False)
+_SD3 = dict(num_layers=24, num_attention_heads=24, caption_projection_dim=1536, pos_embed_max_size=384)
+_SD3 |= dict(out_channels=16, dual_attention_layers=tuple(range(13)), qk_norm="rms_norm")
+_VAE16 = _VAE | dict(latent_channels=16, shift_factor=0.06)
+
+# pipeline, network, autoencoder, the settings of both; a text's rows and columns; a latent's channels, and its px
+_UNET, _PLAIN = "UNet2DConditionModel", "AutoencoderKL"
+_TRANSFORMERS = "Flux2Transformer2DModel", "SD3Transformer2DModel"
+_PUBLISHED = {
+    "sd": ("StableDiffusionPipeline", _UNET, _PLAIN, dict(cross_attention_dim=768), _VAE, (77, 768), 4, 8),
+    "sdxl": ("StableDiffusionXLPipeline", _UNET, _PLAIN, _SDXL, _VAE, (78, 2048), 4, 8),
+    "flux2-klein": ("Flux2KleinPipeline", _TRANSFORMERS[0], "AutoencoderKLFlux2", _KLEIN, {}, (512, 7680), 128, 16),
+    "sd3": ("StableDiffusion3Pipeline", _TRANSFORMERS[1], _PLAIN, _SD3, _VAE16, (334, 4096), 16, 8),
+}
+
+# %% ../../nbs/base/21_memory.ipynb #426037fe
+def _whole_bytes(part) -> int:
+    return sum(x.numel() * x.element_size() for x in [*part.parameters(), *part.buffers()])
+
+
+def _skeleton(name: str, dtype, height: int, width: int):  # inside `_shapes_only`
+    "The adapter of a published model, its network and its autoencoder, without numbers and without text encoders."
+    import diffusers
+    from torch._subclasses.fake_tensor import unset_fake_temporarily
+
+    kind, net, vae, net_settings, vae_settings, *_ = _PUBLISHED[name]
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        net, vae = getattr(diffusers, net)(**net_settings), getattr(diffusers, vae)(**vae_settings)
+    finally:
+        torch.set_default_dtype(before)
+    texts = dict(tokenizer=SimpleNamespace(model_max_length=77), tokenizer_max_length=512 if "flux" in name else 77)
+    texts["text_encoder_2"] = SimpleNamespace(config=SimpleNamespace(projection_dim=1280))
+    with unset_fake_temporarily():  # a scheduler's numbers are real
+        steps = "FlowMatchEulerDiscreteScheduler" if FAMILIES[kind].part == "transformer" else "DDIMScheduler"
+        pipe = dict(scheduler=getattr(diffusers, steps)(), vae_scale_factor=8, vae=vae.requires_grad_(False), **texts)
+        model = FAMILIES[kind](SimpleNamespace(unet=net, transformer=net, **pipe), height, width)
+    return model, net.requires_grad_(False), vae
+
+# %% ../../nbs/base/21_memory.ipynb #668104fc
+def _works(model, x, t, words: list, height: int, width: int) -> dict:  # stage: what it does once
+    "The stages of `families.edit`, a step of each."
+
+    def embed():
+        pairs = [(torch.cat(words, 1), None)]
+        torch.autograd.grad(embedding_loss(model.unet, model.scheduler, pairs, x, x, t), words)
+
+    def tune(moving):
+        loss = layered_loss(model.unet, model.scheduler, x, x[:, :1], x, t, words[0].detach())
+        torch.autograd.grad(loss, moving, allow_unused=True)
+
+    return dict(
+        encode=torch.no_grad()(lambda: model.to_latents(torch.zeros(1, 3, height, width))),
+        embed=embed,
+        tune=tune,
+        draw=torch.no_grad()(lambda: guided_noise(model.unet, x, t[0], *words, 5.0)),
+        decode=torch.no_grad()(lambda: model.to_pictures(x)),
+    )
+
+# %% ../../nbs/base/21_memory.ipynb #3a39ad28
+def predict_family(
+    name: str,  # "sd", "sdxl", "flux2-klein" (4B) or "sd3" (3.5 Medium)
+    rank: int | None = 16,  # of thin factors, in bf16; None: a copy of all weights, in float32
+    checkpointing: bool = True,
+    height: int = 1024,
+    width: int = 1024,  # px
+) -> dict:  # stage: bytes on the card at most
+    "What each stage of `families.edit` will need with a model of its published size."
+    if name not in _PUBLISHED:
+        raise BadInput(f"The shapes of {name!r} are not known; give one of {', '.join(_PUBLISHED)}.")
+    *_, rows, channels, factor = _PUBLISHED[name]
+    with _shapes_only():
+        model, net, vae = _skeleton(name, torch.float32 if rank is None else torch.bfloat16, height, width)
+        if checkpointing:
+            net.enable_gradient_checkpointing()
+        x, t = torch.zeros(1, channels, height // factor, width // factor), torch.zeros(1, dtype=torch.long)
+        words = [torch.zeros(1, *rows).requires_grad_() for _ in range(2)]
+
+        def peak(work, *given):
+            with _Live(net, vae, x, t, *words, *(p for params in given for p in params)) as live:
+                work(*given)
+            return _whole_bytes(net) + _whole_bytes(vae) + live.peak
+
+        works = _works(model, x, t, words, height, width)
+        found = {stage: peak(work) for stage, work in works.items() if stage != "tune"}
+        moving = list(net.requires_grad_(True).parameters()) if rank is None else LowRank(net, rank).parameters()
+        numbers = sum(p.numel() for p in moving)
+        learnt = _whole_bytes(net) if rank is None else 4 * numbers
+        found["embed"] += 12 * 2 * words[0].numel()  # Adam's numbers and the gradient
+        found["tune"] = peak(works["tune"], moving) + 8 * numbers
+    return {stage: n + learnt * (stage in ("tune", "draw", "decode")) for stage, n in found.items()}

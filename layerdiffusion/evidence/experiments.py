@@ -144,7 +144,7 @@ def _shorten(numbers: dict, share: float) -> dict:
 SCORES = ("right", "valid", "identity", "background", "clip")  # of each picture
 
 
-def _numbers_of(
+def numbers_of(
     method,  # a `LayerDiffusion`
     setting: _Setting,
     share: float = 1.0,
@@ -163,7 +163,7 @@ def _numbers_of(
     return _shorten(dict(num_inference_steps=50) | steps | setting.options, share)
 
 
-def _cell_name(method, task, setting: _Setting, seeds: Sequence[int], numbers: dict) -> str:
+def cell_name(method, task, setting: _Setting, seeds: Sequence[int], numbers: dict) -> str:
     "What a cell is called on disk: its content in sixteen digits."
     seen = subject_name(method.models) if numbers.get("subject_scale") else ""
     key = numbers if setting.method in _BASELINES else settings_key(numbers)
@@ -337,7 +337,7 @@ def _make_cell(method, task, setting, seeds, numbers, judge=None):
     images = _draw_cell(method, task, setting, seeds, numbers)
     seconds = time.time() - start
     row = dict(
-        name=_cell_name(method, task, setting, seeds, numbers),
+        name=cell_name(method, task, setting, seeds, numbers),
         setting=setting.name,
         edit=task.name,
         kind=task.kind,
@@ -361,8 +361,8 @@ def _run_cell(
     method, task, setting: _Setting, seeds: Sequence[int], folder: Path, share: float = 1.0, judge=None
 ) -> dict:
     "One setting on one edit, drawn and scored, or read when it is there."
-    numbers = _numbers_of(method, setting, share)
-    there = _find_row(folder, _cell_name(method, task, setting, seeds, numbers))
+    numbers = numbers_of(method, setting, share)
+    there = _find_row(folder, cell_name(method, task, setting, seeds, numbers))
     if there is not None:
         return there | dict(setting=setting.name)
     row, strip = _make_cell(method, task, setting, seeds, numbers, judge)
@@ -371,7 +371,7 @@ def _run_cell(
 
 # %% ../../nbs/evidence/18_experiments.ipynb #e15a7a32
 @dataclass(frozen=True)
-class _Wanted:
+class Wanted:
     "A setting of an experiment, and how much of it is asked for."
 
     experiment: str  # one of `EXPERIMENTS`
@@ -382,14 +382,14 @@ class _Wanted:
     share: float  # of all steps
 
 
-def _by_tuning(method, wanted: Sequence[_Wanted]) -> list:
+def by_tuning(method, wanted: Sequence[Wanted]) -> list:
     "The same, with those that share a tuned U-Net one after the other."
     groups = {}
     for w in wanted:
         groups.setdefault(
             content_hash(
                 w.setting.method in _BASELINES and w.setting.method,
-                {k: v for k, v in _numbers_of(method, w.setting, w.share).items() if k not in DRAWN},
+                {k: v for k, v in numbers_of(method, w.setting, w.share).items() if k not in DRAWN},
             ),
             [],
         ).append(w)
@@ -409,7 +409,7 @@ def _start(model, devices, threads, ticks):
 def _run_edit(wanted, number, folder):
     "All that is wanted of one edit: the name and preset of the experiment with each cell."
     task, rows = edit_set("joint")[number], []
-    for w in _by_tuning(_METHOD, [w for w in wanted if number < w.edits]):
+    for w in by_tuning(_METHOD, [w for w in wanted if number < w.edits]):
         rows.append(((w.experiment, w.of), _run_cell(_METHOD, task, w.setting, range(w.seeds), folder, w.share)))
         _TICKS.put(1)
     return rows
@@ -426,7 +426,7 @@ class _Processes:
         self.devices = [pick_device(d) for d in device.split(",")]
         self.environment = environment(str(self.devices[0]))
 
-    def run(self, wanted: Sequence[_Wanted], folder: Path, keep: Callable):
+    def run(self, wanted: Sequence[Wanted], folder: Path, keep: Callable):
         "Draw what is wanted; `keep` gets each edit when it is complete."
         pool, ticks = _start_processes(self.workers, self.devices, self.model)
         with pool:
@@ -446,7 +446,7 @@ def run_experiments(
 ) -> dict:  # (name, preset) -> record
     "Run experiments edit by edit, or finish them; records grow with each edit, and at the end all is packed."
     wanted = [
-        _Wanted(n, of, s, how["edits"], how["seeds"], how["share"])
+        Wanted(n, of, s, how["edits"], how["seeds"], how["share"])
         for of in presets
         for n in names
         for s in plan(n, size, of)

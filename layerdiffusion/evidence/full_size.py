@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from ..base.core import BadInput, write_json
-from ..base.files import _clip_tokenizer
+from ..base.files import clip_tokenizer
 from ..base.sd import PREDICTIONS, Models, quiet
 
 # %% ../../nbs/evidence/25_full_size.ipynb #1543cc08
@@ -129,7 +129,7 @@ def _build_model(
     with quiet():
         for name, part in parts.items():
             part.to(dtype).save_pretrained(folder / name)
-    _clip_tokenizer(version).save_pretrained(folder / "tokenizer")
+    clip_tokenizer(version).save_pretrained(folder / "tokenizer")
     (folder / "scheduler").mkdir(exist_ok=True)
     write_json(folder / "scheduler" / "scheduler_config.json", configs["scheduler"])
     classes = dict(
@@ -206,7 +206,7 @@ def _sd_models(
         f"Stable Diffusion {version}",
         Path("."),
         **parts,
-        tokenizer=_clip_tokenizer(version),
+        tokenizer=clip_tokenizer(version),
         scheduler=scheduler,
         device=torch.device(device),
         dtype=dtype,

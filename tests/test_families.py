@@ -1,0 +1,287 @@
+"""Every family: its own pipeline's drawing, the equations' gradients, turns, and what is saved; SDXL and two flows."""
+
+import copy
+
+import pytest
+import torch
+
+from layerdiffusion import LayerDiffusion, method
+from layerdiffusion.base import families, memory
+from layerdiffusion.base.core import BadInput
+from layerdiffusion.base.families import FAMILIES, LowRank, edit, family_of, random_pipe
+
+NAMES = ["sd", "sdxl", "flux2-klein", "sd3"]
+SIZE = 32, 48  # px, and not square: height and width are told apart
+T_A, T_B = "a pink dog standing", "in the snow"
+FEW = dict(embedding_steps=1, embedding_lr=1e-2, tuning_steps=2, num_inference_steps=2, seeds=[5])
+
+
+@pytest.fixture(scope="module")
+def pipes():
+    return {name: random_pipe(name) for name in NAMES}
+
+
+@pytest.fixture(scope="module")
+def photo():
+    g = torch.Generator().manual_seed(0)
+    mask = torch.zeros(1, *SIZE)
+    mask[:, 8:24, 16:32] = 1
+    return torch.rand(3, *SIZE, generator=g), mask, T_A, T_B, torch.rand(3, *SIZE, generator=g)
+
+
+@torch.no_grad()
+def start_of(model, seed=5):
+    return method.initial_noise(model.to_latents(torch.zeros(1, 3, *SIZE)).shape[1:], [seed])
+
+
+@torch.no_grad()
+def drawn(model, text=T_A, start=None, guidance_scale=4.0, steps=2):
+    said, nothing = model.embed([text, ""]).split(1)
+    start = start_of(model) if start is None else start
+    x = method.denoise(model.unet, model.scheduler, start, lambda i, t: said, nothing, steps, guidance_scale)
+    return model.to_pictures(x)
+
+
+def by_diffusers(pipe, start, text=T_A, steps=2):
+    size = dict(height=SIZE[0], width=SIZE[1], num_inference_steps=steps)
+    return pipe(prompt=text, latents=start, **size, guidance_scale=4.0, output_type="pt").images
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_plain_drawing_is_the_pipelines(pipes, name):
+    "To rounding; and other words, or another size told, are not the same."
+    pipe = pipes[name]
+    model = family_of(pipe)(pipe, *SIZE)
+    theirs = by_diffusers(pipe, start_of(model))
+    assert theirs.std() > 0.02 and (drawn(model) - theirs).abs().max() < 1e-5
+    assert (drawn(model, "in the snow") - theirs).abs().max() > 1e-4
+    assert (drawn(model, guidance_scale=1.0) - theirs).abs().max() > 1e-4
+    if name in ("sdxl", "flux2-klein"):  # time ids, and the times of a flow, come of the size
+        other = family_of(pipe)(pipe, 256, 32)
+        assert (drawn(other, start=start_of(model)) - theirs).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_latents_are_the_pictures(pipes, name):
+    "Latents of what an autoencoder decodes are brought to its scale and back: `to_pictures` undoes `to_latents`."
+    pipe = pipes[name]
+    model = family_of(pipe)(pipe, *SIZE)
+    with torch.no_grad():
+        x = torch.rand(1, 3, *SIZE, generator=torch.Generator().manual_seed(1))
+        plain = pipe.vae.decode(pipe.vae.encode(x * 2 - 1).latent_dist.mean).sample / 2 + 0.5
+        assert (model.to_pictures(model.to_latents(x)) - plain.clamp(0, 1)).abs().max() < 1e-4
+
+
+def test_a_flow_is_a_straight_line():
+    "x_t lies between picture and noise, and the target is the direction, whose step back from any t is the picture."
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    scheduler, g = FlowMatchEulerDiscreteScheduler(), torch.Generator().manual_seed(0)
+    x, noise = (torch.randn(2, 4, 8, 8, generator=g) for _ in range(2))
+    t = torch.tensor([250, 900])
+    x_t, said = method.add_noise(scheduler, x, noise, t), method.target(scheduler, x, noise, t)
+    assert torch.allclose(x_t[0], 0.75 * x[0] + 0.25 * noise[0], atol=1e-6)
+    assert torch.allclose(x_t - (t / 1000).view(-1, 1, 1, 1) * said, x, atol=1e-5)
+    scheduler.set_timesteps(4)
+    stepped = scheduler.step(said, scheduler.timesteps[0], noise).prev_sample  # diffusers' own, along the same line
+    assert torch.allclose(stepped, noise + (scheduler.sigmas[1] - 1) * said, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_eq_2_reaches_the_words_and_eq_6_the_network(pipes, name):
+    "Nothing else gets a gradient; in SDXL and SD3 the pooled vector does, and what fills it up gets none."
+    pipe = pipes[name]
+    model = family_of(pipe)(pipe, *SIZE)
+    with torch.no_grad():
+        words, x = model.embed([T_A, T_B]), model.to_latents(torch.rand(1, 3, *SIZE))
+    pair = [e.clone().requires_grad_() for e in words.split(1)]
+    noise, t = method.sample_noise_and_t(model.scheduler, x.shape, torch.Generator().manual_seed(0))
+    loss = method.embedding_loss(model.unet, model.scheduler, [(torch.cat(pair, 1), None)], x, noise, t)
+    method.gradients(loss, pair)
+    assert all(e.grad.abs().sum((0, 2)).count_nonzero() >= 0.9 * e.shape[1] for e in pair)
+    if name in ("sdxl", "sd3"):
+        pooled = 20 if name == "sdxl" else 40
+        assert all(e.grad[0, -1, :pooled].all() and not e.grad[0, -1, pooled:].any() for e in pair)
+    moving = [p.requires_grad_(True) for p in model.unet.parameters()]
+    loss = method.layered_loss(model.unet, model.scheduler, x, torch.ones_like(x[:, :1]), noise, t, words[:1])
+    method.gradients(loss, moving)
+    reached = [p for p in moving if p.grad is not None and p.grad.any()]
+    others = [m for m in pipe.components.values() if isinstance(m, torch.nn.Module) and m is not model.unet.net]
+    assert len(reached) > 0.8 * len(moving)
+    assert not [p for m in others for p in m.parameters() if p.grad is not None] and words.grad is None
+    for p in moving:
+        p.grad = None
+
+
+def test_both_pooled_vectors_are_heard_and_mixed(pipes):
+    "SDXL with two texts side by side: the pooled vectors' mean; Eq. 3 mixes them as it mixes the tokens."
+    e_a, e_b = families.StableDiffusionXL(pipes["sdxl"], *SIZE).embed([T_A, T_B]).detach().split(1)
+    both, (one, two) = torch.cat([e_a, e_b], 1), (families._unpack(e, 16, 20) for e in (e_a, e_b))
+    tokens, pooled = families._unpack(both, 16, 20)
+    assert torch.equal(tokens, torch.cat([one[0], two[0]], 1)) and torch.equal(pooled, (one[1] + two[1]) / 2)
+    mixed = families._unpack(method.interpolate(e_a, e_b, 0.7), 16, 20)[1]
+    assert torch.allclose(mixed, 0.7 * one[1] + 0.3 * two[1]) and not torch.allclose(one[1], two[1], atol=1e-3)
+
+
+def test_kleins_texts_each_count_from_nothing(pipes):
+    "Twice the same text side by side is told the same places twice."
+    model, seen = families.Flux2Klein(pipes["flux2-klein"], *SIZE), []
+    watch = model.unet.net.register_forward_pre_hook(lambda m, args, kwargs: seen.append(kwargs), with_kwargs=True)
+    with torch.no_grad():
+        model.unet(start_of(model), 500, torch.cat([model.embed([T_A])] * 2, 1))
+    watch.remove()
+    places = seen[0]["txt_ids"]
+    assert torch.equal(places[:512], places[512:]) and places[511].tolist() == [0, 0, 0, 511]
+    assert seen[0]["img_ids"][-1].tolist() == [0, 1, 2, 0] and seen[0]["timestep"].tolist() == [0.5]
+
+
+@pytest.mark.parametrize("name", NAMES)
+@torch.no_grad()
+def test_turns_become_an_average(pipes, name):
+    "The more steps, the nearer; and for the words of one they are nothing but its drawing."
+    model = family_of(pipes[name])(pipes[name], *SIZE)
+    end = 40 if name == "flux2-klein" else None  # of its 512 tokens, to save time
+    a, b, nothing = (e[:, :end] for e in model.embed([T_A, T_B, ""]).split(1))
+
+    def apart(steps):
+        scheduler, turns, mean, alone = copy.deepcopy(model.scheduler), *[start_of(model)] * 3
+        scheduler.set_timesteps(steps)
+        condition = method.take_turns(a, b)
+        for i, t in enumerate(scheduler.timesteps):
+            ask = lambda x, e, t=t: method.guided_noise(model.unet, x, t, e, nothing, 3.0)  # noqa: E731
+            said = [ask(turns, condition(i, t)), (ask(mean, a) + ask(mean, b)) / 2, ask(alone, b)]
+            moved = []
+            for x, y in zip((turns, mean, alone), said, strict=True):
+                scheduler._step_index = None  # a flow's sampler counts its steps
+                moved.append(scheduler.step(y, t, x).prev_sample)
+            turns, mean, alone = moved
+        return ((turns - mean).norm() / (alone - mean).norm()).item()
+
+    few, many = apart(4), apart(24)
+    assert many < few / 2 and few > 0.01
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("rank", [None, 3])
+def test_what_was_learnt_loads_in_plain_diffusers(photo, tmp_path, name, rank):
+    """Without Eq. 2 and with α = 1 both turns say the same, so a fresh pipeline with what was saved draws the edit.
+    The edited one is as it was."""
+    pipe, fresh = random_pipe(name), random_pipe(name)
+    kind = family_of(pipe)
+    start, strong = start_of(kind(fresh, *SIZE)), dict(tuning_lr=2e-2 if rank else 1e-3)
+    before = by_diffusers(fresh, start)
+    few = FEW | dict(embedding_steps=0, alpha=1.0, guidance_scale=4.0) | strong
+    pictures = edit(pipe, *photo, rank=rank, save=tmp_path, checkpointing=rank is not None, **few)
+    assert (pictures - before).abs().max() > 1e-3
+    assert (by_diffusers(pipe, start) - before).abs().max() < 1e-6 and not [
+        p for p in getattr(pipe, kind.part).parameters() if p.requires_grad
+    ]
+    if rank:
+        assert [x.name for x in tmp_path.iterdir()] == ["pytorch_lora_weights.safetensors"]
+        fresh.load_lora_weights(tmp_path)
+    else:
+        net = type(getattr(pipe, kind.part)).from_pretrained(tmp_path / kind.part)
+        fresh.register_modules(**{kind.part: net})
+    assert (by_diffusers(fresh, start) - pictures).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_whole_edit_hears_everything(photo, pipes, name):
+    "Place, mask, words, rates and seeds all change the pictures, and the same call gives the same ones."
+    image, mask, a, b, place = photo
+    few = FEW | dict(tuning_lr=1e-2, rank=2)
+    first = edit(pipes[name], *photo, **few)
+    assert first.shape == (1, 3, *SIZE) and torch.equal(first, edit(pipes[name], *photo, **few))
+    for given in ((image, mask, a, b, image), (image, 1 - mask, a, b, place), (image, mask, b, a, place)):
+        assert (edit(pipes[name], *given, **few) - first).abs().max() > 1e-5
+    for changed in (dict(embedding_lr=0.0), dict(tuning_lr=0.0), dict(alpha=0.0)):
+        assert (edit(pipes[name], *photo, **few | changed) - first).abs().max() > 1e-5
+
+
+def test_it_is_the_papers_edit(photo, pipes):
+    "Stable Diffusion through its adapter is `method.edit`."
+    few = FEW | dict(tuning_lr=1e-3)
+    assert (edit(pipes["sd"], *photo, **few) - method.edit(pipes["sd"], *photo, **few)).abs().max() < 1e-5
+
+
+def test_half_precision(photo):
+    "In bf16, with float32 outside: near the same pictures; thin factors are float32 and move."
+    pipe = random_pipe("flux2-klein")
+    whole = edit(pipe, *photo, rank=2, **FEW)
+    half = edit(pipe.to(torch.bfloat16), *photo, rank=2, **FEW)
+    assert half.dtype == torch.float32 and 0 < (half - whole).abs().mean() < 0.05
+
+
+def test_thin_factors_change_nothing_at_first(pipes):
+    net = pipes["sdxl"].unet
+    model = families.StableDiffusionXL(pipes["sdxl"], *SIZE)
+    with torch.no_grad():
+        x, e = start_of(model), model.embed([T_A])
+        plain = model.unet(x, 500, e).sample
+        thin = LowRank(net, 2)
+        same = model.unet(x, 500, e).sample
+        for _, up in thin.factors.values():
+            up.fill_(0.1)
+        other = model.unet(x, 500, e).sample
+        thin.remove()
+        assert torch.equal(plain, same) and not torch.allclose(plain, other, atol=1e-3)
+        assert torch.equal(plain, model.unet(x, 500, e).sample)
+    assert len(thin.state()) == 2 * len(thin.factors) and all(x.dtype == torch.float32 for x in thin.parameters())
+
+
+REFUSED = [
+    ("a size", dict(size=(32, 40)), "40 x 32 px; this family needs multiples of 16"),
+    ("half and all weights", dict(dtype=torch.bfloat16, rank=None), "give rank=16"),
+    ("float16", dict(dtype=torch.float16), "torch.bfloat16"),
+    ("no rank", dict(rank=0), "rank is 0"),
+    ("distilled", dict(distilled=True), "FLUX.2-klein-base-4B"),
+]
+
+
+@pytest.mark.parametrize("case, sentence", [x[1:] for x in REFUSED], ids=[x[0] for x in REFUSED])
+def test_refusals(case, sentence):
+    pipe, (height, width) = random_pipe("flux2-klein"), case.get("size", SIZE)
+    pipe.transformer.to(case.get("dtype", torch.float32))
+    pipe.register_to_config(is_distilled=case.get("distilled", False))
+    image, mask = torch.rand(3, height, width), torch.ones(1, height, width)
+    with pytest.raises(BadInput, match=sentence):
+        edit(pipe, image, mask, T_A, T_B, image, rank=case.get("rank", 2), **FEW)
+
+
+def test_other_classes_are_named(pipes):
+    "By `family_of`, and by the library's own door, which tells of the other one."
+    with pytest.raises(BadInput, match="Namespace is of no family .* StableDiffusionXLPipeline"):
+        family_of(type("Namespace", (), {})())
+    with pytest.raises(BadInput, match="There is no family 'sana'; give one of sd, sdxl"):
+        random_pipe("sana")
+    for name in ("sdxl", "flux2-klein", "sd3"):
+        kind = type(pipes[name]).__name__
+        assert kind in FAMILIES
+        with pytest.raises(BadInput, match=f"this {kind} .*layerdiffusion.base.families.edit"):
+            LayerDiffusion.from_pipe(pipes[name])
+
+
+def test_the_planner_counts_a_family(monkeypatch):
+    "What is predicted for a small flow's transformer is what PyTorch's profiler sees; thin factors need less."
+    small = dict(num_layers=1, num_single_layers=2, num_attention_heads=2, attention_head_dim=64, in_channels=16)
+    small |= dict(guidance_embeds=False, axes_dims_rope=(16,) * 4, joint_attention_dim=96)
+    vae = dict(latent_channels=4, block_out_channels=(8, 8, 8, 8), norm_num_groups=4)
+    kinds = "Flux2KleinPipeline", "Flux2Transformer2DModel", "AutoencoderKLFlux2"
+    monkeypatch.setitem(memory._PUBLISHED, "small-flux", (*kinds, small, vae, (64, 96), 16, 16))
+    found = memory.predict_family("small-flux", None, False, 256, 256)
+    model, net, vae = memory._skeleton("small-flux", torch.float32, 256, 256)
+    x, t = torch.zeros(1, 16, 16, 16), torch.zeros(1, dtype=torch.long)
+    words = [torch.zeros(1, 64, 96).requires_grad_() for _ in range(2)]
+    works = memory._works(model, x, t, words, 256, 256)
+    weights = sum(memory._whole_bytes(m) for m in (net, vae))
+    seen = {stage: memory._measure_peak(works[stage]) for stage in ("embed", "draw")}
+    learnt = memory._whole_bytes(net)
+    for stage, bytes_ in seen.items():
+        rest = found[stage] - weights - (24 * words[0].numel() if stage == "embed" else learnt)
+        assert abs(rest / bytes_ - 1) < 0.15, stage
+    moving = list(net.requires_grad_(True).parameters())
+    rest = found["tune"] - weights - learnt - 8 * sum(p.numel() for p in moving)
+    assert abs(rest / memory._measure_peak(lambda: works["tune"](moving)) - 1) < 0.15
+    assert memory.predict_family("small-flux", 2, True, 256, 256)["tune"] < found["tune"] / 3
+    with pytest.raises(BadInput, match="'sana' are not known; give one of sd, sdxl"):
+        memory.predict_family("sana")
