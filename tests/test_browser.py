@@ -293,8 +293,8 @@ def test_editor_in_jupyterlab(page, lab, tmp_path):
     page.locator("text=Resume goes on there").wait_for()
     press(page, "Resume")
     page.locator(".ld-cell img").nth(1).wait_for(timeout=600_000)  # a busy machine takes its time
-    assert page.locator(".ld-compare .ld-after").is_visible()
-    assert page.evaluate(leave), "and without one nothing is asked"
+    page.locator(".ld-compare .ld-after").wait_for()
+    page.wait_for_function(leave)  # and without one nothing is asked
     number(page, "Pictures", 4)  # answers at once
     page.locator(".ld-cell img").nth(3).wait_for()
     page.locator(".ld-fold > button", has_text="The same again").click()
