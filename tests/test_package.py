@@ -164,7 +164,7 @@ def test_each_requirement_is_used_bounded_and_explained(told):
     assert sorted(line for line, _ in explained()) == sorted(asked)
     assert not [line for line, above in explained() if not re.fullmatch(r"# \S.{3,}", above)]
     assert not [line for line, _ in explained() if not re.search(r"==|,<\d", line)]
-    other = dict(pillow="PIL", pyyaml="yaml", open_clip_torch="open_clip")
+    other = {"pillow": "PIL", "pyyaml": "yaml", "open_clip_torch": "open_clip", "scikit-image": "skimage"}
     imported = names_imported()
     for line, above in explained():
         name = re.match(r"[\w-]+", line)[0]
