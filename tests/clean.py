@@ -5,6 +5,8 @@ JupyterLab writes the name of the kernel and the language into a page as soon as
 something else has
 unsaved changes before anybody has touched it. nbdev_clean keeps the language (settings.ini allows it) but not the
 kernel's name.
+
+A live widget has another id at every run, and on the site it is blank; neither it nor its state is kept.
 """
 
 import json
@@ -14,6 +16,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+WIDGET = "application/vnd.jupyter.widget-view+json"
 METADATA = dict(
     kernelspec=dict(display_name="Python 3 (ipykernel)", language="python", name="python3"),
     language_info=dict(
@@ -29,9 +32,13 @@ METADATA = dict(
 
 
 def as_jupyter(page: Path):
-    "Write a page's metadata as JupyterLab does."
+    "Write a page's metadata as JupyterLab does, without live widgets."
     nb = json.loads(page.read_text(encoding="utf-8"))
+    nb["metadata"].pop("widgets", None)
     nb["metadata"] |= METADATA
+    for cell in nb["cells"]:
+        if "outputs" in cell:
+            cell["outputs"] = [o for o in cell["outputs"] if WIDGET not in o.get("data", {})]
     page.write_text(json.dumps(nb, indent=1, ensure_ascii=False, sort_keys=True) + "\n", encoding="utf-8")
 
 

@@ -175,6 +175,26 @@ def lab(tmp_path):
         yield f"{url}/lab/tree/editor.ipynb"
 
 
+def test_the_start_page_opens(tmp_path):
+    "README's `jupyter lab nbs/index.ipynb` opens the start page, and the folder beside it holds all pages."
+    shutil.copytree(ROOT / "nbs", tmp_path / "nbs", ignore=shutil.ignore_patterns("results", "_*", ".*"))
+    said, url = tmp_path / "said", f"http://127.0.0.1:{(port := free_port())}"
+    (tmp_path / "browser.py").write_text(f"import sys\nopen({str(said)!r}, 'w').write(sys.argv[1])\n")
+    command = [sys.executable, "-m", "jupyterlab", "nbs/index.ipynb", "--allow-root", f"--ServerApp.port={port}"]
+    command += ["--ServerApp.ip=127.0.0.1", "--IdentityProvider.token="]
+    command += [f"--ServerApp.browser={sys.executable} {tmp_path / 'browser.py'} %s"]
+    env = {**ENV, "JUPYTER_RUNTIME_DIR": str(tmp_path / "runtime"), "JUPYTER_CONFIG_DIR": str(tmp_path / "config")}
+    with serving(command, f"{url}/api", tmp_path, env):
+        for _ in range(600):
+            if said.is_file() and said.read_text():
+                break
+            time.sleep(0.1)
+        sent_on = Path(urllib.request.url2pathname(said.read_text().removeprefix("file://")))
+        assert f":{port}/lab/tree/index.ipynb" in sent_on.read_text()
+        with urllib.request.urlopen(f"{url}/api/contents/tutorials", timeout=60) as answer:
+            assert "50_first_edit.ipynb" in answer.read().decode()
+
+
 def start_editor(page, url):
     "Open the notebook and run its cell; gives the canvas."
     page.goto(url)
