@@ -1,6 +1,6 @@
 # Made by tests/stubs.py: the classes of the module beside it, whole.
 """The whole method in one call: a picture and a sentence in, edited pictures out, with every setting written down"""
-__all__ = ['KEEP', 'DRAWN', 'held', 'Kept', 'precision_name', 'LayerDiffusion', 'PipeModels', 'models_of', 'give_back', 'Checkpoint', 'snapshot', 'restore', 'Scene', 'cover', 'read_mask', 'check_world', 'check_names', 'read_object', 'check_placement', 'clock', 'check_seeds', 'Looks', 'in_its_folder', 'EditOutput', 'load_edit', 'shorter', 'check_reusable']
+__all__ = ['LayerDiffusion', 'Scene', 'EditOutput', 'load_edit']
 import copy
 import ctypes
 import functools
@@ -29,7 +29,7 @@ from layerdiffusion.interface.saving import EditResult, pictures_beside, check_t
 from .interface.saving import same_model
 from layerdiffusion.base.sd import PRECISIONS, PREDICTIONS, Models, on_device, check_text, ddim_sample, decode_latents, encode_image, encode_text, half, initial_latents, load_models, optimise, unet_on_cpu, pick_precision, quiet, speak_float32, use, vae_psnr, with_scheduler
 from .settings import EditConfig, near
-KEEP = 2 * 10 ** 9
+_KEEP = 2 * 10 ** 9
 
 def held(x, seen: dict | None=None) -> int:
     """The memory of all tensors in a result, be it a tensor, a module, or a list, dict or object of them.
@@ -38,13 +38,13 @@ def held(x, seen: dict | None=None) -> int:
     """
     ...
 
-class Kept(OrderedDict):
-    """Results by name, at most `KEEP` bytes of them: the one asked for the longest ago goes first, the newest stays."""
+class _Kept(OrderedDict):
+    """Results by name, at most `_KEEP` bytes of them: the one asked for the longest ago goes first, the newest stays."""
 
     def __setitem__(self, key, value):
         ...
 
-def precision_name(dtype: torch.dtype) -> str:
+def _precision_name(dtype: torch.dtype) -> str:
     """The name of a precision, such as fp32; `BadInput` for another type of number."""
     ...
 
@@ -111,14 +111,14 @@ class LayerDiffusion:
         """Around a training stage: keeps what was done when it is interrupted, and says how to go on."""
         ...
 
-    def leave(self, point: Checkpoint, remember: bool=False) -> str:
+    def leave(self, point: _Checkpoint, remember: bool=False) -> str:
         """Keep a stage that ends before its last step, in its file or else in memory.
 
     Says where, empty where there is nothing to keep.
     """
         ...
 
-    def follow(self, point: Checkpoint):
+    def follow(self, point: _Checkpoint):
         """A stage is done that others follow: its small result goes into the file where the stage was long.
 
     Else only if those are stopped.
@@ -250,7 +250,7 @@ class LayerDiffusion:
         ...
 _PIPE_PARTS = ('vae', 'unet', 'text_encoder', 'tokenizer', 'scheduler')
 
-class PipeModels(Models):
+class _PipeModels(Models):
     """The parts of a diffusers pipeline that was loaded elsewhere."""
 
     @functools.cached_property
@@ -266,15 +266,15 @@ def _speaking(part: torch.nn.Module) -> torch.nn.Module:
     """The same weights in a shell that takes and gives float32; the pipe's own part stays as it is."""
     ...
 
-def models_of(pipe) -> Models:
+def _models_of(pipe) -> Models:
     """The parts of a diffusers pipeline, shared with it and frozen, on its device and in its precision."""
     ...
 
-def give_back():
+def _give_back():
     """Hand memory that is free back to the computer, where the C library is glibc; elsewhere nothing happens."""
     ...
 
-class Checkpoint:
+class _Checkpoint:
     """Keeps a training stage that may be interrupted: in memory, and in a file where a folder is given."""
     share = 0.05
     every = 5.0
@@ -320,12 +320,12 @@ class Checkpoint:
         """Whether the live stage is between two steps: Adam counts a step before it is made, the losses after."""
         ...
 
-def snapshot(params, optimizer, losses, copy: bool=True) -> dict:
+def _snapshot(params, optimizer, losses, copy: bool=True) -> dict:
     """Everything a stage needs to go on, as one flat dict of tensors."""
     ...
 
 def restore(saved: dict, params, optimizer, losses):
-    """Put a `snapshot` back."""
+    """Put a `_snapshot` back."""
     ...
 
 @dataclass
@@ -357,15 +357,15 @@ def cover(image, height: int, width: int) -> torch.Tensor:
     """The middle of a picture, scaled until it covers height × width."""
     ...
 
-def read_mask(mask, height: int, width: int, whole: tuple | None=None) -> torch.Tensor:
+def _read_mask(mask, height: int, width: int, whole: tuple | None=None) -> torch.Tensor:
     """A mask from a file, a picture, an array, a tensor or SAM's own dict, refused when it is empty or full."""
     ...
 
-def check_world(models: Models, image: torch.Tensor, least: float=20.0):
+def _check_world(models: Models, image: torch.Tensor, least: float=20.0):
     """Warn when a mini model's autoencoder cannot represent the picture."""
     ...
 
-def check_names(settings: dict, *calls: Callable):
+def _check_names(settings: dict, *calls: Callable):
     """Refuse what is no setting, with the names that are most like it."""
     ...
 
@@ -373,11 +373,11 @@ def _check_pointing(mask, point, box, point_labels):
     """Refuse a mask beside what SAM would make one of, and labels of no points."""
     ...
 
-def read_object(picture, mask) -> tuple | None:
+def _read_object(picture, mask) -> tuple | None:
     """The object's own picture and its mask as Pillow pictures of one size; the mask may be None."""
     ...
 
-def check_placement(move: Sequence, scale: float) -> tuple:
+def _check_placement(move: Sequence, scale: float) -> tuple:
     """dx, dy and scale as numbers, refused when they cannot be meant."""
     ...
 
@@ -412,7 +412,7 @@ class Looks:
     def __call__(self, event: Event):
         ...
 
-def in_its_folder(edit: Callable) -> Callable:
+def _in_its_folder(edit: Callable) -> Callable:
     """An edit that has its folder to itself, and leaves there what it learnt when it ends before its pictures are drawn."""
     ...
 _IN_SCENE = ('target_widen', 'recolour', 'recolour_tone', 'target_draws', 'target_quality', 'subject_scale')
@@ -457,10 +457,10 @@ def _check_reuse(result, keep, draws):
     """Refuse what is no edit, no share and no number."""
     ...
 
-def shorter(old: EditConfig, steps: int | None=None, learning_rate: float | None=None, sampling_steps: int | None=None, draws: int=32) -> EditConfig:
+def _shorter(old: EditConfig, steps: int | None=None, learning_rate: float | None=None, sampling_steps: int | None=None, draws: int=32) -> EditConfig:
     """The settings of a reuse; what is None is taken from those of the edit."""
     ...
 
-def check_reusable(result: EditResult, models: Models):
+def _check_reusable(result: EditResult, models: Models):
     """Refuse an edit that lacks what `reuse` needs."""
     ...

@@ -1,6 +1,6 @@
 # Made by tests/stubs.py: the classes of the module beside it, whole.
 """The whole edit in one window: a picture, a click, a sentence, a sheet of results, and the line that repeats it"""
-__all__ = ['DIALS', 'FOLDED', 'TEXTS', 'QUICK', 'LOOKS', 'STAGES', 'COPY', 'NOWHERE_ELSE', 'Order', 'span', 'short', 'arguments', 'python_lines', 'option_words', 'shell_line', 'sentence', 'Job', 'asked_for', 'scores', 'caption', 'Dial', 'dial_of', 'widgets', 'Slider', 'field_of', 'fold', 'LayerDiffusionApp', 'box', 'free_folder', 'read_upload', 'app_words', 'Shown', 'enlarged', 'figure', 'begin', 'write_page', 'free_port', 'serve']
+__all__ = ['LayerDiffusionApp']
 import base64
 import contextlib
 import html
@@ -32,7 +32,7 @@ from ..base.sd import decode_latents, encode_text
 from ..settings import GROUPS, PAPER, SETTINGS, Declared, EditConfig, preset
 
 @dataclass(frozen=True)
-class Order:
+class _Order:
     """All that an edit is made of, as somebody would type it."""
     image: str
     text: str
@@ -58,15 +58,15 @@ def short(value):
 def arguments(**values) -> str:
     ...
 
-def python_lines(order: Order, redraw: dict | None=None) -> str:
+def _python_lines(order: _Order, redraw: dict | None=None) -> str:
     """An edit as Python."""
     ...
 
-def option_words(name: str, value) -> list:
+def _option_words(name: str, value) -> list:
     """A setting as it is typed in a terminal."""
     ...
 
-def shell_line(order: Order, redraw: dict | None=None, folder: str='edits/1') -> str:
+def _shell_line(order: _Order, redraw: dict | None=None, folder: str='edits/1') -> str:
     """An edit for a terminal."""
     ...
 
@@ -74,13 +74,13 @@ def sentence(error: BaseException) -> str:
     """What a person should read instead of a traceback."""
     ...
 
-class Job:
+class _Job:
     """Work in a thread, that stops when it is asked to."""
 
     def __init__(self, work: Callable, done: Callable):
         ...
 
-    def start(self) -> 'Job':
+    def start(self) -> '_Job':
         ...
 
     def run(self):
@@ -98,7 +98,7 @@ class Job:
     def alive(self) -> bool:
         ...
 
-def asked_for(text: str) -> dict:
+def _asked_for(text: str) -> dict:
     """Colour, species, pose and place that a text of mini's world names."""
     ...
 
@@ -106,12 +106,12 @@ def scores(method: LayerDiffusion, result: EditResult) -> list:
     """CLIP score, likeness of the subject and the judge's answers."""
     ...
 
-def caption(seed: int, score: dict | None) -> str:
+def _caption(seed: int, score: dict | None) -> str:
     """A picture's seed and scores, as HTML."""
     ...
 
 @dataclass(frozen=True)
-class Dial:
+class _Dial:
     """A slider of the editor."""
     name: str
     label: str
@@ -122,36 +122,36 @@ class Dial:
     help: str
     at_once: bool = ...
 
-def dial_of(setting: Declared) -> Dial:
+def _dial_of(setting: Declared) -> _Dial:
     """The slider of a setting, as it was declared."""
     ...
-DIALS = [Dial('count', 'Pictures', 1, 20, 1, 20, 'How many, one for each seed. The paper draws 20.', True), Dial('first', 'First seed', 0, 100, 1, None, 'Another seed, another noise to begin with, another picture.', True), *(dial_of(setting) for setting in SETTINGS.values() if setting.slider)]
+_DIALS = [_Dial('count', 'Pictures', 1, 20, 1, 20, 'How many, one for each seed. The paper draws 20.', True), _Dial('first', 'First seed', 0, 100, 1, None, 'Another seed, another noise to begin with, another picture.', True), *(_dial_of(setting) for setting in SETTINGS.values() if setting.slider)]
 
-def widgets():
+def _widgets():
     """ipywidgets, or the sentence that says how to get it."""
     ...
 
-class Slider:
+class _Slider:
     """A dial as a row: name, slider with the paper's value marked, number."""
 
-    def __init__(self, dial: Dial, value: float):
+    def __init__(self, dial: _Dial, value: float):
         ...
 
     @property
     def value(self):
         ...
-FOLDED = {name: setting for name, setting in SETTINGS.items() if not setting.slider and name != 'seed'}
+_FOLDED = {name: setting for name, setting in SETTINGS.items() if not setting.slider and name != 'seed'}
 
-def field_of(setting: Declared, value):
+def _field_of(setting: Declared, value):
     """The widget of a setting that has no slider."""
     ...
 
-def fold(fields: dict):
+def _fold(fields: dict):
     """The fields in their groups, folded away."""
     ...
-TEXTS = dict(dog='a brown dog jumping in a forest', cat='an orange cat lying on a beach', rabbit='a grey rabbit sitting in the snow')
-QUICK = dict(target_draws=16, embedding_steps=0, tuning_steps=40, sampling_steps=20)
-LOOKS = {'best': 'Best', 'paper': "The paper's", 'quick': 'Quick look'}
+_TEXTS = dict(dog='a brown dog jumping in a forest', cat='an orange cat lying on a beach', rabbit='a grey rabbit sitting in the snow')
+_QUICK = dict(target_draws=16, embedding_steps=0, tuning_steps=40, sampling_steps=20)
+_LOOKS = {'best': 'Best', 'paper': "The paper's", 'quick': 'Quick look'}
 
 class LayerDiffusionApp:
     """The editor; shown in a notebook as the last thing of a cell."""
@@ -247,7 +247,7 @@ class LayerDiffusionApp:
         """Set sliders and fields to these settings."""
         ...
 
-    def order(self) -> Order:
+    def order(self) -> _Order:
         """What the editor is set to, refused where it cannot be meant."""
         ...
 
@@ -267,7 +267,7 @@ class LayerDiffusionApp:
         """Begin a job; one that only redraws gives way."""
         ...
 
-    def ended(self, job: Job, done: Callable):
+    def ended(self, job: _Job, done: Callable):
         """In the job's thread, at its end."""
         ...
 
@@ -284,7 +284,7 @@ class LayerDiffusionApp:
         """The pipeline need not print what the canvas shows."""
         ...
 
-    def make(self, order: Order, given: dict, was: list, job: Job) -> tuple:
+    def make(self, order: _Order, given: dict, was: list, job: _Job) -> tuple:
         """In the job's thread: the edit, its scores, and warnings."""
         ...
 
@@ -308,7 +308,7 @@ class LayerDiffusionApp:
         """A callback's news."""
         ...
 
-    def watch(self, job: Job) -> Callable:
+    def watch(self, job: _Job) -> Callable:
         """A callback that shows where a job is, and stops it when it shall."""
         ...
 
@@ -320,7 +320,7 @@ class LayerDiffusionApp:
         """Whether the U-Net of the shown edit was let go."""
         ...
 
-    def draw_again(self, shown: 'Shown', again: dict, job: Job) -> 'Shown':
+    def draw_again(self, shown: '_Shown', again: dict, job: _Job) -> '_Shown':
         """In the job's thread: other pictures of the same edit."""
         ...
 
@@ -340,7 +340,7 @@ class LayerDiffusionApp:
         """Forget a drawn place whose words were changed."""
         ...
 
-    def show(self, shown: 'Shown', keep: bool=False):
+    def show(self, shown: '_Shown', keep: bool=False):
         """Show a result, with its best picture picked, or the same seed as before."""
         ...
 
@@ -364,7 +364,7 @@ class LayerDiffusionApp:
         """The edits so far, each with a way back."""
         ...
 
-    def back_to(self, old: 'Shown'):
+    def back_to(self, old: '_Shown'):
         """Show an earlier result, with the settings it was made by."""
         ...
 
@@ -372,24 +372,24 @@ def box(name: str, *inside):
     """Widgets in a box with a name for the style sheet."""
     ...
 
-def free_folder(image: str) -> str:
+def _free_folder(image: str) -> str:
     """edits/NAME-1, or the first such folder that is free."""
     ...
 
-def read_upload(file: dict) -> tuple:
+def _read_upload(file: dict) -> tuple:
     """A picture that was uploaded."""
     ...
 _APP_WORDS = {' (in Python object= and background=)': '', 'give the two parts with --object and --background': 'fill in the two fields below', ', and give the rest to --negative-prompt': '', 'its parts go to --object and --background, what shall not be there to --negative-prompt': 'its parts go into the two fields below', 'what shall not be there goes to --negative-prompt': 'say only what is there', 'options stand outside the sentence, and --help shows those there are': 'leave it out', 'a picture of the place goes to --reference': 'a picture of the place can be uploaded below'}
 
-def app_words(refused: BadInput) -> BadInput:
+def _app_words(refused: BadInput) -> BadInput:
     """A sentence about options of the command line, as the editor would say it."""
     ...
 LayerDiffusionApp.running = property(lambda self: self.job is not None and self.kind == 'run')
 
 @dataclass
-class Shown:
+class _Shown:
     """A result with what it was made of."""
-    order: Order
+    order: _Order
     result: EditResult
     scores: list
     seconds: float
@@ -402,22 +402,22 @@ def enlarged(picture, size: int=256) -> bytes:
     """A picture (tensor or Pillow) as a file, its longer side `size` pixels."""
     ...
 
-def figure(picture, size: int=320, what: str='') -> str:
+def _figure(picture, size: int=320, what: str='') -> str:
     """A picture as HTML, with no file behind it."""
     ...
 STAGES = dict(reference='Drawing the new place', target='Looking for a target picture (Eq. 4)', words='Learning words (Eq. 2)', embeddings='Fitting the words (Eq. 2)', tuning='Teaching subject and place (Eq. 4-6)', drawing='Drawing the pictures (Eq. 7, 8)')
-COPY = "navigator.clipboard.writeText(this.parentElement.querySelector('pre').innerText); this.textContent = 'Copied'; setTimeout(() => this.textContent = 'Copy', 1500)"
-NOWHERE_ELSE = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:"
+_COPY = "navigator.clipboard.writeText(this.parentElement.querySelector('pre').innerText); this.textContent = 'Copied'; setTimeout(() => this.textContent = 'Copy', 1500)"
+_NOWHERE_ELSE = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:"
 
 def begin(folder: str, **options):
     """The one cell of the page: the editor, or the sentence that says why there is none."""
     ...
 
-def write_page(folder: Path, options: dict) -> Path:
+def _write_page(folder: Path, options: dict) -> Path:
     """The notebook for Voila, and its settings beside it."""
     ...
 
-def free_port(port: int | None=None) -> int:
+def _free_port(port: int | None=None) -> int:
     """The port that was asked for, or the first free one from 8866."""
     ...
 

@@ -1,6 +1,6 @@
 # Made by tests/stubs.py: the classes of the module beside it, whole.
 """Click on the subject, see what the method takes for it: points, a box, a brush, and the subject dragged elsewhere"""
-__all__ = ['Stroke', 'Marks', 'read_marks', 'stroke', 'Prompt', 'picture_bytes', 'mask_bytes', 'canvas_class', 'PromptCanvas']
+__all__ = ['PromptCanvas']
 import functools
 import io
 import math
@@ -16,7 +16,7 @@ from layerdiffusion.base.masks import bounding_box, check_mask, composite, dilat
 from .saving import patch
 
 @dataclass(frozen=True)
-class Stroke:
+class _Stroke:
     """A line of the brush or the eraser."""
     points: tuple
     radius: float
@@ -32,25 +32,25 @@ class Marks:
     scale: float = ...
     blank: bool = ...
 
-def read_marks(data: dict) -> Marks:
+def _read_marks(data: dict) -> Marks:
     """Marks from JSON."""
     ...
 
-def stroke(mask: torch.Tensor, points: Sequence, radius: float, erase: bool=False) -> torch.Tensor:
+def _stroke(mask: torch.Tensor, points: Sequence, radius: float, erase: bool=False) -> torch.Tensor:
     """The mask after a line of the brush or the eraser."""
     ...
 
-class Prompt:
+class _Prompt:
     """A picture, what was marked on it, and the mask of its subject."""
 
     def __init__(self, image, sam: Any=None, size: int=64):
         ...
 
-    def become(self, marks: Marks) -> 'Prompt':
+    def become(self, marks: Marks) -> '_Prompt':
         """Take these marks for the present ones; what was before can be had back by `undo`."""
         ...
 
-    def show(self, marks: Marks, mask: torch.Tensor) -> 'Prompt':
+    def show(self, marks: Marks, mask: torch.Tensor) -> '_Prompt':
         """Let the listeners know."""
         ...
 
@@ -69,35 +69,35 @@ class Prompt:
         """What there is, in a sentence."""
         ...
 
-    def add_point(self, x: float, y: float, subject: bool=True) -> Prompt:
+    def add_point(self, x: float, y: float, subject: bool=True) -> _Prompt:
         """A click."""
         ...
 
-    def remove_point(self, index: int=-1) -> Prompt:
+    def remove_point(self, index: int=-1) -> _Prompt:
         """Take a click back."""
         ...
 
-    def set_box(self, *box: float) -> Prompt:
+    def set_box(self, *box: float) -> _Prompt:
         """A box around the subject."""
         ...
 
-    def paint(self, points: Sequence, radius: float=3.0, erase: bool=False) -> Prompt:
+    def paint(self, points: Sequence, radius: float=3.0, erase: bool=False) -> _Prompt:
         """A line of the brush, or of the eraser."""
         ...
 
-    def place(self, dx: float=0.0, dy: float=0.0, scale: float=1.0) -> Prompt:
+    def place(self, dx: float=0.0, dy: float=0.0, scale: float=1.0) -> _Prompt:
         """Where the subject shall go, and how large it shall be."""
         ...
 
-    def undo(self) -> Prompt:
+    def undo(self) -> _Prompt:
         """Take the last mark back."""
         ...
 
-    def redo(self) -> Prompt:
+    def redo(self) -> _Prompt:
         """Undo the undoing."""
         ...
 
-    def clear(self) -> Prompt:
+    def clear(self) -> _Prompt:
         """Take all marks off; where there are none, empty the mask."""
         ...
 
@@ -113,16 +113,16 @@ def picture_bytes(image, longest: int=1024) -> bytes:
     """A picture as a file for a browser: PNG when small, else JPEG."""
     ...
 
-def mask_bytes(mask: torch.Tensor, longest: int=512) -> bytes:
+def _mask_bytes(mask: torch.Tensor, longest: int=512) -> bytes:
     """A mask as a PNG that is opaque where the subject is, enlarged with smooth edges."""
     ...
 
-def canvas_class() -> type:
+def _canvas_class() -> type:
     """The class of the widget, made when it is first needed: the library imports without the notebook tools."""
     ...
 
-class PromptCanvas(Prompt):
-    """A `Prompt` to look at and to draw on, by mouse, finger or keys."""
+class PromptCanvas(_Prompt):
+    """A `_Prompt` to look at and to draw on, by mouse, finger or keys."""
     _widget = None
 
     @property

@@ -1,6 +1,6 @@
 # Made by tests/stubs.py: the classes of the module beside it, whole.
 """An edit in a folder: its pictures, one file that can draw them again, and every setting in words"""
-__all__ = ['EDIT_FILES', 'WRITTEN', 'EditResult', 'lora_rank', 'photo_info', 'fitting_notes', 'whole_folder', 'clear_checkpoints', 'check_edit_folder', 'read_edit', 'whole_settings', 'check_tensors', 'pictures_beside', 'pixels', 'lora', 'drawing', 'same_model', 'portable', 'check_export', 'export']
+__all__ = ['EditResult']
 import copy
 import io
 import json
@@ -104,7 +104,7 @@ def photo_info(photo) -> dict:
     """
     ...
 
-def fitting_notes(info: dict, kind: str) -> dict:
+def _fitting_notes(info: dict, kind: str) -> dict:
     """Those of the notes that such a file can hold, as keywords for Pillow's `save`."""
     ...
 
@@ -125,7 +125,7 @@ def _files_before(folder: Path) -> set:
     ...
 
 @contextmanager
-def whole_folder(folder: Path):
+def _whole_folder(folder: Path):
     """A hidden folder to write to; what is in it goes to `folder` where the `with` ends well, and nowhere else.
 
     Raises:
@@ -163,14 +163,14 @@ def read_edit(path: Path) -> tuple:
     """
     ...
 
-def whole_settings(saved: dict, what: str) -> dict:
+def _whole_settings(saved: dict, what: str) -> dict:
     """The settings of a saved edit, with the defaults of those that came later.
 
     Raises:
         BadInput: one was lost or changed.
     """
     ...
-WRITTEN = dict(text=str, object=str, background=str, seeds=list, size=list, config=dict, model=str, model_hash=str)
+_WRITTEN = dict(text=str, object=str, background=str, seeds=list, size=list, config=dict, model=str, model_hash=str)
 
 def check_tensors(tensors: dict, unet: nn.Module, what: str):
     """Refuse a saved edit whose change does not fit the U-Net, weight for weight.
@@ -221,7 +221,7 @@ def same_model(record: dict, models: Models, what: str='The edit'):
     """
     ...
 
-def portable(scheduler):
+def _portable(scheduler):
     """The scheduler, with its schedule written out where its settings alone would give another."""
     ...
 
