@@ -19,8 +19,15 @@ from test_docs import ARGS, CHROMIUM
 
 from layerdiffusion import LayerDiffusion
 from layerdiffusion.base.core import BadInput
-from layerdiffusion.evidence.docs import add_demo, build_site
-from layerdiffusion.evidence.web import draw_onnx, draw_torch, export_web, find_ort, round_weights, unet_and_decoder
+from layerdiffusion.evidence.docs import _add_demo, build_site
+from layerdiffusion.evidence.web import (
+    _draw_onnx,
+    _draw_torch,
+    _find_ort,
+    _round_weights,
+    _unet_and_decoder,
+    export_web,
+)
 from layerdiffusion.fine_tuning import apply_difference
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -50,7 +57,7 @@ def test_weights_in_eight_bits():
     "Whole numbers up to 127, off by half a step at most; a channel of small weights keeps a scale of its own."
     weights = np.random.default_rng(0).normal(size=(6, 5)).astype(np.float32) * np.float32([[1e-3], *[[1]] * 5])
     for x in (weights, weights.T):
-        whole, scale = round_weights(x)
+        whole, scale = _round_weights(x)
         assert whole.dtype == np.int8 and scale.size == 6 and abs(whole).max() == 127
         assert (abs(whole * scale - x) <= scale * 0.501).all()
 
@@ -60,7 +67,7 @@ def rounded(part):
     part = copy.deepcopy(part)
     for weights in part.parameters():
         if weights.ndim > 1 and weights.numel() >= 1000:
-            whole, scale = round_weights(weights.detach().numpy())
+            whole, scale = _round_weights(weights.detach().numpy())
             weights.data = torch.from_numpy(whole * scale)
     return part
 
@@ -69,21 +76,21 @@ def test_files_draw_what_torch_draws(pipe, result):
     "Eq. 7 and 8 through the exported U-Net and decoder: PyTorch's pictures but for rounding; turns and α arrive."
     pytest.importorskip("onnx", reason="onnx is not installed: pip install -e '.[docs]'")
     pytest.importorskip("onnxruntime", reason="onnxruntime is not installed: pip install -e '.[docs]'")
-    files = unet_and_decoder(pipe, result)
+    files = _unet_and_decoder(pipe, result)
     assert sum(map(len, files)) < 17.5e6
     dials = (0.7, True), (0.7, False), (0.0, True)
-    mine = [draw_onnx(pipe, result, files, *dial, seeds=[0, 1]) for dial in dials]
+    mine = [_draw_onnx(pipe, result, files, *dial, seeds=[0, 1]) for dial in dials]
     unet = apply_difference(pipe.models.unet, result.difference)
     parts = replace(pipe.models, unet=rounded(unet), vae=rounded(pipe.models.vae))
     same, bare = LayerDiffusion(parts, pipe.sam), replace(result, difference={})
-    theirs = [draw_torch(same, bare, *dial, seeds=[0, 1]) for dial in dials]
+    theirs = [_draw_torch(same, bare, *dial, seeds=[0, 1]) for dial in dials]
     assert max(map(far, mine, theirs)) < 0.1
     assert min(far(mine[0], other) for other in (*theirs[1:], theirs[0].flip(0))) > 2
 
 
 def test_refuses_what_is_no_demo(tmp_path):
     with pytest.raises(BadInput, match="npm install"):
-        find_ort(tmp_path)
+        _find_ort(tmp_path)
     with pytest.raises(BadInput, match="export-web"):
         build_site(tmp_path / "site", ROOT, demo=tmp_path)
 
@@ -116,7 +123,7 @@ def first_page(tmp_path, page):
 
         def show(models=None):
             (tmp_path / "index.html").write_text("<main>\n<p>The first paragraph.</p>\n</main>", encoding="utf-8")
-            add_demo(tmp_path, ROOT / "nbs/demo", models)
+            _add_demo(tmp_path, ROOT / "nbs/demo", models)
             page.goto(address + "index.html")
             page.wait_for_function("document.querySelector('#demo canvas').hasAttribute('aria-label')")
             return away
@@ -169,7 +176,7 @@ def test_a_browser_draws_what_torch_draws(pipe, result, first_page, page, tmp_pa
     "Four pictures by JavaScript's Eq. 3, 7 and 8, with turns, without, at another α, and of other seeds."
     pytest.importorskip("onnxruntime", reason="onnxruntime is not installed: pip install -e '.[docs]'")
     try:
-        ort = find_ort(ROOT / "node_modules/onnxruntime-web")["ort.mjs"].parent
+        ort = _find_ort(ROOT / "node_modules/onnxruntime-web")["ort.mjs"].parent
     except BadInput as e:
         pytest.skip(str(e))
     told = export_web(tmp_path / "web", ort, pipe, result, alphas=[0.7])
@@ -184,6 +191,6 @@ def test_a_browser_draws_what_torch_draws(pipe, result, first_page, page, tmp_pa
             page.evaluate(TURN, dial)
         page.wait_for_function("document.getElementById('demo').dataset.step === '4'")
         mine, seeds = seen(page), range(start, start + 4)
-        assert far(mine, draw_onnx(pipe, result, files, *dial, seeds=seeds)) < 0.35, dial  # bytes are whole
-        assert far(mine, draw_onnx(pipe, result, files, dial[0], not dial[1], seeds=seeds)) > 2, dial
+        assert far(mine, _draw_onnx(pipe, result, files, *dial, seeds=seeds)) < 0.35, dial  # bytes are whole
+        assert far(mine, _draw_onnx(pipe, result, files, dial[0], not dial[1], seeds=seeds)) > 2, dial
     assert away == []

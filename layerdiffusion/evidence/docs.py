@@ -137,26 +137,26 @@ def _drop_numbers(folder: Path,  # nbdev's processed notebooks, changed in place
     menu.write_text(_NUMBERED.sub(r"\1", menu.read_text(encoding="utf-8")), encoding="utf-8")
 
 # %% ../../nbs/evidence/26_docs.ipynb #be4dd539
-LIVE = "application/vnd.jupyter.widget-view+json"
+_LIVE = "application/vnd.jupyter.widget-view+json"
 
 
-def still(output: dict) -> list:  # an output of a cell
+def _still(output: dict) -> list:  # an output of a cell
     "What a site shows of it: itself, or, of a widget without a picture, one line; of a progress bar, nothing."
     data = output.get("data", {})
-    if LIVE not in data or any(kind.startswith("image/") for kind in data):
+    if _LIVE not in data or any(kind.startswith("image/") for kind in data):
         return [output]
     if "%|" in "".join(data.get("text/plain", "")):
         return []
     return [dict(output, data={"text/markdown": ["*In a notebook a live widget stands here.*"]})]
 
 
-def still_pages(folder: Path):  # nbdev's processed notebooks, changed in place
+def _still_pages(folder: Path):  # nbdev's processed notebooks, changed in place
     "Take the words for widgets out of the pages."
     for page in folder.glob("*.ipynb"):
         notebook = json.loads(page.read_text(encoding="utf-8"))
         for cell in notebook["cells"]:
             if "outputs" in cell:
-                cell["outputs"] = [kept for output in cell["outputs"] for kept in still(output)]
+                cell["outputs"] = [kept for output in cell["outputs"] for kept in _still(output)]
         page.write_text(json.dumps(notebook), encoding="utf-8")
 
 # %% ../../nbs/evidence/26_docs.ipynb #9ead7113
@@ -251,7 +251,7 @@ def _build_here():
     quarto.refresh_quarto_yml()
     folder = serve.proc_nbs(force=True, n_workers=0)
     _drop_numbers(folder, Path("_quarto.yml"))
-    still_pages(folder)
+    _still_pages(folder)
     other = shutil.ignore_patterns("*.ipynb", "_*", "*.yml", "katex", "demo", ".*")
     shutil.copytree("nbs", folder, dirs_exist_ok=True, ignore=other)  # nbdev copies no subfolders
     left = [w for w in build(folder, quiet=True).warnings if "output-file" not in w]  # nbdev writes that key for Quarto
@@ -278,7 +278,7 @@ def check_folder(out: Path, flag: str = "--out"):
         )
 
 
-def add_demo(
+def _add_demo(
     site: Path,  # a built site
     source: Path,  # `nbs/demo` of the checkout
     models: Path | None = None,  # what `layerdiffusion export-web` wrote; None: recorded pictures only
@@ -297,7 +297,7 @@ def add_demo(
     part.unlink()
 
 
-def link_notebooks(
+def _link_notebooks(
     site: Path,  # a built site
     nbs: Path,  # the notebooks that it was made of
     address: str,  # of `nbs` on GitHub
@@ -317,9 +317,9 @@ def link_notebooks(
 def finish(site: Path, root: Path, demo: Path | None = None):
     "Add the demo and the links to the notebooks, and make a built site independent of other machines."
     cfg = _settings_of(root)
-    link_notebooks(site, root / "nbs", f"{cfg['git_url']}/blob/{cfg['branch']}/nbs")
+    _link_notebooks(site, root / "nbs", f"{cfg['git_url']}/blob/{cfg['branch']}/nbs")
     if (root / "nbs/demo").is_dir():
-        add_demo(site, root / "nbs/demo", demo)
+        _add_demo(site, root / "nbs/demo", demo)
     host = cfg["doc_host"] + cfg["doc_baseurl"]
     pages = {p: p.read_text(encoding="utf-8") for p in site.glob("*.html")}
     anchors = {p.name: _Page(text).ids for p, text in pages.items()}
@@ -340,7 +340,7 @@ def _build_in(work: Path, root: Path):
         "MPLBACKEND": "agg",
     }
     done = subprocess.run(
-        [sys.executable, "-c", "from layerdiffusion.evidence.docs import build_here; build_here()"],
+        [sys.executable, "-c", "from layerdiffusion.evidence.docs import _build_here; _build_here()"],
         cwd=work,
         env=env,
         capture_output=True,

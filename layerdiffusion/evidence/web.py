@@ -26,17 +26,17 @@ from ..method import denoise, initial_noise, interpolate, take_turns, to_picture
 from ..pipeline import LayerDiffusion
 
 # %% ../../nbs/evidence/27_web.ipynb #f0da4d31
-SEEDS = 32  # that can be drawn, four at a time
-ALPHAS = [k / 10 for k in range(11)]  # that are recorded
+_SEEDS = 32  # that can be drawn, four at a time
+_ALPHAS = [k / 10 for k in range(11)]  # that are recorded
 
 
-def learn_demo(pipe: LayerDiffusion) -> EditResult:
+def _learn_demo(pipe: LayerDiffusion) -> EditResult:
     "The demo's edit, learnt with the paper's preset: about a minute and a half on one core."
     text, how = "a brown dog jumping in the snow", dict(object_picture="input", sampling_steps=20)
     return pipe.edit("example:dog", text, preset="paper", seeds=range(4), **how)
 
 # %% ../../nbs/evidence/27_web.ipynb #c03a0600
-def round_weights(weights) -> tuple:  # an array of float32 with at least two axes
+def _round_weights(weights) -> tuple:  # an array of float32 with at least two axes
     "Weights as whole numbers from -127 to 127 and a scale for each channel of the first or last axis, the better one."
     import numpy as np
 
@@ -49,7 +49,7 @@ def round_weights(weights) -> tuple:  # an array of float32 with at least two ax
     return min(found, key=lambda f: f[0])[1:]
 
 
-def shrink(model):  # an `onnx.ModelProto`
+def _shrink(model):  # an `onnx.ModelProto`
     "The same model with its large weights in eight bits, changed in place."
     from onnx import TensorProto, helper, numpy_helper
 
@@ -59,7 +59,7 @@ def shrink(model):  # an `onnx.ModelProto`
         if weights.dtype != "float32" or weights.ndim < 2 or weights.size < 1000:
             kept.append(stored)
             continue
-        whole, scale = round_weights(weights)
+        whole, scale = _round_weights(weights)
         kept += [numpy_helper.from_array(whole, f"{name}.whole"), numpy_helper.from_array(scale, f"{name}.scale")]
         nodes.append(helper.make_node("Cast", [f"{name}.whole"], [f"{name}.float"], to=TensorProto.FLOAT))
         nodes.append(helper.make_node("Mul", [f"{name}.float", f"{name}.scale"], [name]))
@@ -88,7 +88,7 @@ class _Pictures(torch.nn.Module):
         return to_pictures(self.vae, latents)
 
 
-def to_onnx(
+def _to_onnx(
     part: torch.nn.Module,  # what is written down
     answer: str,  # the name of what it gives
     **example: Tensor,  # what it takes: the first axis of all but single numbers is the number of pictures
@@ -102,19 +102,19 @@ def to_onnx(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the tracer on sizes that are fixed here
         torch.onnx.export(part.eval(), tuple(example.values()), file, dynamo=False, **names)
-    return shrink(onnx.load_from_string(file.getvalue())).SerializeToString()
+    return _shrink(onnx.load_from_string(file.getvalue())).SerializeToString()
 
 
-def unet_and_decoder(pipe: LayerDiffusion, result: EditResult) -> tuple:
+def _unet_and_decoder(pipe: LayerDiffusion, result: EditResult) -> tuple:
     "The tuned U-Net and the decoder as ONNX files, in bytes."
     unet, words = apply_difference(pipe.models.unet, result.difference), result.embeddings[0].repeat(2, 1, 1)
     size = unet.config.sample_size
     latents, t = torch.zeros(2, unet.config.in_channels, size, size), torch.tensor(999)
-    noise = to_onnx(_Noise(unet), "noise_pred", latents=latents, t=t, words=words)
-    return noise, to_onnx(_Pictures(pipe.models.vae), "pictures", latents=latents)
+    noise = _to_onnx(_Noise(unet), "noise_pred", latents=latents, t=t, words=words)
+    return noise, _to_onnx(_Pictures(pipe.models.vae), "pictures", latents=latents)
 
 # %% ../../nbs/evidence/27_web.ipynb #a382883e
-def run_onnx(file: bytes):
+def _run_onnx(file: bytes):
     "A function that runs an ONNX file on one thread: named tensors in, a tensor out."
     import onnxruntime
 
@@ -125,16 +125,16 @@ def run_onnx(file: bytes):
 
 
 @torch.no_grad()
-def draw_onnx(
+def _draw_onnx(
     pipe: LayerDiffusion,
     result: EditResult,
-    files: tuple,  # from `unet_and_decoder`
+    files: tuple,  # from `_unet_and_decoder`
     alpha: float,  # 0-1
     turns: bool,  # Eq. 8
     seeds=range(4),
 ) -> Tensor:  # (B, 3, H, W), 0-1
     "What a browser draws, by the same files and without a browser."
-    noise_pred, pictures = map(run_onnx, files)
+    noise_pred, pictures = map(_run_onnx, files)
 
     def unet(latents, t, words):
         return SimpleNamespace(sample=noise_pred(latents=latents, t=torch.as_tensor(t), words=words))
@@ -147,80 +147,80 @@ def draw_onnx(
     return pictures(latents=denoise(unet, scheduler, start, condition, nothing, steps, guidance))
 
 
-def draw_torch(pipe: LayerDiffusion, result: EditResult, alpha: float, turns: bool, seeds=range(4)) -> Tensor:
+def _draw_torch(pipe: LayerDiffusion, result: EditResult, alpha: float, turns: bool, seeds=range(4)) -> Tensor:
     "The same pictures by PyTorch, with every weight as it was learnt."
     config = result.config.change(alpha=alpha, iterative_guidance=turns)
     return pipe.sample(result.embeddings, result.difference, tuple(result.image.shape[-2:]), seeds, config)
 
 
-def difference_of(pipe: LayerDiffusion, result: EditResult, files: tuple) -> float:
+def _difference_of(pipe: LayerDiffusion, result: EditResult, files: tuple) -> float:
     "How far a browser's pictures are from PyTorch's: the mean over pixels, of eight pictures, in 255ths."
     dials = (0.7, True), (1.0, False)
-    pairs = [(draw_onnx(pipe, result, files, *how), draw_torch(pipe, result, *how)) for how in dials]
+    pairs = [(_draw_onnx(pipe, result, files, *how), _draw_torch(pipe, result, *how)) for how in dials]
     return float(torch.stack([(a - b).abs().mean() for a, b in pairs]).mean()) * 255
 
 # %% ../../nbs/evidence/27_web.ipynb #7e803a55
-ORT = {"ort.wasm.bundle.min.mjs": "ort.mjs", "ort-wasm-simd-threaded.wasm": "ort.wasm.bin"}  # npm's name, the demo's
+_ORT = {"ort.wasm.bundle.min.mjs": "ort.mjs", "ort-wasm-simd-threaded.wasm": "ort.wasm.bin"}  # npm's name, the demo's
 
 
-def find_ort(
+def _find_ort(
     folder: Path | None = None,  # npm's onnxruntime-web, or its dist; None: node_modules where you are
 ) -> dict:  # the demo's name: the file
     "The two files of onnxruntime-web that a browser needs."
     folder = Path(folder or "node_modules/onnxruntime-web")
     for place in (folder, folder / "dist"):
-        if all((place / name).is_file() for name in ORT):
-            return {new: place / name for name, new in ORT.items()}
+        if all((place / name).is_file() for name in _ORT):
+            return {new: place / name for name, new in _ORT.items()}
     raise BadInput(
         f"There is no onnxruntime-web in {str(folder)!r}; npm install --no-save onnxruntime-web@1.30.0 puts it into "
         "node_modules, and --ort names another folder."
     )
 
 
-def demo_card(pipe: LayerDiffusion, result: EditResult) -> dict:
+def _demo_card(pipe: LayerDiffusion, result: EditResult) -> dict:
     "What the browser knows beside the models: numbers, and tensors as base64 of float32."
     scheduler, config = pipe.models.scheduler, pipe.models.unet.config
     shape = config.in_channels, config.sample_size, config.sample_size
     (e_a, e_b), nothing = result.embeddings, encode_text(pipe.models, result.config.negative_prompt)
     tensors = dict(e_a=e_a, e_b=e_b, nothing=nothing, alphas_cumprod=scheduler.alphas_cumprod)
-    tensors["noise"] = initial_noise(shape, range(SEEDS)) * scheduler.init_noise_sigma
+    tensors["noise"] = initial_noise(shape, range(_SEEDS)) * scheduler.init_noise_sigma
     told = dict(zip(("length", "width", "channels", "size"), (*e_a.shape[1:], *shape[:2]), strict=True))
-    told |= dict(text=result.text, seeds=SEEDS, steps=result.config.sampling_steps)
+    told |= dict(text=result.text, seeds=_SEEDS, steps=result.config.sampling_steps)
     told |= dict(guidance_scale=result.config.guidance_scale, num_train_timesteps=scheduler.config.num_train_timesteps)
     return told | {k: base64.b64encode(x.detach().float().numpy().tobytes()).decode() for k, x in tensors.items()}
 
 
-def record_sheet(pipe: LayerDiffusion, result: EditResult, alphas=ALPHAS):  # each 0-1
+def _record_sheet(pipe: LayerDiffusion, result: EditResult, alphas=_ALPHAS):  # each 0-1
     "The recorded pictures as one: a column for each of four seeds, a row for each α with turns, then without."
-    rows = [torch.cat(list(draw_torch(pipe, result, a, turns)), 2) for turns in (True, False) for a in alphas]
+    rows = [torch.cat(list(_draw_torch(pipe, result, a, turns)), 2) for turns in (True, False) for a in alphas]
     return to_pil(torch.cat(rows, 1))
 
 
 def export_web(
     out: Path,  # a new folder, or one that was written by this
-    ort: Path | None = None,  # see `find_ort`
+    ort: Path | None = None,  # see `_find_ort`
     pipe: LayerDiffusion | None = None,  # None: mini
-    result: EditResult | None = None,  # None: `learn_demo`
-    alphas=ALPHAS,  # that are recorded
+    result: EditResult | None = None,  # None: `_learn_demo`
+    alphas=_ALPHAS,  # that are recorded
 ) -> dict:  # megabytes in all, and the difference from PyTorch's pictures in 255ths
     "Learn the demo's edit and write all that a browser needs; models that draw other pictures are not written."
     missing = [name for name in ("onnx", "onnxruntime") if find_spec(name) is None]
     if missing:
         raise BadInput(f"{' and '.join(missing)} must be installed: pip install 'layerdiffusion[docs]' does it.")
-    out, runtime = Path(out), find_ort(ort)
+    out, runtime = Path(out), _find_ort(ort)
     if out.exists() and (not out.is_dir() or any(out.iterdir()) and not (out / "demo.json").is_file()):
         raise BadInput(f"--out {str(out)!r} holds something that is not a demo; name a new folder.")
     pipe = pipe or LayerDiffusion.from_pretrained("mini", "cpu")
-    result = result or learn_demo(pipe)
-    files = unet_and_decoder(pipe, result)
-    far = difference_of(pipe, result, files)
+    result = result or _learn_demo(pipe)
+    files = _unet_and_decoder(pipe, result)
+    far = _difference_of(pipe, result, files)
     if far >= 2:
         raise BadInput(f"The exported models' pictures differ by {far:.1f}/255 from PyTorch's; 2 is the limit.")
     out.mkdir(parents=True, exist_ok=True)
     large = {name: path.read_bytes() for name, path in runtime.items()}
     for name, data in (large | {"unet.bin": files[0], "decoder.bin": files[1]}).items():
         (out / name).write_bytes(gzip.compress(data, mtime=0) if name.endswith(".bin") else data)
-    record_sheet(pipe, result, alphas).save(out / "recorded.webp", quality=85, method=6)
+    _record_sheet(pipe, result, alphas).save(out / "recorded.webp", quality=85, method=6)
     told = dict(megabytes=round(sum(f.stat().st_size for f in out.iterdir()) / 1e6), difference=round(far, 2))
-    (out / "demo.json").write_text(json.dumps(demo_card(pipe, result) | told), encoding="utf-8")
+    (out / "demo.json").write_text(json.dumps(_demo_card(pipe, result) | told), encoding="utf-8")
     return told
