@@ -294,7 +294,7 @@ MUTANTS = [
     way("a noisy look", "identity", "models.unet(subject.latents, 0,", "models.unet(subject.latents, 500,", "reads"),
     # The search for O_t
     way("the worst is varied", "identity", "best.sort(key=lambda b: b[0])", "best.sort(key=lambda b: -b[0])", "varies"),
-    way("the stop rule", "identity", "best[0][0] > CHANGED", "best[0][0] < CHANGED", "stops"),
+    way("the stop rule", "identity", "best[0][0] > _CHANGED", "best[0][0] < _CHANGED", "stops"),
     way("no seed", "identity", 'stream("target search", seed)', 'stream("target search", 0)', "prior_coat_and_search"),
     way(
         "the seed kept back",
@@ -304,7 +304,7 @@ MUTANTS = [
         "gives_its_seed",
     ),
     way("children like strangers", "identity", "(1 - spread ** 2) ** .5 * parents", "spread * parents", "children"),
-    way("typical where one is near", "identity", "near.min() < CHANGED", "near.min() > CHANGED", "the_choice"),
+    way("typical where one is near", "identity", "near.min() < _CHANGED", "near.min() > _CHANGED", "the_choice"),
     way("unclear is better", "identity", "- clearness).argmin()", "+ clearness).argmin()", "the_choice"),
     way("quality ignored", "identity", "target_quality * torch.tensor", "0 * torch.tensor", "quality"),
     way("quality kept back", "pipeline", "target_quality=config.target_quality", "target_quality=0.", "is_told"),
