@@ -11,7 +11,7 @@ import torch
 import layerdiffusion
 from layerdiffusion import BadInput, BadModel, BadPicture, LayerDiffusion, LayerDiffusionError, OutOfMemory
 from layerdiffusion.base import core
-from layerdiffusion.base.core import LOADING, check_callback, join_callbacks, load_image
+from layerdiffusion.base.core import _LOADING, check_callback, join_callbacks, load_image
 from layerdiffusion.fine_tuning import trainable
 from layerdiffusion.base.folders import resolve_model
 from layerdiffusion.base.masks import load_sam, mask_from_file
@@ -87,7 +87,7 @@ def test_tuning_waits_for_a_loader_in_another_thread():
     "Whoever loads a model changes torch.nn for a moment; new parameters are not made meanwhile."
     unet = torch.nn.ModuleDict(dict(attn=torch.nn.ModuleList([torch.nn.Linear(2, 2)])))
     tuned = threading.Thread(target=trainable, args=(torch.nn.ModuleDict(dict(block=unet)), "lora", 1))
-    with LOADING:
+    with _LOADING:
         tuned.start()
         tuned.join(0.2)
         assert tuned.is_alive()
