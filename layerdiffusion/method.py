@@ -20,39 +20,21 @@ def edit(pipe,  # has `.unet`, `.vae`, `.tokenizer`, `.text_encoder`, `.schedule
          embedding_steps: int = 500, embedding_lr: float = 1e-3, alpha: float = .7,  # Eq. 2 and 3
          tuning_steps: int = 250, tuning_lr: float = 2e-6, lambda_obj: float = 2., lambda_bg: float = 1.,  # Eq. 4 to 6
          num_inference_steps: int = 50, guidance_scale: float = 7.5,  # Eq. 7 and 8
-         seeds: Sequence[int] = range(8), seed: int = 0,  # of the pictures; of the draws in Eq. 2 and 6
-         family: Callable | None = None, tune: Callable | None = None) -> Tensor:  # see `base.families`: other models
+         seeds: Sequence[int] = range(8), seed: int = 0) -> Tensor:  # of the pictures; of the draws in Eq. 2 and 6
     "The paper's edit, as pictures (B, 3, H, W) in 0-1: the U-Net learns the photo's subject pasted on the new place."
-    model = (family or StableDiffusion)(pipe, *image.shape[-2:])
-    scheduler, device = model.scheduler, model.unet.device
+    from diffusers import DDIMScheduler
+    scheduler, device = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False), pipe.unet.device
     image, mask, reference = (x[None].to(device) for x in (image, mask, reference))
     with torch.no_grad():
-        e_a, e_b, nothing = model.embed([object, background, ""]).to(device).split(1)
-        photo, pasted = (model.to_latents(x) for x in (image, mask * image + (1 - mask) * reference))
+        e_a, e_b, nothing = embed_text(pipe.tokenizer, pipe.text_encoder, [object, background, ""]).split(1)
+        photo, pasted = (to_latents(pipe.vae, x) for x in (image, mask * image + (1 - mask) * reference))
     m = torch.nn.functional.interpolate(mask, photo.shape[-2:], mode="area")
-    e_a, e_b = fit_embeddings(model.unet, scheduler, e_a, e_b, photo, m, embedding_steps, embedding_lr, seed)
+    e_a, e_b = fit_embeddings(pipe.unet, scheduler, e_a, e_b, photo, m, embedding_steps, embedding_lr, seed)
     e_opt, layers = interpolate(e_a, e_b, alpha), stack_layers(pasted, m, None, m, lambda_obj, lambda_bg)
-    unet = (tune or tune_unet)(model.unet, scheduler, e_opt, layers, tuning_steps, tuning_lr, seed)
-    start = initial_noise(photo.shape[1:], seeds).to(device)
+    unet = tune_unet(pipe.unet, scheduler, e_opt, layers, tuning_steps, tuning_lr, seed)
+    start = initial_noise(photo.shape[1:], seeds).to(device) * scheduler.init_noise_sigma
     latents = denoise(unet, scheduler, start, take_turns(e_a, e_opt), nothing, num_inference_steps, guidance_scale)
-    return torch.no_grad()(model.to_pictures)(latents)
-
-# %% ../nbs/method/01_method.ipynb #c066609c
-class StableDiffusion:
-    "What `edit` asks of a model, as Stable Diffusion 1.x and 2.x answer it."
-    def __init__(self, pipe, height: int, width: int):  # px
-        from diffusers import DDIMScheduler
-        self.pipe, self.unet = pipe, pipe.unet
-        self.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False)
-
-    def embed(self, texts: list) -> Tensor:
-        return embed_text(self.pipe.tokenizer, self.pipe.text_encoder, texts)
-
-    def to_latents(self, pictures: Tensor) -> Tensor:
-        return to_latents(self.pipe.vae, pictures)
-
-    def to_pictures(self, latents: Tensor) -> Tensor:
-        return to_pictures(self.pipe.vae, latents)
+    return torch.no_grad()(to_pictures)(pipe.vae, latents)
 
 # %% ../nbs/method/01_method.ipynb #d9226443
 def stream(name: str, index: int = 0) -> torch.Generator:
@@ -78,14 +60,9 @@ def to_pictures(vae, latents: Tensor) -> Tensor:
 
 # %% ../nbs/base/02_sd.ipynb #913b849d
 def signal_and_noise(scheduler, t: int | Tensor, like: Tensor) -> tuple:
-    "The roots of ᾱ and 1 − ᾱ at timestep `t`, one or (B,), shaped to multiply `like`; of a flow, 1 − σ and σ."
-    if hasattr(scheduler, "alphas_cumprod"):
-        a = scheduler.alphas_cumprod[torch.as_tensor(t, device=scheduler.alphas_cumprod.device)]  # ᾱ
-        shares = a.sqrt(), (1 - a).sqrt()
-    else:
-        sigma = torch.as_tensor(t) / scheduler.config.num_train_timesteps
-        shares = 1 - sigma, sigma
-    return tuple(x.reshape(-1, *[1] * (like.ndim - 1)).to(like, non_blocking=like.is_cuda) for x in shares)
+    "The roots of ᾱ and 1 − ᾱ at timestep `t`, one or (B,), shaped to multiply `like`; a flow brings its own `root`."
+    a = scheduler.alphas_cumprod[torch.as_tensor(t, device=scheduler.alphas_cumprod.device).reshape(-1, 1, 1, 1)]  # ᾱ
+    return tuple(getattr(scheduler, "root", torch.sqrt)(x).to(like, non_blocking=like.is_cuda) for x in (a, 1 - a))
 
 def add_noise(scheduler, latents: Tensor, noise: Tensor, t: int | Tensor) -> Tensor:
     "x_t, the noisy version of clean latents x_0 (B, C, h, w) at timestep `t`, one or (B,)."
@@ -97,7 +74,7 @@ def target(scheduler, latents: Tensor, noise: Tensor, t: int | Tensor) -> Tensor
     "What the U-Net should say about x_t: the noise, the velocity, the picture, or a flow's velocity."
     share, sigma = signal_and_noise(scheduler, t, latents)
     answers = dict(epsilon=noise, v_prediction=share * noise - sigma * latents, sample=latents, flow=noise - latents)
-    return answers[getattr(scheduler.config, "prediction_type", "flow")]
+    return answers[scheduler.config.prediction_type]
 
 # %% ../nbs/base/02_sd.ipynb #30430939
 def masked_error(error: Tensor, mask: Tensor | None = None, scale: str = "all") -> Tensor:

@@ -4,10 +4,11 @@ import copy
 
 import pytest
 import torch
+from diffusers import StableDiffusionPipeline
 
 from layerdiffusion import LayerDiffusion, method
 from layerdiffusion.base import families, memory
-from layerdiffusion.base.core import BadInput
+from layerdiffusion.base.core import BadInput, package_folder
 from layerdiffusion.base.families import FAMILIES, LowRank, edit, family_of, random_pipe
 
 NAMES = ["sd", "sdxl", "flux2-klein", "sd3"]
@@ -76,7 +77,7 @@ def test_a_flow_is_a_straight_line():
     "x_t lies between picture and noise, and the target is the direction, whose step back from any t is the picture."
     from diffusers import FlowMatchEulerDiscreteScheduler
 
-    scheduler, g = FlowMatchEulerDiscreteScheduler(), torch.Generator().manual_seed(0)
+    scheduler, g = families._sampler(FlowMatchEulerDiscreteScheduler().config), torch.Generator().manual_seed(0)
     x, noise = (torch.randn(2, 4, 8, 8, generator=g) for _ in range(2))
     t = torch.tensor([250, 900])
     x_t, said = method.add_noise(scheduler, x, noise, t), method.target(scheduler, x, noise, t)
@@ -198,10 +199,22 @@ def test_the_whole_edit_hears_everything(photo, pipes, name):
         assert (edit(pipes[name], *photo, **few | changed) - first).abs().max() > 1e-5
 
 
-def test_it_is_the_papers_edit(photo, pipes):
-    "Stable Diffusion through its adapter is `method.edit`."
+@pytest.mark.parametrize("name", ["sd", "mini"])
+def test_it_is_the_papers_edit(photo, pipes, name):
+    "Stable Diffusion through its adapter is `method.edit`: with random weights, and with mini's, which say velocities."
+    if name == "mini":
+        mini = dict(safety_checker=None, local_files_only=True)
+        pipe = StableDiffusionPipeline.from_pretrained(package_folder() / "weights" / "mini", **mini)
+        pipe.set_progress_bar_config(disable=True)
+    else:
+        pipe = pipes[name]
     few = FEW | dict(tuning_lr=1e-3)
-    assert (edit(pipes["sd"], *photo, **few) - method.edit(pipes["sd"], *photo, **few)).abs().max() < 1e-5
+    ours, papers = (draw(pipe, *photo, **few) for draw in (edit, method.edit))
+    assert (ours - papers).abs().max() < 1e-5
+    for other in (dict(lambda_obj=0.0), dict(alpha=0.0), dict(guidance_scale=1.0), dict(seed=1), dict(seeds=[6])):
+        assert (edit(pipe, *photo, **few | other) - papers).abs().max() > 1e-4
+    with pytest.raises(TypeError, match="'lambda_object'"):
+        edit(pipe, *photo, lambda_object=1.0)
 
 
 def test_half_precision(photo):

@@ -9,6 +9,7 @@ __all__ = ['edit']
 import functools
 from collections.abc import Callable
 from contextlib import ExitStack
+from inspect import signature
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -46,21 +47,26 @@ class Asked(nn.Module):
         return SimpleNamespace(sample=torch.cat([self.predict(self.net, *part) for part in parts]).float())
 
 # %% ../../nbs/base/07_families.ipynb #681f7697
-class StableDiffusion(method.StableDiffusion):
+class StableDiffusion:
     "Stable Diffusion 1.x and 2.x: a `StableDiffusionPipeline`."
 
     part, multiple, guidance_scale = "unet", 8, 7.5  # what learns; px that sizes are a multiple of; the usual guidance
 
     def __init__(self, pipe, height: int, width: int):  # px
-        super().__init__(pipe, height, width)
-        self.unet = Asked(pipe.unet, self.predict)
+        from diffusers import DDIMScheduler
+
+        self.pipe, self.unet = pipe, Asked(pipe.unet, self.predict)
+        self.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False)
+
+    def embed(self, texts):
+        return method.embed_text(self.pipe.tokenizer, self.pipe.text_encoder, texts)
 
     @staticmethod
     def predict(net, x, t, e):
         return net(x, t, e).sample
 
     def to_latents(self, pictures):
-        return super().to_latents(pictures.to(self.pipe.vae.dtype))
+        return method.to_latents(self.pipe.vae, pictures.to(self.pipe.vae.dtype))
 
     def to_pictures(self, latents):  # one at a time, for decoding needs the most memory
         each = latents.to(self.pipe.vae.dtype).split(1)
@@ -101,17 +107,23 @@ class StableDiffusionXL(StableDiffusion):
 
 # %% ../../nbs/base/07_families.ipynb #da97257b
 def _sampler(config, tokens: int | None = None):  # of the pipeline's scheduler; latents that a picture has
-    "A flow's Euler sampler, with the times that diffusers' pipeline would give it."
+    "A flow's Euler sampler, with the times that diffusers' pipeline would give it, and what Eq. 1 asks of it."
     from diffusers import FlowMatchEulerDiscreteScheduler
     from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
 
     class Sampler(FlowMatchEulerDiscreteScheduler):
+        root = torch.clone  # none: the shares are 1 - σ and σ themselves
+
         def set_timesteps(self, steps):
             if tokens is None:
                 return super().set_timesteps(steps)
             super().set_timesteps(sigmas=np.linspace(1, 1 / steps, steps), mu=compute_empirical_mu(tokens, steps))
 
-    return Sampler.from_config(config)
+    sampler = Sampler.from_config(config)
+    sampler.register_to_config(prediction_type="flow")
+    count = sampler.config.num_train_timesteps
+    sampler.alphas_cumprod = 1 - torch.arange(count) / count
+    return sampler
 
 # %% ../../nbs/base/07_families.ipynb #a24480ad
 class Flux2Klein:
@@ -372,13 +384,33 @@ def edit(
             part.requires_grad_(False)
     if rank is not None:
         usual["tuning_lr"] = 1e-4  # thin factors that start at zero need larger steps than weights
+    given = signature(method.edit).bind(pipe, image, mask, object, background, reference, **usual | settings)
+    given.apply_defaults()
     with ExitStack() as undo:
         if checkpointing:
             net.enable_gradient_checkpointing()
             undo.callback(net.disable_gradient_checkpointing)
         tune = functools.partial(_tune, pipe=pipe, kind=kind, rank=rank, save=save, undo=undo)
-        given = dict(object=object, background=background, reference=reference, family=kind, tune=tune)
-        return method.edit(pipe, image, mask, **given, **usual | settings)
+        return _draw(kind(pipe, *image.shape[-2:]), tune, SimpleNamespace(**given.arguments))
+
+
+def _draw(model, tune, given):  # an adapter; Eq. 6; what `method.edit` would be called with
+    "`method.edit`, with an adapter's answers in place of Stable Diffusion's parts."
+    unet, scheduler, device, seed = model.unet, model.scheduler, model.unet.device, given.seed
+    image, mask, reference = (x[None].to(device) for x in (given.image, given.mask, given.reference))
+    with torch.no_grad():
+        e_a, e_b, nothing = model.embed([given.object, given.background, ""]).to(device).split(1)
+        photo, pasted = (model.to_latents(x) for x in (image, mask * image + (1 - mask) * reference))
+    m = nn.functional.interpolate(mask, photo.shape[-2:], mode="area")
+    steps, rate = given.embedding_steps, given.embedding_lr
+    e_a, e_b = method.fit_embeddings(unet, scheduler, e_a, e_b, photo, m, steps, rate, seed)
+    e_opt = method.interpolate(e_a, e_b, given.alpha)
+    layers = method.stack_layers(pasted, m, None, m, given.lambda_obj, given.lambda_bg)
+    unet = tune(unet, scheduler, e_opt, layers, given.tuning_steps, given.tuning_lr, seed)
+    start, turns = method.initial_noise(photo.shape[1:], given.seeds).to(device), method.take_turns(e_a, e_opt)
+    steps, scale = given.num_inference_steps, given.guidance_scale
+    latents = method.denoise(unet, scheduler, start, turns, nothing, steps, scale)
+    return torch.no_grad()(model.to_pictures)(latents)
 
 
 def _tune(unet, scheduler, e_opt, layers, steps, learning_rate, seed, pipe, kind, rank, save, undo):
