@@ -1708,8 +1708,8 @@ def _pictures_kept(result: EditResult, split: Split, given: dict) -> dict:
     old: dict[str, Any] = {}
     if given["reference"] is None and split.background == result.split.background:
         old["reference"] = result.reference
-    same = result.record.get("object_given") and split.object == result.split.object
-    kept = result.config.object_picture == "input" or same
+    given_then, photo = result.record.get("object_given"), result.config.object_picture == "input"
+    kept = split.object == result.split.object if given_then else photo
     if given["object_reference"] is None and given["object_mask"] is None and kept:
         old |= dict(object_reference=result.object_image, object_mask=result.object_mask)
     return given | old

@@ -110,7 +110,8 @@ def whole(photo, folder, mark=lambda method: method):
     "Loaded, edited, saved, drawn again and reused: all that can be compared."
     method = mark(LayerDiffusion.from_pretrained("mini", "cpu"))
     method.say = lambda line: None
-    first = method.edit(photo[0], TEXT, point=(32, 36), seeds=[0], **SHORT)  # O_t is drawn, SAM finds both subjects
+    drawn = dict(SHORT, object_picture="target")  # O_t is drawn, SAM finds both subjects
+    first = method.edit(photo[0], TEXT, point=(32, 36), seeds=[0], **drawn)
     again = load_edit(first.save(folder), method)
     other = method.reuse(again, "a dog lying in the snow", seeds=[0])
     return [

@@ -1172,7 +1172,7 @@ def shielded(
 
 
 # diffusers and transformers load a model by changing torch.nn for a moment, for all threads
-LOADING = threading.RLock()
+_LOADING = threading.RLock()
 
 
 def one_loader(
@@ -1182,7 +1182,7 @@ def one_loader(
 
     @functools.wraps(f)
     def alone(*args, **kwargs):
-        with LOADING:
+        with _LOADING:
             return f(*args, **kwargs)
 
     return alone
@@ -1203,7 +1203,7 @@ def quiet():
     from diffusers.utils import logging as a
     from transformers.utils import logging as b
 
-    with LOADING:
+    with _LOADING:
         before = [(m, m.get_verbosity(), m.is_progress_bar_enabled()) for m in (a, b)]
         for m in (a, b):
             m.set_verbosity_error()

@@ -164,7 +164,7 @@ def _run_edit(method, task: Task, wanted: dict, numbers: dict, keep: Callable):
     _tune_with_stops(models, e_opt, layers, {stop for stop, _, _ in wanted}, numbers["tuning_lr"], look)
 
 # %% ../../nbs/evidence/47_strength.ipynb #836669b8
-def _numbers_of(rows: Sequence[dict], name: str) -> list:
+def _one_a_picture(rows: Sequence[dict], name: str) -> list:
     "Rows of one picture each, as `scores.interval` reads them; `top1` is 1 where nobody in the line-up is nearer."
     return [
         dict(edit=row["edit"], seed=seed, score=float(value == 1 if name == "top1" else value))
@@ -177,7 +177,7 @@ def _along(rows: Sequence[dict], alpha: float, turns: bool, name: str) -> list:
     "(steps, mean, low, high) of a score at each stop, with a bootstrap interval over edits."
     mine = [row for row in rows if (row["alpha"], row["turns"]) == (alpha, turns)]
     stops = sorted({row["steps"] for row in mine})
-    return [(s, *interval(_numbers_of([r for r in mine if r["steps"] == s], name), "score")) for s in stops]
+    return [(s, *interval(_one_a_picture([r for r in mine if r["steps"] == s], name), "score")) for s in stops]
 
 # %% ../../nbs/evidence/47_strength.ipynb #eed081fa
 def _gains(rows: Sequence[dict], one: tuple, other: tuple, name: str = "valid") -> list:
@@ -185,6 +185,6 @@ def _gains(rows: Sequence[dict], one: tuple, other: tuple, name: str = "valid") 
     found = {}
     for r in rows:
         if (draw := (r["alpha"], r["turns"])) in (one, other):
-            values = [row["score"] for row in _numbers_of([r], name)]
+            values = [row["score"] for row in _one_a_picture([r], name)]
             found.setdefault(r["edit"], {})[draw] = sum(values) / len(values)
     return [dict(edit=edit, seed=0, score=both[one] - both[other]) for edit, both in found.items()]

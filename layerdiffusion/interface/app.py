@@ -578,9 +578,8 @@ def make_widgets(self: LayerDiffusionApp, text: str | None):
     self.make_place()
     self.make_settings()
     self.make_results()
-    self.says = {
-        name: w.HTML() for name in ("picture", "text", "place", "run", "queue", "save", "stages", "settings")
-    }
+    places = "picture", "text", "place", "run", "queue", "save", "stages", "settings"
+    self.says = {name: w.HTML() for name in places}
     for each in self.says.values():
         each.add_class("ld-says")
 
