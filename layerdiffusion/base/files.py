@@ -49,17 +49,24 @@ def _check_kind(file: Path, wanted: str) -> dict:
     return tensors
 
 # %% ../../nbs/base/02_files.ipynb #a931c150
+_SAMPLER = dict(
+    _class_name="PNDMScheduler", beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
+    num_train_timesteps=1000, skip_prk_steps=True, set_alpha_to_one=False, clip_sample=False, trained_betas=None,
+    steps_offset=1, prediction_type="epsilon",
+)
+
+
 def _first_settings(shapes: dict) -> dict:  # name of a tensor -> its shape
     "The settings of a Stable Diffusion 1, its widths read off the shapes of its weights."
     unet, vae, text = "model.diffusion_model.", "first_stage_model.", "cond_stage_model.transformer.text_model."
-    down, up = "CrossAttnDownBlock2D", "CrossAttnUpBlock2D"
     words = shapes[f"{text}embeddings.token_embedding.weight"]
     return dict(
         unet=dict(
             _class_name="UNet2DConditionModel", sample_size=64, layers_per_block=2, attention_head_dim=8,
             in_channels=shapes[f"{unet}input_blocks.0.0.weight"][1], out_channels=shapes[f"{unet}out.2.weight"][0],
             block_out_channels=[shapes[f"{unet}input_blocks.{k}.0.out_layers.3.weight"][0] for k in (1, 4, 7, 10)],
-            down_block_types=[down] * 3 + ["DownBlock2D"], up_block_types=["UpBlock2D"] + [up] * 3,
+            down_block_types=["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
+            up_block_types=["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3,
             cross_attention_dim=shapes[f"{unet}input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"][1],
             act_fn="silu", norm_eps=1e-5, norm_num_groups=32, flip_sin_to_cos=True, freq_shift=0,
         ),
@@ -76,11 +83,7 @@ def _first_settings(shapes: dict) -> dict:  # name of a tensor -> its shape
             num_attention_heads=12, max_position_embeddings=77, hidden_act="quick_gelu", layer_norm_eps=1e-5,
             projection_dim=768, bos_token_id=0, eos_token_id=2, pad_token_id=1,
         ),
-        scheduler=dict(
-            _class_name="PNDMScheduler", beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
-            num_train_timesteps=1000, skip_prk_steps=True, set_alpha_to_one=False, clip_sample=False,
-            trained_betas=None, steps_offset=1, prediction_type="epsilon",
-        ),
+        scheduler=dict(_SAMPLER),
     )
 
 # %% ../../nbs/base/02_files.ipynb #a6f0caa6
