@@ -9,7 +9,7 @@ from diffusers import StableDiffusionPipeline
 from layerdiffusion import LayerDiffusion, method
 from layerdiffusion.base import families, memory
 from layerdiffusion.base.core import BadInput, package_folder
-from layerdiffusion.base.families import FAMILIES, LowRank, edit, family_of, random_pipe
+from layerdiffusion.base.families import FAMILIES, LowRank, edit, _family_of, _random_pipe
 
 NAMES = ["sd", "sdxl", "flux2-klein", "sd3"]
 SIZE = 32, 48  # px, and not square: height and width are told apart
@@ -19,7 +19,7 @@ FEW = dict(embedding_steps=1, embedding_lr=1e-2, tuning_steps=2, num_inference_s
 
 @pytest.fixture(scope="module")
 def pipes():
-    return {name: random_pipe(name) for name in NAMES}
+    return {name: _random_pipe(name) for name in NAMES}
 
 
 @pytest.fixture(scope="module")
@@ -52,13 +52,13 @@ def by_diffusers(pipe, start, text=T_A, steps=2):
 def test_a_plain_drawing_is_the_pipelines(pipes, name):
     "To rounding; and other words, or another size told, are not the same."
     pipe = pipes[name]
-    model = family_of(pipe)(pipe, *SIZE)
+    model = _family_of(pipe)(pipe, *SIZE)
     theirs = by_diffusers(pipe, start_of(model))
     assert theirs.std() > 0.02 and (drawn(model) - theirs).abs().max() < 1e-5
     assert (drawn(model, "in the snow") - theirs).abs().max() > 1e-4
     assert (drawn(model, guidance_scale=1.0) - theirs).abs().max() > 1e-4
     if name in ("sdxl", "flux2-klein"):  # time ids, and the times of a flow, come of the size
-        other = family_of(pipe)(pipe, 256, 32)
+        other = _family_of(pipe)(pipe, 256, 32)
         assert (drawn(other, start=start_of(model)) - theirs).abs().max() > 1e-4
 
 
@@ -66,7 +66,7 @@ def test_a_plain_drawing_is_the_pipelines(pipes, name):
 def test_latents_are_the_pictures(pipes, name):
     "Latents of what an autoencoder decodes are brought to its scale and back: `to_pictures` undoes `to_latents`."
     pipe = pipes[name]
-    model = family_of(pipe)(pipe, *SIZE)
+    model = _family_of(pipe)(pipe, *SIZE)
     with torch.no_grad():
         x = torch.rand(1, 3, *SIZE, generator=torch.Generator().manual_seed(1))
         plain = pipe.vae.decode(pipe.vae.encode(x * 2 - 1).latent_dist.mean).sample / 2 + 0.5
@@ -92,7 +92,7 @@ def test_a_flow_is_a_straight_line():
 def test_eq_2_reaches_the_words_and_eq_6_the_network(pipes, name):
     "Nothing else gets a gradient; in SDXL and SD3 the pooled vector does, and what fills it up gets none."
     pipe = pipes[name]
-    model = family_of(pipe)(pipe, *SIZE)
+    model = _family_of(pipe)(pipe, *SIZE)
     with torch.no_grad():
         words, x = model.embed([T_A, T_B]), model.to_latents(torch.rand(1, 3, *SIZE))
     pair = [e.clone().requires_grad_() for e in words.split(1)]
@@ -140,7 +140,7 @@ def test_kleins_texts_each_count_from_nothing(pipes):
 @torch.no_grad()
 def test_turns_become_an_average(pipes, name):
     "The more steps, the nearer; and for the words of one they are nothing but its drawing."
-    model = family_of(pipes[name])(pipes[name], *SIZE)
+    model = _family_of(pipes[name])(pipes[name], *SIZE)
     end = 40 if name == "flux2-klein" else None  # of its 512 tokens, to save time
     a, b, nothing = (e[:, :end] for e in model.embed([T_A, T_B, ""]).split(1))
 
@@ -167,8 +167,8 @@ def test_turns_become_an_average(pipes, name):
 def test_what_was_learnt_loads_in_plain_diffusers(photo, tmp_path, name, rank):
     """Without Eq. 2 and with α = 1 both turns say the same, so a fresh pipeline with what was saved draws the edit.
     The edited one is as it was."""
-    pipe, fresh = random_pipe(name), random_pipe(name)
-    kind = family_of(pipe)
+    pipe, fresh = _random_pipe(name), _random_pipe(name)
+    kind = _family_of(pipe)
     start, strong = start_of(kind(fresh, *SIZE)), dict(tuning_lr=2e-2 if rank else 1e-3)
     before = by_diffusers(fresh, start)
     few = FEW | dict(embedding_steps=0, alpha=1.0, guidance_scale=4.0) | strong
@@ -219,7 +219,7 @@ def test_it_is_the_papers_edit(photo, pipes, name):
 
 def test_half_precision(photo):
     "In bf16, with float32 outside: near the same pictures; thin factors are float32 and move."
-    pipe = random_pipe("flux2-klein")
+    pipe = _random_pipe("flux2-klein")
     whole = edit(pipe, *photo, rank=2, **FEW)
     half = edit(pipe.to(torch.bfloat16), *photo, rank=2, **FEW)
     assert half.dtype == torch.float32 and 0 < (half - whole).abs().mean() < 0.05
@@ -253,7 +253,7 @@ REFUSED = [
 
 @pytest.mark.parametrize("case, sentence", [x[1:] for x in REFUSED], ids=[x[0] for x in REFUSED])
 def test_refusals(case, sentence):
-    pipe, (height, width) = random_pipe("flux2-klein"), case.get("size", SIZE)
+    pipe, (height, width) = _random_pipe("flux2-klein"), case.get("size", SIZE)
     pipe.transformer.to(case.get("dtype", torch.float32))
     pipe.register_to_config(is_distilled=case.get("distilled", False))
     image, mask = torch.rand(3, height, width), torch.ones(1, height, width)
@@ -262,11 +262,11 @@ def test_refusals(case, sentence):
 
 
 def test_other_classes_are_named(pipes):
-    "By `family_of`, and by the library's own door, which tells of the other one."
+    "By `_family_of`, and by the library's own door, which tells of the other one."
     with pytest.raises(BadInput, match="Namespace is of no family .* StableDiffusionXLPipeline"):
-        family_of(type("Namespace", (), {})())
+        _family_of(type("Namespace", (), {})())
     with pytest.raises(BadInput, match="There is no family 'sana'; give one of sd, sdxl"):
-        random_pipe("sana")
+        _random_pipe("sana")
     for name in ("sdxl", "flux2-klein", "sd3"):
         kind = type(pipes[name]).__name__
         assert kind in FAMILIES

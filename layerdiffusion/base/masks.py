@@ -326,7 +326,7 @@ def _later_sam(folder, kind):
             sam, info = cls.from_pretrained(folder, **how)
             sam.sees = transformers.AutoImageProcessor.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError) as e:
-        why = " ".join(str(e).split())[:80]
+        why = " ".join(str(e).split())[:60]
         raise BadModel(
             f"{str(folder)!r} holds no whole {cls.__name__} ({why}); it needs config.json, model.safetensors and "
             "preprocessor_config.json from one repository, such as facebook/sam2.1-hiera-large."
