@@ -328,8 +328,8 @@ def _later_sam(folder, kind):
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError) as e:
         why = " ".join(str(e).split())[:60]
         raise BadModel(
-            f"{str(folder)!r} holds no whole {cls.__name__} ({why}); it needs config.json, model.safetensors and "
-            "preprocessor_config.json from one repository, such as facebook/sam2.1-hiera-large."
+            f"{str(folder)!r} says {kind!r} and holds no whole {cls.__name__} ({why}); it needs config.json, "
+            "model.safetensors and preprocessor_config.json, all of one repository."
         ) from e
     if odd := sorted(info["missing_keys"] | info["unexpected_keys"]):
         where = f"The weights in {str(folder)!r} do not fit its config.json"

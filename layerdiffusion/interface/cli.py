@@ -695,7 +695,7 @@ def prepare(method, text: str, request: dict, config, show: Callable):
     return scene, given
 
 # %% ../../nbs/interface/30_cli.ipynb #cfa7ddaa
-def chosen_model(options: dict) -> str:
+def _chosen_model(options: dict) -> str:
     "The model's name, or the folder that it makes together with LoRAs, an autoencoder or settings."
     if not (options["lora"] or options["vae"] or options["model_config"]):
         return options["model"]
@@ -845,7 +845,7 @@ def edit(
     check_edit_folder(request["out"])
     with _workplace(request, text) as at_end:
         method = LayerDiffusion.from_pretrained(
-            chosen_model(options), options["device"], options["sam"], options["precision"], options["offline"]
+            _chosen_model(options), options["device"], options["sam"], options["precision"], options["offline"]
         )
         config = preset(chosen, method.models.card, **settings)
         method.settings(config)  # refuses what does not fit this model
