@@ -107,7 +107,7 @@ def load(hub, home, offline=False, code=""):
     "A fresh process that loads the model by its name, or does something else."
     code = (
         code
-        or "from layerdiffusion.base.sd import resolve_model; from layerdiffusion.base.core import BadInput\n"
+        or "from layerdiffusion.base.folders import resolve_model; from layerdiffusion.base.core import BadInput\n"
         f"try: print(resolve_model({NAME!r}, offline={offline}))\nexcept BadInput as e: print('refused:', e)"
     )
     env = {

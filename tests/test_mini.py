@@ -202,12 +202,15 @@ def test_the_app_ticks_no_ghost(monkeypatch):
     method = Some(models=Some(card=dict(name="mini")), cached=lambda name, key, make: make(None), sam=None)
     result = Some(images=torch.zeros(1, 3, 64, 64), text="a grey cat sitting on a beach", image=None, mask=None)
 
-    def seen():
-        return app.scores(method, result)[0]["seen"]
+    def score():
+        return app.scores(method, result)[0]
 
-    assert set(seen().values()) == {("broken", False)}
+    def ticks(score):
+        return app._caption(0, score).count("✓")
+
+    assert score()["broken"] == "broken" and not ticks(score())
     judge.forward = lambda x: {q: torch.eye(n)[[1] * len(x)] for q, n in QUESTIONS.items()}
-    assert all(ok for _, ok in seen().values())
+    assert not score()["broken"] and all(ok for _, ok in score()["seen"].values()) and ticks(score())
     assert "whole" not in load_judge().heads or "whole" in QUESTIONS
 
 

@@ -508,7 +508,11 @@ def predict_family(
     height: int = 1024,
     width: int = 1024,  # px
 ) -> dict:  # stage: bytes on the card at most
-    "What each stage of `families.edit` will need with a model of its published size."
+    """What each stage of `families.edit` will need with a model of its published size.
+
+    Raises:
+        BadInput: the model has no such name.
+    """
     if name not in _PUBLISHED:
         raise BadInput(f"The shapes of {name!r} are not known; give one of {', '.join(_PUBLISHED)}.")
     *_, rows, channels, factor = _PUBLISHED[name]

@@ -760,7 +760,7 @@ def card_of(self: LayerDiffusionApp, title: str, *inside):
 
 
 @patch
-def _fold(self: LayerDiffusionApp, title: str, *inside, opened: bool = False):
+def fold(self: LayerDiffusionApp, title: str, *inside, opened: bool = False):
     "A button that opens and closes what is below it."
     button, inner = self.w.ToggleButton(opened, description=title, tooltip=title), box("ld-inner", *inside)
 

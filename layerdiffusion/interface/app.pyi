@@ -250,7 +250,7 @@ class LayerDiffusionApp:
         """A card with its title."""
         ...
 
-    def _fold(self, title: str, *inside, opened: bool=False):
+    def fold(self, title: str, *inside, opened: bool=False):
         """A button that opens and closes what is below it."""
         ...
 
