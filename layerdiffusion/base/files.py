@@ -101,7 +101,7 @@ def clip_tokenizer(version: str = "1.4"):  # "1.4" or "2.1"
     )
 
 # %% ../../nbs/base/02_files.ipynb #b8d4863c
-_INDEX = dict(
+SD_INDEX = dict(
     _class_name="StableDiffusionPipeline",
     requires_safety_checker=False,
     unet=["diffusers", "UNet2DConditionModel"],
@@ -119,7 +119,7 @@ def _write_settings(file: Path, tensors: dict, config: Path | None, out: Path):
     if config:
         for part in PARTS:
             shutil.copytree(config / part, out / part, ignore=shutil.ignore_patterns("*.safetensors*", "*.bin"))
-        index = read_json(config / "model_index.json") if (config / "model_index.json").is_file() else _INDEX
+        index = read_json(config / "model_index.json") if (config / "model_index.json").is_file() else SD_INDEX
         return write_json(out / "model_index.json", index)
     if not any(name.startswith("cond_stage_model.transformer.") for name in tensors):
         raise BadModel(
@@ -135,7 +135,7 @@ def _write_settings(file: Path, tensors: dict, config: Path | None, out: Path):
         (out / part).mkdir(exist_ok=True)
         write_json(out / part / PARTS[part].settings, said)
     clip_tokenizer().save_pretrained(out / "tokenizer")
-    write_json(out / "model_index.json", _INDEX)
+    write_json(out / "model_index.json", SD_INDEX)
 
 # %% ../../nbs/base/02_files.ipynb #7470728b
 def _unpack(file: Path, config: Path | None, out: Path):

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from ..base.core import BadInput, write_json
-from ..base.files import clip_tokenizer
+from ..base.files import SD_INDEX, clip_tokenizer
 from ..base.sd import PREDICTIONS, Models, quiet
 
 # %% ../../nbs/evidence/25_full_size.ipynb #1543cc08
@@ -132,19 +132,7 @@ def _build_model(
     clip_tokenizer(version).save_pretrained(folder / "tokenizer")
     (folder / "scheduler").mkdir(exist_ok=True)
     write_json(folder / "scheduler" / "scheduler_config.json", configs["scheduler"])
-    classes = dict(
-        unet=["diffusers", "UNet2DConditionModel"],
-        vae=["diffusers", "AutoencoderKL"],
-        text_encoder=["transformers", "CLIPTextModel"],
-        tokenizer=["transformers", "CLIPTokenizer"],
-        scheduler=["diffusers", "PNDMScheduler"],
-        safety_checker=[None, None],
-        feature_extractor=[None, None],
-    )
-    write_json(
-        folder / "model_index.json",
-        dict(_class_name="StableDiffusionPipeline", requires_safety_checker=False) | classes,
-    )
+    write_json(folder / "model_index.json", SD_INDEX)
     return folder
 
 # %% ../../nbs/evidence/25_full_size.ipynb #ae1925b2

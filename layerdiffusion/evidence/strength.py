@@ -7,9 +7,7 @@ __all__ = ['run_strength']
 
 # %% ../../nbs/evidence/47_strength.ipynb #27a0795c
 import copy
-import io
 import itertools
-import zipfile
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -18,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 # %% ../../nbs/evidence/47_strength.ipynb #80b1aa8e
-from ..base.core import content_hash, to_pil
+from ..base.core import content_hash
 from layerdiffusion.evidence.scores import (
     LookAlikes,
     Scorer,
@@ -44,7 +42,7 @@ from layerdiffusion.method import (
 from ..mini.judge import load_judge
 
 # %% ../../nbs/evidence/47_strength.ipynb #641401d8
-_NUMBERS = dict(  # of the paper, §3.3; the two rates and the guidance, which it does not give, were chosen on this page
+_NUMBERS = dict(  # of the paper, §3.3, but for the rate of Eq. 6 and the guidance, which are mini's
     embedding_steps=500, embedding_lr=1e-3, tuning_lr=1e-5, lambda_obj=2.0, lambda_bg=1.0, num_inference_steps=50,
     guidance_scale=2.0, tuned_at=0.7,
 )
@@ -76,7 +74,7 @@ def _tune_with_stops(models, e_opt: torch.Tensor, layers: tuple, stops: Sequence
     tune_unet(unet, models.scheduler, e_opt, layers, max(stops), learning_rate, moving=moving, run=run)
 
 # %% ../../nbs/evidence/47_strength.ipynb #75c897db
-_STOPS = 60, 125, 180, 250, 350, 500
+_STOPS = 60, 125, 180, 250, 350
 _DRAWS = (0.7, True), (0.7, False), (0.3, True), (1.0, True), (0.0, True)  # α, turns
 
 
@@ -95,17 +93,8 @@ def _draw(models, unet, words: tuple, alpha: float, turns: bool, seeds: Sequence
 def _scored(scorer: Scorer, line_up: LookAlikes, images: torch.Tensor) -> dict:
     "Lists of scores, one entry for each picture, in the order of its seeds."
     rows = scorer(images)
-    places = [line_up.rank(x, find_subject(scorer.sam, x)) for x in images]
-    return {name: [row[name] for row in rows] for name in ("valid", "identity", "background")} | dict(place=places)
-
-# %% ../../nbs/evidence/47_strength.ipynb #90e5e29a
-def _keep_pictures(archive: Path, name: str, images: torch.Tensor):
-    "Add a strip of pictures to a zip file, as JPEG."
-    strip, data = to_pil(torch.cat(list(images), 2)), io.BytesIO()
-    strip.save(data, "JPEG", quality=90)
-    with zipfile.ZipFile(archive, "a") as z:
-        if f"{name}.jpg" not in z.namelist():
-            z.writestr(f"{name}.jpg", data.getvalue())
+    ranks = [line_up.rank(x, find_subject(scorer.sam, x)) for x in images]
+    return {name: [row[name] for row in rows] for name in ("valid", "identity", "background")} | dict(rank=ranks)
 
 # %% ../../nbs/evidence/47_strength.ipynb #3c13f281
 def run_strength(
@@ -115,7 +104,6 @@ def run_strength(
     draws: Sequence[tuple] = _DRAWS,  # (α, turns)
     seeds: Sequence[int] = range(8),  # one picture each
     record: Path | None = None,  # JSON lines; what is there is not drawn again, None: nothing is kept
-    archive: Path | None = None,  # a zip file for the pictures; None: they are not kept
     callback: Callable[[dict], None] | None = None,  # called with each new row
     **numbers,  # of the paper, instead of those of this page: tuning_lr, num_inference_steps, tuned_at, …
 ) -> list:  # a dict for each edit, stop and draw
@@ -125,12 +113,10 @@ def run_strength(
     """
     numbers, kept, rows = _NUMBERS | numbers, read_record(record), []
 
-    def keep(row, images):
+    def keep(row):
         kept[row["key"]] = row
         if record:
             append_line(record, row)
-        if archive:
-            _keep_pictures(archive, row["key"], images)
         if callback:
             callback(row)
 
@@ -147,7 +133,7 @@ def run_strength(
 
 
 def _run_edit(method, task: Task, wanted: dict, numbers: dict, keep: Callable):
-    "Every stop and draw of one edit; `keep(row, pictures)` is called with each."
+    "Every stop and draw of one edit; `keep` is called with each row."
     models = method.models
     *words, layers = _learnt_words(models, task, numbers)
     e_opt = interpolate(*words[:2], numbers["tuned_at"])
@@ -159,7 +145,7 @@ def _run_edit(method, task: Task, wanted: dict, numbers: dict, keep: Callable):
         for (stop, alpha, turns), what in wanted.items():
             if stop == steps:
                 images = _draw(models, unet, words, alpha, turns, what["seeds"], numbers, layers[0].shape[1:])
-                keep(what | _scored(scorer, line_up, images), images)
+                keep(what | _scored(scorer, line_up, images))
 
     _tune_with_stops(models, e_opt, layers, {stop for stop, _, _ in wanted}, numbers["tuning_lr"], look)
 
@@ -169,7 +155,7 @@ def _one_a_picture(rows: Sequence[dict], name: str) -> list:
     return [
         dict(edit=row["edit"], seed=seed, score=float(value == 1 if name == "top1" else value))
         for row in rows
-        for seed, value in zip(row["seeds"], row["place" if name == "top1" else name], strict=True)
+        for seed, value in zip(row["seeds"], row["rank" if name == "top1" else name], strict=True)
     ]
 
 

@@ -32,7 +32,7 @@ _ALPHAS = [k / 10 for k in range(11)]  # that are recorded
 
 def _learn_demo(pipe: LayerDiffusion) -> EditResult:
     "The demo's edit, learnt with the paper's preset: about a minute and a half on one core."
-    text, how = "a brown dog jumping in the snow", dict(object_picture="input", sampling_steps=20)
+    text, how = "a brown dog jumping in the snow", dict(sampling_steps=20)
     return pipe.edit("example:dog", text, preset="paper", seeds=range(4), **how)
 
 # %% ../../nbs/evidence/27_web.ipynb #c03a0600
