@@ -190,10 +190,13 @@ def test_the_app_ticks_no_ghost(monkeypatch):
     import torch
     from types import SimpleNamespace as Some
     from layerdiffusion.interface import app
-    from layerdiffusion.mini.judge import QUESTIONS, load_judge
+    from layerdiffusion.mini.judge import QUESTIONS
+
+    def answers(logit, **said):
+        return lambda x: {q: logit * torch.eye(n)[[said.get(q, 1)] * len(x)] for q, n in QUESTIONS.items()}
 
     judge = torch.nn.Module()
-    judge.forward = lambda x: {q: torch.eye(n)[[0 if q == "whole" else 1] * len(x)] for q, n in QUESTIONS.items()}
+    judge.forward = answers(9, whole=0)
     monkeypatch.setattr("layerdiffusion.mini.judge.load_judge", lambda: judge)
     monkeypatch.setattr(app, "clip_score", lambda *_: Some(cosine=torch.zeros(1)))
     monkeypatch.setattr(app, "subject_likeness", lambda *_: torch.zeros(1))
@@ -209,9 +212,10 @@ def test_the_app_ticks_no_ghost(monkeypatch):
         return app._caption(0, score).count("✓")
 
     assert score()["broken"] == "broken" and not ticks(score())
-    judge.forward = lambda x: {q: torch.eye(n)[[1] * len(x)] for q, n in QUESTIONS.items()}
+    judge.forward = answers(9)
     assert not score()["broken"] and all(ok for _, ok in score()["seen"].values()) and ticks(score())
-    assert "whole" not in load_judge().heads or "whole" in QUESTIONS
+    judge.forward = answers(0.1)  # no opinion: neither right nor wrong
+    assert {ok for _, ok in score()["seen"].values()} == {None} and not ticks(score())
 
 
 def test_judges_of_other_times(tmp_path):
