@@ -50,7 +50,7 @@ from .fine_tuning import apply_difference, fine_tune, trainable, union, weight_d
 from .guidance import turns
 from layerdiffusion.identity import (
     ACTIONS,
-    PLACES,
+    SCENERY,
     change_coat,
     encode_with,
     first_vectors,
@@ -292,7 +292,7 @@ def _check_pipe(pipe):
     more = [name for name in ("text_encoder_2", "transformer") if getattr(pipe, name, None) is not None]
     if missing or more or type(parts[1]).__name__ != "UNet2DConditionModel":
         why = f"lacks {missing[0]}" if missing else f"has {more[0]}" if more else f"has a {type(parts[1]).__name__}"
-        other = "; layerdiffusion.base.families.edit edits with it" if kind in FAMILIES else ""
+        other = "; layerdiffusion.base.families.edit_with edits with it" if kind in FAMILIES else ""
         raise BadInput(f"from_pipe takes a StableDiffusionPipeline, and this {kind} {why}{other}.")
     if pipe.unet.config.in_channels != pipe.vae.config.latent_channels:
         raise BadInput(
@@ -934,7 +934,7 @@ def propose(self: LayerDiffusion, photo: torch.Tensor, text: str, actions: Seque
     return self.cached(
         "source",
         [photo, subject_phrase(text), actions],
-        lambda _: propose_source(clip, to_pil(photo), subject_phrase(text), actions, known(self.models, PLACES))[0],
+        lambda _: propose_source(clip, to_pil(photo), subject_phrase(text), actions, known(self.models, SCENERY))[0],
     )
 
 # %% ../nbs/method/10_pipeline.ipynb #96f5112f

@@ -23,7 +23,7 @@ from .base.families import FAMILIES
 from .base.folders import read_json, resolve_model
 from .fine_tuning import apply_difference, fine_tune, trainable, union, weight_difference
 from .guidance import turns
-from layerdiffusion.identity import ACTIONS, PLACES, change_coat, encode_with, first_vectors, known, load_clip, prior_pictures, prior_texts, propose_source, search_target, typical_coat, with_words, word_objective
+from layerdiffusion.identity import ACTIONS, SCENERY, change_coat, encode_with, first_vectors, known, load_clip, prior_pictures, prior_texts, propose_source, search_target, typical_coat, with_words, word_objective
 from layerdiffusion.base.masks import check_labels, check_mask, composite, dilate, find_mask, load_sam, mask_from_file, move_subject, to_latent
 from .method import fit_embeddings, interpolate
 from layerdiffusion.interface.saving import EditResult, pictures_beside, check_tensors, clear_checkpoints, patch, photo_info, pixels, read_edit

@@ -241,7 +241,7 @@ def test_the_new_place(editor):
         editor.place.value != first and "seed 1" in said(editor, "place") and "--seed 1" in _shell_line(editor.order())
     )
     result = run(editor).result
-    assert result.config.seed == 1 and module.enlarged(result.reference, 192) == editor.place.value, (
+    assert result.config.seed == 1 and module._magnified(result.reference, 192) == editor.place.value, (
         "the run takes the place that was shown"
     )
     upload(editor.own_place, "beach.png", example_path("rabbit").read_bytes())

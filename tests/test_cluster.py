@@ -15,7 +15,7 @@ import pytest
 from layerdiffusion.base.core import BadInput
 from layerdiffusion.evidence import experiments
 from layerdiffusion.evidence.cluster import Cluster, _next_cell
-from layerdiffusion.evidence.experiments import EXPERIMENTS, SIZES, _Setting, load_experiment, run_experiments
+from layerdiffusion.evidence.experiments import EXPERIMENTS, _RUN_SIZES, _Setting, load_experiment, run_experiments
 
 
 def test_who_draws_what():
@@ -55,7 +55,7 @@ def test_the_command_refuses_an_address_alone(capsys):
 def tiny():
     "Four settings, three edits, one picture each, in a second or two a cell."
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(SIZES, "tiny", dict(edits=3, seeds=1, share=0.2))
+        patch.setitem(_RUN_SIZES, "tiny", dict(edits=3, seeds=1, share=0.2))
         settings = [_Setting(f"SDEdit {s}", "sdedit", dict(strength=s)) for s in (0.3, 0.5, 0.7)]
         settings.append(_Setting("again", "sdedit", dict(strength=0.5)))  # the cell of another name
         patch.setitem(EXPERIMENTS, "four", lambda of: settings)

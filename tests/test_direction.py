@@ -614,7 +614,7 @@ def test_the_choice():
 
 # Another coat
 
-COAT, ASKED = torch.tensor([0.6, 0.4, 0.2]), torch.tensor([0.2, 0.3, 0.7])
+COAT, _ASKED = torch.tensor([0.6, 0.4, 0.2]), torch.tensor([0.2, 0.3, 0.7])
 
 
 def coats(monkeypatch, method, photo_coat):
@@ -623,7 +623,7 @@ def coats(monkeypatch, method, photo_coat):
 
     def typical(models, sam, words, seed):
         said.append(words)
-        return (ASKED, 0.01) if "blue" in words else (photo_coat, 0.01)
+        return (_ASKED, 0.01) if "blue" in words else (photo_coat, 0.01)
 
     monkeypatch.setattr(pipeline, "typical_coat", typical)
     image = torch.full((3, 64, 64), 0.5)
@@ -648,12 +648,12 @@ def test_the_coat_becomes_the_one_that_is_asked_for(method, monkeypatch):
 
     assert torch.equal(coat(COAT)[0], COAT)
     same, said = coat(COAT * 0.8, recolour=True)
-    assert torch.allclose(same, ASKED, atol=1e-4) and said == ["a blue dog lying"]
+    assert torch.allclose(same, _ASKED, atol=1e-4) and said == ["a blue dog lying"]
     lighter, said = coat(COAT * 0.8, recolour=True, recolour_tone=True)
     darker, _ = coat(COAT * 1.2, recolour=True, recolour_tone=True)
     assert (
-        torch.allclose(lighter, ASKED / 0.8, atol=1e-3)
-        and torch.allclose(darker, ASKED / 1.2, atol=1e-3)
+        torch.allclose(lighter, _ASKED / 0.8, atol=1e-3)
+        and torch.allclose(darker, _ASKED / 1.2, atol=1e-3)
         and said == ["a blue dog lying", "a brown dog lying"]
     )
 
@@ -666,7 +666,7 @@ def test_a_coat_that_is_worn_stays(method):
     def kept(asked, **more):
         return torch.equal(identity.change_coat(image, mask, asked, **more), image)
 
-    assert kept((COAT + 0.1, 0.0)) and kept((ASKED, 0.5)) and not kept((ASKED, 0.01)) and kept(None)
+    assert kept((COAT + 0.1, 0.0)) and kept((_ASKED, 0.5)) and not kept((_ASKED, 0.01)) and kept(None)
 
 
 # Subject attention

@@ -20,7 +20,7 @@ from layerdiffusion.evidence.experiments import (
     EXPERIMENTS,
     _PICTURES,
     _RECORDS,
-    SIZES,
+    _RUN_SIZES,
     _TABLE,
     _Setting,
     Wanted,
@@ -33,7 +33,7 @@ from layerdiffusion.evidence.experiments import (
     load_corrections,
     load_experiment,
     pack,
-    plan,
+    planned,
     read_cell,
     recorded,
     _run_cell,
@@ -53,7 +53,7 @@ def done(tmp_path_factory):
     "Two settings on two edits in two processes."
     folder = tmp_path_factory.mktemp("experiment")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(SIZES, "tiny", dict(edits=2, seeds=2, share=0.1))
+        patch.setitem(_RUN_SIZES, "tiny", dict(edits=2, seeds=2, share=0.1))
         patch.setitem(
             EXPERIMENTS,
             "two",
@@ -114,7 +114,7 @@ def test_two_names_for_the_same_numbers_share_a_cell(done):
     folder, record = done
     packed = [(folder / name).read_bytes() for name in (_TABLE, _PICTURES)]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(SIZES, "tiny", dict(edits=2, seeds=2, share=0.1))
+        patch.setitem(_RUN_SIZES, "tiny", dict(edits=2, seeds=2, share=0.1))
         patch.setitem(EXPERIMENTS, "named", lambda of: [_Setting("half way up", "sdedit", dict(strength=0.5))])
         named = _run_experiment("named", "tiny", "paper", folder, workers=1)
         both = [load_experiment(n, "tiny", "paper", folder)["name"] for n in ("two", "named")]
@@ -287,7 +287,7 @@ def test_missing_pictures_are_told(tmp_path):
 )
 def test_what_there_is_not(wrong, says):
     with pytest.raises(BadInput, match=says):
-        plan(*wrong)
+        planned(*wrong)
 
 
 def test_fewer_than_one_process(tmp_path):
@@ -357,7 +357,7 @@ def test_only_complete_edits_are_counted(done):
     )("paper")
     rows = [read_cell(folder, c)[0] for row in record["settings"] for c in row["cells"]]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(SIZES, "tiny", dict(edits=2, seeds=2, share=0.1))
+        patch.setitem(_RUN_SIZES, "tiny", dict(edits=2, seeds=2, share=0.1))
         part = summary("two", "tiny", "paper", settings, rows[:-1])
         with pytest.raises(BadInput, match="No edit"):
             summary("two", "tiny", "paper", settings, rows[:2])

@@ -9,7 +9,7 @@ from diffusers import StableDiffusionPipeline
 from layerdiffusion import LayerDiffusion, method
 from layerdiffusion.base import families, memory
 from layerdiffusion.base.core import BadInput, package_folder
-from layerdiffusion.base.families import FAMILIES, LowRank, edit, _family_of, _random_pipe
+from layerdiffusion.base.families import FAMILIES, LowRank, edit_with, _family_of, _random_pipe
 
 NAMES = ["sd", "sdxl", "flux2-klein", "sd3"]
 SIZE = 32, 48  # px, and not square: height and width are told apart
@@ -172,7 +172,7 @@ def test_what_was_learnt_loads_in_plain_diffusers(photo, tmp_path, name, rank):
     start, strong = start_of(kind(fresh, *SIZE)), dict(tuning_lr=2e-2 if rank else 1e-3)
     before = by_diffusers(fresh, start)
     few = FEW | dict(embedding_steps=0, alpha=1.0, guidance_scale=4.0) | strong
-    pictures = edit(pipe, *photo, rank=rank, save=tmp_path, checkpointing=rank is not None, **few)
+    pictures = edit_with(pipe, *photo, rank=rank, save=tmp_path, checkpointing=rank is not None, **few)
     assert (pictures - before).abs().max() > 1e-3
     assert (by_diffusers(pipe, start) - before).abs().max() < 1e-6 and not [
         p for p in getattr(pipe, kind.part).parameters() if p.requires_grad
@@ -191,12 +191,12 @@ def test_the_whole_edit_hears_everything(photo, pipes, name):
     "Place, mask, words, rates and seeds all change the pictures, and the same call gives the same ones."
     image, mask, a, b, place = photo
     few = FEW | dict(tuning_lr=1e-2, rank=2)
-    first = edit(pipes[name], *photo, **few)
-    assert first.shape == (1, 3, *SIZE) and torch.equal(first, edit(pipes[name], *photo, **few))
+    first = edit_with(pipes[name], *photo, **few)
+    assert first.shape == (1, 3, *SIZE) and torch.equal(first, edit_with(pipes[name], *photo, **few))
     for given in ((image, mask, a, b, image), (image, 1 - mask, a, b, place), (image, mask, b, a, place)):
-        assert (edit(pipes[name], *given, **few) - first).abs().max() > 1e-5
+        assert (edit_with(pipes[name], *given, **few) - first).abs().max() > 1e-5
     for changed in (dict(embedding_lr=0.0), dict(tuning_lr=0.0), dict(alpha=0.0)):
-        assert (edit(pipes[name], *photo, **few | changed) - first).abs().max() > 1e-5
+        assert (edit_with(pipes[name], *photo, **few | changed) - first).abs().max() > 1e-5
 
 
 @pytest.mark.parametrize("name", ["sd", "mini"])
@@ -209,19 +209,19 @@ def test_it_is_the_papers_edit(photo, pipes, name):
     else:
         pipe = pipes[name]
     few = FEW | dict(tuning_lr=1e-3)
-    ours, papers = (draw(pipe, *photo, **few) for draw in (edit, method.edit))
+    ours, papers = (draw(pipe, *photo, **few) for draw in (edit_with, method.edit))
     assert (ours - papers).abs().max() < 1e-5
     for other in (dict(lambda_obj=0.0), dict(alpha=0.0), dict(guidance_scale=1.0), dict(seed=1), dict(seeds=[6])):
-        assert (edit(pipe, *photo, **few | other) - papers).abs().max() > 1e-4
+        assert (edit_with(pipe, *photo, **few | other) - papers).abs().max() > 1e-4
     with pytest.raises(TypeError, match="'lambda_object'"):
-        edit(pipe, *photo, lambda_object=1.0)
+        edit_with(pipe, *photo, lambda_object=1.0)
 
 
 def test_half_precision(photo):
     "In bf16, with float32 outside: near the same pictures; thin factors are float32 and move."
     pipe = _random_pipe("flux2-klein")
-    whole = edit(pipe, *photo, rank=2, **FEW)
-    half = edit(pipe.to(torch.bfloat16), *photo, rank=2, **FEW)
+    whole = edit_with(pipe, *photo, rank=2, **FEW)
+    half = edit_with(pipe.to(torch.bfloat16), *photo, rank=2, **FEW)
     assert half.dtype == torch.float32 and 0 < (half - whole).abs().mean() < 0.05
 
 
@@ -258,7 +258,7 @@ def test_refusals(case, sentence):
     pipe.register_to_config(is_distilled=case.get("distilled", False))
     image, mask = torch.rand(3, height, width), torch.ones(1, height, width)
     with pytest.raises(BadInput, match=sentence):
-        edit(pipe, image, mask, T_A, T_B, image, rank=case.get("rank", 2), **FEW)
+        edit_with(pipe, image, mask, T_A, T_B, image, rank=case.get("rank", 2), **FEW)
 
 
 def test_other_classes_are_named(pipes):
@@ -270,7 +270,7 @@ def test_other_classes_are_named(pipes):
     for name in ("sdxl", "flux2-klein", "sd3"):
         kind = type(pipes[name]).__name__
         assert kind in FAMILIES
-        with pytest.raises(BadInput, match=f"this {kind} .*layerdiffusion.base.families.edit"):
+        with pytest.raises(BadInput, match=f"this {kind} .*layerdiffusion.base.families.edit_with"):
             LayerDiffusion.from_pipe(pipes[name])
 
 

@@ -25,7 +25,7 @@ def short(**changes):
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     "Folders and files, each made once."
-    from layerdiffusion.evidence.full_size import _build_model, build_sam
+    from layerdiffusion.evidence.full_size import _build_model, build_random_sam
 
     place, there = tmp_path_factory.mktemp("full"), {}
 
@@ -34,7 +34,7 @@ def made(tmp_path_factory):
         if key not in there:
             path = place / f"{len(there)}-{name}"
             if name.startswith("sam"):
-                there[key] = build_sam(path, width=0.125, size=64, **changes)
+                there[key] = build_random_sam(path, width=0.125, size=64, **changes)
             else:
                 there[key] = _build_model(path, KINDS[name][0], 0.1, 64, KINDS[name][1], **changes)
         return there[key]

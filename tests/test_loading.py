@@ -688,9 +688,9 @@ def test_models_that_are_none():
 @pytest.fixture(scope="module")
 def published(tmp_path_factory):
     "A small file of weights in the shapes that the published SAMs have."
-    from layerdiffusion.evidence.full_size import build_sam
+    from layerdiffusion.evidence.full_size import build_random_sam
 
-    return build_sam(tmp_path_factory.mktemp("sam") / "sam.pth", width=0.125, size=64)
+    return build_random_sam(tmp_path_factory.mktemp("sam") / "sam.pth", width=0.125, size=64)
 
 
 @pytest.mark.parametrize(

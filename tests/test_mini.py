@@ -270,13 +270,13 @@ def test_only_what_can_be_seen_is_asked():
 def test_parts_are_left_out():
     "Nothing hidden is the picture as ever; everything hidden is the place; a hidden head leaves the hind legs alone."
     import torch
-    from layerdiffusion.mini.world import PARTS, draw_places, draw_subjects
+    from layerdiffusion.mini.world import BODY_PARTS, draw_places, draw_subjects
 
     s = scenes_of(4)
     ground = draw_places(s, 64)
     (plain, mask), all_of = draw_subjects(ground, s), torch.ones(4, dtype=torch.bool)
     assert torch.equal(draw_subjects(ground, s, {})[0], plain)
-    image, nothing = draw_subjects(ground, s, dict.fromkeys([*PARTS, "face", "accessory"], all_of))
+    image, nothing = draw_subjects(ground, s, dict.fromkeys([*BODY_PARTS, "face", "accessory"], all_of))
     assert torch.equal(image, ground) and not nothing.any()
     first = torch.tensor([True, False, False, False])
     image, less = draw_subjects(ground, s, dict.fromkeys(["head", "snout", "ear", "ear_far", "face"], first))
@@ -440,7 +440,7 @@ def test_labelled_pictures(tmp_path):
     import torch
     from layerdiffusion.base.core import BadInput
     from layerdiffusion.mini.judge import QUESTIONS
-    from layerdiffusion.mini.training import _agrees, check_labels, _load_labels, _save_labels
+    from layerdiffusion.mini.training import _agrees, check_labelled, _load_labels, _save_labels
 
     images = (torch.rand(5, 3, 64, 64) * 255).round() / 255
     dog = dict(present=True, whole=True, species="dog", pose="sitting", place="snow")
@@ -464,7 +464,7 @@ def test_labelled_pictures(tmp_path):
     assert _agrees(answers | dict(whole=torch.ones(5).long()), labels).tolist() == [True, False, True, False, True]
     judge = torch.nn.Module()
     judge.forward = lambda x: {q: torch.eye(QUESTIONS[q])[a] for q, a in answers.items()}
-    rows = check_labels(judge, tmp_path / "labels.json")
+    rows = check_labelled(judge, tmp_path / "labels.json")
     assert [(r["gate"], r["value"], r["n"]) for r in rows] == [
         ("judge_labels: generated", 0.75, 4),
         ("judge_labels: broken", 1.0, 1),
@@ -475,7 +475,7 @@ def test_labelled_pictures(tmp_path):
     (tmp_path / "labels.json").write_text(json.dumps(record | dict(labels=labels * 3)))
     with pytest.raises(BadInput, match="15 labels, but labels.png shows 6"):
         _load_labels(tmp_path / "labels.json")
-    assert check_labels(judge, tmp_path / "none.json") == []
+    assert check_labelled(judge, tmp_path / "none.json") == []
 
 
 def test_the_pinned_pictures(monkeypatch):

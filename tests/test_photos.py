@@ -15,13 +15,13 @@ TEXT = "a corgi jumping over a log in an autumn forest"
 @pytest.fixture(scope="module")
 def method(tmp_path_factory):
     from layerdiffusion import LayerDiffusion
-    from layerdiffusion.evidence.full_size import _build_model, build_sam
+    from layerdiffusion.evidence.full_size import _build_model, build_random_sam
 
     place = tmp_path_factory.mktemp("model")
     return LayerDiffusion.from_pretrained(
         _build_model(place / "sd", width=0.1, size=128),
         "cpu",
-        build_sam(place / "sam.safetensors", width=0.125, size=128),
+        build_random_sam(place / "sam.safetensors", width=0.125, size=128),
     )
 
 

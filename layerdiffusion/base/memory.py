@@ -482,7 +482,7 @@ def _skeleton(name: str, dtype, height: int, width: int):  # inside `_shapes_onl
 
 # %% ../../nbs/base/21_memory.ipynb #668104fc
 def _works(model, x, t, words: list, height: int, width: int) -> dict:  # stage: what it does once
-    "The stages of `families.edit`, a step of each."
+    "The stages of `families.edit_with`, a step of each."
 
     def embed():
         pairs = [(torch.cat(words, 1), None)]
@@ -508,7 +508,7 @@ def predict_family(
     height: int = 1024,
     width: int = 1024,  # px
 ) -> dict:  # stage: bytes on the card at most
-    """What each stage of `families.edit` will need with a model of its published size.
+    """What each stage of `families.edit_with` will need with a model of its published size.
 
     Raises:
         BadInput: the model has no such name.

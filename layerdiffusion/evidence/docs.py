@@ -121,7 +121,7 @@ def flatten(root: Path):
     for page in nbs.glob("*.ipynb"):
         text = page.read_text(encoding="utf-8")
         text = re.sub(r"\]\((?:\.\./)?(?:\w+/)?(\w+\.ipynb)", r"](\1", text)
-        text = re.sub(r'#\| exporti\\n",\s*"#\| shown', "#| exports", text).replace("#| exporti", "#| export")
+        text = re.sub(r'#\| exporti( \w+)?\\n",\s*"#\| shown', r"#| exports\1", text).replace("#| exporti", "#| export")
         page.write_text(re.sub(r"\]\(\.\./", "](", text), encoding="utf-8")
     menu.write_text(re.sub(r"\b\w+/(\w+\.ipynb)", r"\1", menu.read_text(encoding="utf-8")), encoding="utf-8")
 
@@ -268,7 +268,7 @@ def _settings_of(root: Path) -> dict:
     return dict(config["DEFAULT"])
 
 
-def check_folder(out: Path, flag: str = "--out"):
+def _check_site_folder(out: Path, flag: str = "--out"):
     "Refuse a folder that holds something other than a built site."
     if out.exists() and not out.is_dir():
         raise BadInput(f"{flag} {str(out)!r} is a file; name a folder.")
@@ -360,7 +360,7 @@ def build_site(
     root = _find_checkout(root)
     out = Path(out or root / "_docs").resolve()
     _need_tools()
-    check_folder(out)
+    _check_site_folder(out)
     if demo and not (Path(demo) / "demo.json").is_file():
         raise BadInput(f"--demo {str(demo)!r} holds no demo.json; layerdiffusion export-web --out {demo} makes it.")
     with tempfile.TemporaryDirectory() as d:

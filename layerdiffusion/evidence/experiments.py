@@ -128,13 +128,13 @@ EXPERIMENTS = dict(
 )
 
 # %% ../../nbs/evidence/18_experiments.ipynb #67bcf2f3
-SIZES = dict(quick=dict(edits=1, seeds=4, share=.2), paper=dict(edits=15, seeds=20, share=1.))
+_RUN_SIZES = dict(quick=dict(edits=1, seeds=4, share=.2), paper=dict(edits=15, seeds=20, share=1.))
 _SHEETS = dict(edits=3, seeds=50)  # of `validity` at paper size
 _SHORTENED = ("embedding_steps", "tuning_steps", "target_draws", "num_inference_steps", "sampling_steps")
 
 def _extent(name: str, size: str) -> dict:
     "How many edits and seeds an experiment has, and which share of all steps."
-    return SIZES[size] | (_SHEETS if (name, size) == ("validity", "paper") else {})
+    return _RUN_SIZES[size] | (_SHEETS if (name, size) == ("validity", "paper") else {})
 
 def _shorten(numbers: dict, share: float) -> dict:
     "The same settings with a share of all steps; a 0 stays 0."
@@ -285,7 +285,7 @@ def _write_table(path, lines):
 
 def _pack_records(folder):
     "Move the loose records into one file."
-    loose = [p for of in PRESETS for size in SIZES for p in sorted(folder.glob(f"[!.]*-{of}-{size}.json"))]
+    loose = [p for of in PRESETS for size in _RUN_SIZES for p in sorted(folder.glob(f"[!.]*-{of}-{size}.json"))]
     if loose:
         new = {p.stem: json.loads(p.read_text(encoding="utf-8")) for p in loose}
         write_json(folder / _RECORDS, dict(sorted((_packed_records(folder) | new).items())))
@@ -389,14 +389,14 @@ def by_tuning(method, wanted: Sequence[Wanted]) -> list:
         groups.setdefault(
             content_hash(
                 w.setting.method in _BASELINES and w.setting.method,
-                {k: v for k, v in numbers_of(method, w.setting, w.share).items() if k not in DRAWN},
+                {k: v for k, v in numbers_of(method, w.setting, w.share).items() if k not in _AFTER_TUNING},
             ),
             [],
         ).append(w)
     return [w for group in groups.values() for w in group]
 
 
-DRAWN = ("iterative_guidance", "eq8_index", "eq8_first")  # settings that come after the tuning
+_AFTER_TUNING = ("iterative_guidance", "eq8_index", "eq8_first")  # settings that come after the tuning
 
 # %% ../../nbs/evidence/18_experiments.ipynb #5b269965
 def _start(model, devices, threads, ticks):
@@ -449,7 +449,7 @@ def run_experiments(
         Wanted(n, of, s, how["edits"], how["seeds"], how["share"])
         for of in presets
         for n in names
-        for s in plan(n, size, of)
+        for s in planned(n, size, of)
         for how in [_extent(n, size)]
     ]
     engine = engine or _Processes(workers, device, model)
@@ -459,7 +459,7 @@ def run_experiments(
         for key, row in edit:
             rows.setdefault(key, []).append(row)
         for name, of in {key for key, _ in edit}:
-            records[name, of] = summary(name, size, of, plan(name, size, of), rows[name, of]) | made
+            records[name, of] = summary(name, size, of, planned(name, size, of), rows[name, of]) | made
             write_json(Path(folder) / f"{name}-{of}-{size}.json", records[name, of])
 
     with one_writer(folder):
@@ -482,9 +482,9 @@ def _run_experiment(
     return run_experiments([name], size, [of], folder, workers, device, model)[name, of]
 
 # %% ../../nbs/evidence/18_experiments.ipynb #bdf91eb1
-def plan(name: str, size: str, of: str) -> list:
+def planned(name: str, size: str, of: str) -> list:
     "The settings of an experiment; refuses names that there are not."
-    for what, given, there in (("experiment", name, EXPERIMENTS), ("size", size, SIZES), ("preset", of, PRESETS)):
+    for what, given, there in (("experiment", name, EXPERIMENTS), ("size", size, _RUN_SIZES), ("preset", of, PRESETS)):
         if given not in there:
             raise BadInput(f"There is no {what} {given!r}; there are {', '.join(there)}.")
     return EXPERIMENTS[name](of)
@@ -592,7 +592,7 @@ def load_experiment(
 # %% ../../nbs/evidence/18_experiments.ipynb #62ab4afa
 def recorded(name: str, folder: Path = Path("../results/experiments")) -> dict:  # preset -> record
     "The largest record of an experiment for each preset that has one."
-    there = [of for of in ("best", "paper") if any(_find_record(name, of, s, folder) for s in SIZES)]
+    there = [of for of in ("best", "paper") if any(_find_record(name, of, s, folder) for s in _RUN_SIZES)]
     return {of: load_experiment(name, of=of, folder=folder) for of in there or ["best"]}
 
 
@@ -601,7 +601,7 @@ def told(record: dict) -> str:
     whole = "" if len(record["edits"]) == record["asked"] else f" of {record['asked']} asked for"
     steps = (
         ""
-        if SIZES.get(record["size"], {}).get("share") == 1
+        if _RUN_SIZES.get(record["size"], {}).get("share") == 1
         else "; A TRIAL: a share of all steps, so its numbers say nothing about the method"
     )
     drawn = "version" not in record and any(s["method"] == "paper" for s in record["settings"])

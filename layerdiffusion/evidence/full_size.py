@@ -139,7 +139,7 @@ def _build_model(
 _SAM_SHAPES = dict(vit_b=(768, 12, 12), vit_l=(1024, 24, 16), vit_h=(1280, 32, 16))  # width, blocks, heads
 
 
-def build_sam(
+def build_random_sam(
     path: str | Path,  # ends with .pth or .safetensors
     kind: str = "vit_b",  # "vit_b", "vit_l" or "vit_h"
     width: float = 1.0,
@@ -213,7 +213,7 @@ def bench_job(
         size=64 if tiny else None,
         dtype=torch.float32 if tiny else torch.float16,
     )
-    sam = build_sam(folder / "sam_vit_b.safetensors", width=0.125 if tiny else 1.0, size=64 if tiny else 1024)
+    sam = build_random_sam(folder / "sam_vit_b.safetensors", width=0.125 if tiny else 1.0, size=64 if tiny else 1024)
     return dict(
         model=str(model),
         sam=str(sam),

@@ -17,11 +17,11 @@ from .experiments import read_cell
 from .scores import append_line, edit_set, interval, read_record
 
 # %% ../../nbs/evidence/19_user_study.ipynb #c33f6d3a
-QUESTIONS = dict(
+_ASKED = dict(
     background="How well does the place match the reference picture?",
     action="How well does the animal do what the words say?",
 )
-MARKS = {1: "1 very poor", 2: "2", 3: "3", 4: "4", 5: "5 very good"}
+_GRADES = {1: "1 very poor", 2: "2", 3: "3", 4: "4", 5: "5 very good"}
 
 
 def _trials(
@@ -59,12 +59,12 @@ def _ratings_file(folder: Path, rater: str) -> Path:
 
 
 def rate(folder: Path, rater: str, trial: dict, **marks):
-    "Keep one answer: a mark from 1 to 5 for each of `QUESTIONS`."
-    if set(marks) != set(QUESTIONS):
-        raise BadInput(f"The marks are for {', '.join(marks) or 'nothing'}; each of {', '.join(QUESTIONS)} needs one.")
+    "Keep one answer: a mark from 1 to 5 for each of `_ASKED`."
+    if set(marks) != set(_ASKED):
+        raise BadInput(f"The marks are for {', '.join(marks) or 'nothing'}; each of {', '.join(_ASKED)} needs one.")
     for question, mark in marks.items():
-        if mark not in MARKS:
-            raise BadInput(f"The mark for {question} is {mark!r}; it must be one of {', '.join(map(str, MARKS))}.")
+        if mark not in _GRADES:
+            raise BadInput(f"The mark for {question} is {mark!r}; it must be one of {', '.join(map(str, _GRADES))}.")
     append_line(_ratings_file(folder, rater), dict(key=trial["name"], **marks))
 
 
@@ -94,11 +94,11 @@ class _StudyForm:
         self.bar = w.IntProgress(len(done), 0, len(done) + len(self.todo), description="rated")
         self.words, self.reference, self.picture = w.HTML(), w.Image(width=256), w.Image(width=256)
         self.marks = {
-            q: w.ToggleButtons(options=[(text, k) for k, text in MARKS.items()], value=None) for q in QUESTIONS
+            q: w.ToggleButtons(options=[(text, k) for k, text in _GRADES.items()], value=None) for q in _ASKED
         }
         self.next, self.says = w.Button(description="Keep and go on", button_style="primary"), w.HTML()
         self.next.on_click(lambda _: self.keep())
-        rows = [v for q, text in QUESTIONS.items() for v in (w.HTML(f"<b>{text}</b>"), self.marks[q])]
+        rows = [v for q, text in _ASKED.items() for v in (w.HTML(f"<b>{text}</b>"), self.marks[q])]
         self.view = w.VBox([self.bar, self.words, w.HBox([self.reference, self.picture]), *rows, self.next, self.says])
         self.show()
 
@@ -162,7 +162,7 @@ def _study_table(record: dict, ratings: dict, per: int = 10) -> list:
             for t in _trials(record, rater, per)
             if t["setting"] == setting and t["name"] in marks
         ]
-        for q in QUESTIONS if mine else ():
+        for q in _ASKED if mine else ():
             rows.append(
                 dict(
                     setting=setting,
@@ -180,7 +180,7 @@ def _plot_study(rows: Sequence[dict], title: str = ""):
 
     names = list(dict.fromkeys(r["setting"] for r in rows))
     fig, ax = plt.subplots(figsize=(1.5 + 1.1 * len(names), 2.8))
-    for k, q in enumerate(QUESTIONS):
+    for k, q in enumerate(_ASKED):
         means = [next(r["mean"] for r in rows if (r["setting"], r["question"]) == (n, q)) for n in names]
         ax.bar(
             [x + 0.4 * k for x in range(len(names))],

@@ -1328,7 +1328,7 @@ def refresh(self: LayerDiffusionApp):
     self.write_down()
 
 # %% ../../nbs/interface/23_app.ipynb #36a7cb09
-def enlarged(picture, size: int = 256) -> bytes:
+def _magnified(picture, size: int = 256) -> bytes:
     "A picture (tensor or Pillow) as a file, its longer side `size` pixels."
     from PIL import Image
 
@@ -1344,7 +1344,7 @@ def enlarged(picture, size: int = 256) -> bytes:
 
 def _source(picture, size: int) -> str:
     "A picture as an address with no file behind it."
-    data = enlarged(picture, size)
+    data = _magnified(picture, size)
     kind = "png" if data.startswith(b"\x89PNG") else "jpeg"
     return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
 
@@ -1421,7 +1421,7 @@ def _clock(seconds: float) -> str:
     return f"{round(seconds / 60)} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 # %% ../../nbs/interface/23_app.ipynb #c5291800
-STAGES = dict(
+_STAGE_TEXTS = dict(
     reference="Drawing the new place",
     target="Looking for a target picture (Eq. 4)",
     words="Learning words (Eq. 2)",
@@ -1453,9 +1453,9 @@ def progress(self: LayerDiffusionApp, event: Event, line: str, sheet):
     pictures = self.draft if event.image is None and event.x0 is not None else event.image
     if self.kind == "redraw":  # in the places of those that are drawn again
         for x, (cell, _) in zip(pictures if pictures is not None else (), self.cells, strict=False):
-            cell.children[0].value = enlarged(x)
+            cell.children[0].value = _magnified(x)
         return
-    self.look(pictures, f"{STAGES.get(event.stage, event.stage)}, step {event.step}", self.losses.get(event.stage))
+    self.look(pictures, f"{_STAGE_TEXTS.get(event.stage, event.stage)}, step {event.step}", self.losses.get(event.stage))
 
 
 @patch
@@ -1463,7 +1463,7 @@ def say_stages(self: LayerDiffusionApp):
     "The bars, and the time that is left in all."
     rows = []
     for stage, (step, total, _) in self.stages.items():
-        name, done = STAGES.get(stage, stage), step >= total
+        name, done = _STAGE_TEXTS.get(stage, stage), step >= total
         rows.append(
             f'<div class="ld-stage{" ld-done" if done else ""}"><span>{name}</span><progress value="{step}" '
             f'max="{total}" aria-label="{name}"></progress><span>{"✓" if done else f"{step}/{total}"}</span></div>'
@@ -1564,7 +1564,7 @@ def use_place(self: LayerDiffusionApp, name: str | None = None, picture=None):
 @patch
 def show_place(self: LayerDiffusionApp, picture, what: str):
     "Show the new place."
-    self.place.value, self.place.layout.display = enlarged(picture, 192), ""
+    self.place.value, self.place.layout.display = _magnified(picture, 192), ""
     self.tell("place", what)
     self.refresh()
 
@@ -1612,7 +1612,7 @@ def cell(self: LayerDiffusionApp, i: int) -> tuple:
     button = w.Button(description="Pick", tooltip=f"Show seed {shown.result.seeds[i]} beside your picture")
     button.on_click(lambda _: self.guard(lambda: self.pick(i)))
     box = w.VBox(
-        [w.Image(value=enlarged(shown.result.images[i])), w.HTML(_caption(shown.result.seeds[i], score)), button]
+        [w.Image(value=_magnified(shown.result.images[i])), w.HTML(_caption(shown.result.seeds[i], score)), button]
     )
     box.add_class("ld-cell")
     return box, button
@@ -1712,7 +1712,7 @@ def show_history(self: LayerDiffusionApp):
     for old in self.history:
         numbers = f"α {old.result.config.alpha:g}, {len(old.result.seeds)} pictures, {old.seconds:.0f} s"
         what = f"{html.escape(old.order.text)}<br><small>{old.order.preset}, {numbers}</small>"
-        cells.append(self.past_cell(enlarged(old.result.images[0], 128), what, lambda old=old: self.back_to(old)))
+        cells.append(self.past_cell(_magnified(old.result.images[0], 128), what, lambda old=old: self.back_to(old)))
     for folder in self.older[:24]:
         with contextlib.suppress(OSError, ValueError, LookupError, TypeError):  # somebody else's files
             said = json.loads((folder / "edit.json").read_text(encoding="utf-8"))

@@ -1418,7 +1418,7 @@ def _combinations(level, repeat, **fixed):
     )
 
 
-def check_text(models, judge, level, guidance_scale, repeat=4):
+def check_drawing(models, judge, level, guidance_scale, repeat=4):
     "Are species, pose and place what the text says?"
     scenes = _combinations(level, repeat, size=0)
     n, a = len(scenes), [world.say_subject(scenes, i) for i in range(72 * repeat)]
@@ -1595,7 +1595,7 @@ def _agrees(answers: dict, labels: list) -> torch.Tensor:  # (n,) bool
     return torch.tensor(out)
 
 
-def check_labels(judge, file):
+def check_labelled(judge, file):
     "Labelled pictures: agreement with the labels, broken ones that do not pass, whole ones that do; no list, no rows."
     if not Path(file).exists():
         return []
@@ -1629,7 +1629,7 @@ def check_mini(
     )
     rows = (
         _check_vae(models, level, few(256, 64))
-        + check_text(models, judge, level, scale, few(4, 1))
+        + check_drawing(models, judge, level, scale, few(4, 1))
         + _check_sam(load_sam(folder / "sam"), level, few(256, 20))
         + _check_clip(folder, level, few(4, 1))
         + _check_judge(judge, level, few(1000, 100))
@@ -1638,7 +1638,7 @@ def check_mini(
     )
     if quick:
         rows = [r | dict(quick=True) for r in rows]
-    return rows + check_labels(judge, folder / "labels.json")
+    return rows + check_labelled(judge, folder / "labels.json")
 
 # %% ../../nbs/mini/12_mini.ipynb #222e84b3
 def _verdict(row) -> str:

@@ -583,7 +583,7 @@ def _subject_grid(scenes: Scenes, size):
     return grid * torch.stack([scenes.facing, torch.ones_like(s)], 1)[:, None, None], _v(2 / h / s)
 
 
-PARTS = [
+BODY_PARTS = [
     "tail",
     "tail_tip",
     "hind_far",
@@ -602,7 +602,7 @@ PARTS = [
 def draw_subjects(
     canvas: torch.Tensor,  # (B, 3, H, W) what to paint on
     scenes: Scenes,
-    hidden: dict | None = None,  # what to leave out: one of `PARTS`, "accessory" or "face" -> (B,) bool
+    hidden: dict | None = None,  # what to leave out: one of `BODY_PARTS`, "accessory" or "face" -> (B,) bool
 ):
     "Paint the subjects; gives the pictures and the exact masks (B, 1, H, W)."
     grid, px = _subject_grid(scenes, tuple(canvas.shape[-2:]))
@@ -611,7 +611,7 @@ def draw_subjects(
     def away(part):
         return 9.0 * _v(hidden[part].float()) if hidden and part in hidden else 0.0
 
-    for part, (name, a, b, ra, rb) in zip(PARTS, body_parts(scenes) + head_parts(scenes), strict=True):
+    for part, (name, a, b, ra, rb) in zip(BODY_PARTS, body_parts(scenes) + head_parts(scenes), strict=True):
         d, along, across = limb(grid, a, b, ra, rb)
         d = d + away(part)
         canvas = _blend(canvas, _paint_part(scenes, name, along, across, px), coverage(d, px))
