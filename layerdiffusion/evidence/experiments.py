@@ -53,6 +53,7 @@ class _Setting:
     name: str  # for people, such as "(i) no turns"
     method: str = "best"  # a preset, "sdedit", "imagic" or "plug_and_play"
     options: dict = field(default_factory=dict)  # what differs: settings of an edit, or of the baseline
+    tuned: dict = field(default_factory=dict)  # settings that the tuning had instead; the rest is for the drawing
 
 _BASELINES = dict(sdedit=sdedit, imagic=imagic, plug_and_play=plug_and_play)
 
@@ -98,17 +99,20 @@ def _validity_sheets(of: str) -> list:
 
 
 def _alpha_sweep(of: str) -> list:
-    "The α ablation: 0 to 1 in steps of 0.1."
-    return [_Setting(f"α = {k / 10:g}", of, dict(alpha=k / 10)) for k in range(11)]
+    "The α ablation: 0 to 1 in steps of 0.1, drawn from one tuned U-Net, and some of them tuned anew."
+    return [
+        *(_Setting(f"α = {k / 10:g}", of, dict(alpha=k / 10), dict(alpha=0.7)) for k in range(11)),
+        *(_Setting(f"tuned at {a:g}", of, dict(alpha=a)) for a in (0, 0.3, 0.5, 0.9, 1)),
+    ]
 
 
 def _step_sweep(of: str) -> list:
     "Fig. 9: steps of Eq. 2, and of Eq. 6."
     return [
-        *(_Setting(f"Eq. 2: {n} steps", of, dict(embedding_steps=n)) for n in (0, 250, 500, 1000)),
+        *(_Setting(f"Eq. 2: {n} steps", of, dict(embedding_steps=n)) for n in (0, 50, 100, 200, 500)),
         *(
             _Setting(f"Eq. 6: {n} steps", of, dict(tuning_steps=n))
-            for n in ((0, 125, 250, 500) if of == "paper" else (0, 25, 50, 100, 200))
+            for n in ((0, 10, 20, 40, 80) if of == "paper" else (0, 25, 50, 100, 200))
         ),
     ]
 
@@ -128,7 +132,7 @@ EXPERIMENTS = dict(
 )
 
 # %% ../../nbs/evidence/18_experiments.ipynb #67bcf2f3
-_RUN_SIZES = dict(quick=dict(edits=1, seeds=4, share=.2), paper=dict(edits=15, seeds=20, share=1.))
+_RUN_SIZES = dict(quick=dict(edits=1, seeds=4, share=.2), paper=dict(edits=10, seeds=20, share=1.))
 _SHEETS = dict(edits=3, seeds=50)  # of `validity` at paper size
 _SHORTENED = ("embedding_steps", "tuning_steps", "target_draws", "num_inference_steps", "sampling_steps")
 
@@ -149,12 +153,12 @@ def numbers_of(
     setting: _Setting,
     share: float = 1.0,
 ) -> dict:
-    "All numbers of a setting, the model's own included."
+    "All numbers of a setting, the model's own included; `tuned` holds those that the tuning had instead."
     if setting.method not in _BASELINES:
-        return _shorten(
-            preset(setting.method, method.models.card, **setting.options).resolve(method.models.card).model_dump(),
-            share,
-        )
+        card = method.models.card
+        point = card.get("operating_point", {}) if setting.method == "paper" else {}
+        numbers = preset(setting.method, card, **point | setting.options).resolve(card).model_dump()
+        return _shorten(numbers, share) | (dict(tuned=setting.tuned) if setting.tuned else {})
     steps = dict(
         imagic=dict(embedding_steps=1000, tuning_steps=1500)
         if setting.options.get("recipe") == "paper"
@@ -179,15 +183,13 @@ def _draw_cell(
         return _BASELINES[setting.method](
             method.models, fit_image(to_pil(e.image), method.models.size), e.text, seeds=seeds, **numbers
         )
-    return method.edit(
-        to_pil(e.image),
-        e.text,
-        mask=e.mask,
-        reference=to_pil(e.reference),
-        source=e.source,
-        seeds=seeds,
-        config=EditConfig(**numbers),
-    ).images
+    drawn = {k: v for k, v in numbers.items() if k != "tuned"}
+    tuned = EditConfig(**drawn | numbers.get("tuned", {}))
+    given = dict(mask=e.mask, reference=to_pil(e.reference), source=e.source)
+    scene = method.prepare(to_pil(e.image), e.text, **given, config=tuned)
+    words = method.embed(scene, tuned)[:2]
+    difference = method.tune(scene, words, tuned)[0]
+    return method.sample(words, difference, scene.size, seeds, EditConfig(**drawn))
 
 
 def _save_strip(images: torch.Tensor, path: Path):
@@ -389,7 +391,7 @@ def by_tuning(method, wanted: Sequence[Wanted]) -> list:
         groups.setdefault(
             content_hash(
                 w.setting.method in _BASELINES and w.setting.method,
-                {k: v for k, v in numbers_of(method, w.setting, w.share).items() if k not in _AFTER_TUNING},
+                _of_tuning(numbers_of(method, w.setting, w.share)),
             ),
             [],
         ).append(w)
@@ -397,6 +399,11 @@ def by_tuning(method, wanted: Sequence[Wanted]) -> list:
 
 
 _AFTER_TUNING = ("iterative_guidance", "eq8_index", "eq8_first")  # settings that come after the tuning
+
+
+def _of_tuning(numbers: dict) -> dict:
+    "Those of a setting's numbers that the tuning reads."
+    return {k: v for k, v in (numbers | numbers.get("tuned", {})).items() if k not in ("tuned", *_AFTER_TUNING)}
 
 # %% ../../nbs/evidence/18_experiments.ipynb #5b269965
 def _start(model, devices, threads, ticks):

@@ -923,13 +923,13 @@ def _examples(
         _announce(str(out / f"{name}.png") if out else f"example:{name}")
 
 # %% ../../nbs/interface/30_cli.ipynb #a6968386
-TRAINING_STAGES = ("all", "vae", "decoder", "sam", "clip", "judge", "diffusion", "subject")
+_TRAINING_STAGES = ("all", "vae", "decoder", "sam", "clip", "judge", "diffusion", "subject")
 
 
 @app.command("train-mini", no_args_is_help=True, epilog="The whole recipe:  layerdiffusion train-mini all")
 def _train_mini(
     stage: Annotated[
-        Literal[TRAINING_STAGES],
+        Literal[_TRAINING_STAGES],
         typer.Argument(
             help="Which part: vae first, then the others; all: the whole recipe, and the folder of the models in "
             "DIR/model."
@@ -1053,7 +1053,7 @@ def experiment(
     ],
     size: Annotated[
         Literal["quick", "paper"],
-        typer.Option(help="quick: 1 edit, 4 seeds, a fifth of all steps. paper: 15 edits, 20 seeds."),
+        typer.Option(help="quick: 1 edit, 4 seeds, a fifth of all steps. paper: 10 edits, 20 seeds."),
     ] = "quick",
     preset: Annotated[Literal["best", "paper", "both"], typer.Option(help="The settings it starts from.")] = "best",
     out: Annotated[Path, typer.Option(help="Folder of the records and their pictures.", metavar="DIR")] = Path(
@@ -1066,7 +1066,7 @@ def experiment(
     model: Annotated[str, typer.Option(help="mini, or a folder of a mini model.", metavar="NAME")] = "mini",
     engine: Annotated[
         Literal["processes", "ray"],
-        typer.Option(help="processes: on this machine. ray: on a cluster; needs the extra [ray]."),
+        typer.Option(help="processes: on this machine. ray: on a cluster; needs the extra \\[ray]."),
     ] = "processes",
     address: Annotated[
         str | None,

@@ -1257,9 +1257,8 @@ def _card(run):
     "What an edit needs to know of a mini: the shipped card's numbers, and the level that the run was trained on."
     shipped, record = json.loads((resolve_model("mini") / "card.json").read_text()), run / "diffusion" / "record.json"
     level = dict(level=json.loads(record.read_text())["level"]) if record.exists() else {}
-    return {
-        k: shipped[k] for k in ("level", "embedding_lr", "tuning_lr", "guidance_scale", "presets") if k in shipped
-    } | level
+    names = "level", "embedding_lr", "tuning_lr", "guidance_scale", "presets", "operating_point"
+    return {k: shipped[k] for k in names if k in shipped} | level
 
 
 def _write_mini(
