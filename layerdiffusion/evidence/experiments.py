@@ -541,6 +541,7 @@ def _table_row(s: _Setting, mine: list) -> dict:
         setting=s.name,
         method=s.method,
         options=s.options,
+        **(dict(tuned=s.tuned) if s.tuned else {}),
         n=len(flat),
         valid_count=sum(r["valid"] for r in flat),
         cells=[r["name"] for r in mine],
@@ -711,15 +712,25 @@ def plot_experiment(record: dict):
     return fig
 
 # %% ../../nbs/evidence/18_experiments.ipynb #bdccfbfb
+def _lines(records: dict, option: str, score: str) -> dict:
+    "Name of a line -> its points (value, mean, low, high), sorted."
+    lines = {}
+    for of, record in records.items():
+        for r in record["settings"]:
+            if list(r["options"]) == [option]:
+                name = f"{of}, one tuned U-Net" if r.get("tuned") else of
+                lines.setdefault(name, []).append([r["options"][option], *r[score]])
+    return {name: sorted(points) for name, points in lines.items()}
+
+
 def plot_curve(records: dict,  # preset -> record, from `recorded`
                option: str,  # such as "alpha": the settings that differ in it alone
                fields: Sequence[str] = SCORES):
-    "The scores over the values of one setting, a colour for each preset, with 95 % intervals over edits."
+    "The scores over the values of one setting, with 95 % intervals over edits; a colour for each preset and tuning."
     import matplotlib.pyplot as plt
     fig, axes = plt.subplots(1, len(fields), figsize=(2.4 * len(fields), 2.5), squeeze=False)
     for ax, f in zip(axes[0], fields, strict=False):
-        for of, record in records.items():
-            points = sorted([r["options"][option], *r[f]] for r in record["settings"] if list(r["options"]) == [option])
+        for of, points in _lines(records, option, f).items():
             x, mean, low, high = zip(*points, strict=False)
             line = ax.plot(x, mean, "o-", ms=3, label=of)[0]
             ax.fill_between(x, low, high, color=line.get_color(), alpha=.15, lw=0)

@@ -1421,7 +1421,7 @@ def _clock(seconds: float) -> str:
     return f"{round(seconds / 60)} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 # %% ../../nbs/interface/23_app.ipynb #c5291800
-_STAGE_TEXTS = dict(
+_STAGES = dict(
     reference="Drawing the new place",
     target="Looking for a target picture (Eq. 4)",
     words="Learning words (Eq. 2)",
@@ -1455,7 +1455,7 @@ def progress(self: LayerDiffusionApp, event: Event, line: str, sheet):
         for x, (cell, _) in zip(pictures if pictures is not None else (), self.cells, strict=False):
             cell.children[0].value = _magnified(x)
         return
-    self.look(pictures, f"{_STAGE_TEXTS.get(event.stage, event.stage)}, step {event.step}", self.losses.get(event.stage))
+    self.look(pictures, f"{_STAGES.get(event.stage, event.stage)}, step {event.step}", self.losses.get(event.stage))
 
 
 @patch
@@ -1463,7 +1463,7 @@ def say_stages(self: LayerDiffusionApp):
     "The bars, and the time that is left in all."
     rows = []
     for stage, (step, total, _) in self.stages.items():
-        name, done = _STAGE_TEXTS.get(stage, stage), step >= total
+        name, done = _STAGES.get(stage, stage), step >= total
         rows.append(
             f'<div class="ld-stage{" ld-done" if done else ""}"><span>{name}</span><progress value="{step}" '
             f'max="{total}" aria-label="{name}"></progress><span>{"✓" if done else f"{step}/{total}"}</span></div>'

@@ -571,7 +571,7 @@ def _time_left(costs: dict, stages: dict, pace: dict) -> float | None:
 def _clock(seconds: float) -> str:
     """Seconds as people say them, rounded so that nobody takes them for exact."""
     ...
-_STAGE_TEXTS = dict(reference='Drawing the new place', target='Looking for a target picture (Eq. 4)', words='Learning words (Eq. 2)', embeddings='Fitting the words (Eq. 2)', tuning='Teaching subject and place (Eq. 4-6)', drawing='Drawing the pictures (Eq. 7, 8)')
+_STAGES = dict(reference='Drawing the new place', target='Looking for a target picture (Eq. 4)', words='Learning words (Eq. 2)', embeddings='Fitting the words (Eq. 2)', tuning='Teaching subject and place (Eq. 4-6)', drawing='Drawing the pictures (Eq. 7, 8)')
 
 def _curve(losses: list) -> str:
     """How a loss went, as a small line."""
