@@ -16,47 +16,8 @@ from torch.nn.utils import parametrize
 
 from .base.core import BadInput, Event, one_loader, shielded
 from .method import stack_layers, tune_unet
+from .readings import trainable
 from .base.sd import Models, half, optimise, unet_on_cpu, copy_unet
-
-# %% ../nbs/method/05_fine_tuning.ipynb #d910dcf6
-def union(*masks: torch.Tensor  # each 0-1, same shape
-         ) -> torch.Tensor:
-    "Everything that is inside any of the masks."
-    return torch.stack(torch.broadcast_tensors(*masks)).amax(0)
-
-# %% ../nbs/method/05_fine_tuning.ipynb #78f1e238
-class _LowRank(nn.Module):
-    "A change of a weight matrix with few parameters: W + B A. B starts at zero, so nothing changes at first."
-    def __init__(self, weight, rank, generator):
-        super().__init__()
-        rows, columns = weight.shape
-        self.a = nn.Parameter((torch.randn(rank, columns, generator=generator) / columns**.5).to(weight))
-        self.b = nn.Parameter(torch.zeros_like(weight[:, :1]).repeat(1, rank))
-
-    def forward(self, weight): return weight + self.b @ self.a
-
-# %% ../nbs/method/05_fine_tuning.ipynb #9b3d99f0
-@one_loader
-def trainable(
-    unet: nn.Module,  # a copy that may be changed
-    params: str = "all",  # "all", "attention" or "lora"
-    rank: int = 8,  # of "lora"
-    seed: int = 0,  # of "lora"'s start
-) -> list:  # the parameters to optimise
-    "Choose which parameters of a U-Net may move, and switch their gradients on."
-    if params not in ("all", "attention", "lora"):
-        raise BadInput(f"params must be all, attention or lora, not {params!r}.")
-    layers = [m for name, m in unet.named_modules() if ".attn" in name and isinstance(m, nn.Linear)]
-    for p in (p for m in ([unet] if params == "all" else layers) for p in m.parameters()):
-        p.data = p.data.float()  # what moves, moves in float32
-    if params == "lora":
-        g = torch.Generator().manual_seed(seed)
-        for m in layers:
-            parametrize.register_parametrization(m, "weight", _LowRank(m.weight, rank, g))
-        found = [p for m in layers for p in m.parametrizations.weight[0].parameters()]
-    else:
-        found = list(unet.parameters()) if params == "all" else [p for m in layers for p in m.parameters()]
-    return [p.requires_grad_(True) for p in found]
 
 # %% ../nbs/method/05_fine_tuning.ipynb #f27f5fd9
 def _with_prior(

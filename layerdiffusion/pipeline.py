@@ -36,18 +36,9 @@ from layerdiffusion.base.core import (
     join_callbacks,
 )
 from .base.core import live_preview, load_image, one_writer, pick_device, shielded, to_pil, write_atomic
-from layerdiffusion.embeddings import (
-    Split,
-    conditions_of,
-    plain_words,
-    split_text,
-    subject_action,
-    subject_phrase,
-)
 from .base.families import FAMILIES
 from .base.folders import read_json, resolve_model
-from .fine_tuning import apply_difference, fine_tune, trainable, union, weight_difference
-from .guidance import turns
+from .fine_tuning import apply_difference, fine_tune, weight_difference
 from layerdiffusion.identity import (
     ACTIONS,
     SCENERY,
@@ -109,7 +100,9 @@ from layerdiffusion.base.sd import (
     vae_psnr,
     with_scheduler,
 )
+from .readings import conditions_of, trainable, turns, union
 from .settings import EditConfig, near
+from .words import Split, plain_words, split_text, subject_action, subject_phrase
 
 # %% ../nbs/method/10_pipeline.ipynb #0cb43de9
 _KEEP = 2 * 10**9  # bytes of results in memory

@@ -18,18 +18,18 @@ from collections.abc import Callable, Sequence
 import torch
 from layerdiffusion.base.core import BadInput, Event, Notice, as_path, check_callback, content_hash, environment, fit_image, fit_points, join_callbacks
 from .base.core import live_preview, load_image, one_writer, pick_device, shielded, to_pil, write_atomic
-from layerdiffusion.embeddings import Split, conditions_of, plain_words, split_text, subject_action, subject_phrase
 from .base.families import FAMILIES
 from .base.folders import read_json, resolve_model
-from .fine_tuning import apply_difference, fine_tune, trainable, union, weight_difference
-from .guidance import turns
+from .fine_tuning import apply_difference, fine_tune, weight_difference
 from layerdiffusion.identity import ACTIONS, SCENERY, change_coat, encode_with, first_vectors, known, load_clip, prior_pictures, prior_texts, propose_source, search_target, typical_coat, with_words, word_objective
 from layerdiffusion.base.masks import check_labels, check_mask, composite, dilate, find_mask, load_sam, mask_from_file, move_subject, to_latent
 from .method import fit_embeddings, interpolate
 from layerdiffusion.interface.saving import EditResult, pictures_beside, check_tensors, clear_checkpoints, patch, photo_info, pixels, read_edit
 from .interface.saving import same_model
 from layerdiffusion.base.sd import PRECISIONS, PREDICTIONS, Models, on_device, check_text, ddim_sample, decode_latents, encode_image, encode_text, half, initial_latents, load_models, optimise, unet_on_cpu, pick_precision, quiet, speak_float32, use, vae_psnr, with_scheduler
+from .readings import conditions_of, trainable, turns, union
 from .settings import EditConfig, near
+from .words import Split, plain_words, split_text, subject_action, subject_phrase
 _KEEP = 2 * 10 ** 9
 
 def held(x, seen: dict | None=None) -> int:

@@ -86,9 +86,9 @@ MUTANTS = [
         "default",
     ),
     # Eq. 2 and 3: the words
-    loop("Eq. 2 on the subject", "embeddings", "background=(1 - mask, 1 - mask)", "background=(mask, mask)", "default"),
-    loop("the branches swapped", "embeddings", "branch=(mask, 1 - mask)", "branch=(1 - mask, mask)", "passes"),
-    loop("the place begins", "embeddings", "[both[step % 2]]", "[both[1 - step % 2]]", "alternation"),
+    loop("Eq. 2 on the subject", "readings", "background=(1 - mask, 1 - mask)", "background=(mask, mask)", "default"),
+    loop("the branches swapped", "readings", "branch=(mask, 1 - mask)", "branch=(1 - mask, mask)", "passes"),
+    loop("the place begins", "readings", "[both[step % 2]]", "[both[1 - step % 2]]", "alternation"),
     loop(
         "Eq. 2 on the reference",
         "pipeline",
@@ -151,7 +151,7 @@ MUTANTS = [
     ),
     way(
         "where both masks are",
-        "fine_tuning",
+        "readings",
         "broadcast_tensors(*masks)).amax(0)",
         "broadcast_tensors(*masks)).amin(0)",
         "in_the_reference",
@@ -190,12 +190,12 @@ MUTANTS = [
     ),
     way(
         "LoRA without a seed",
-        "fine_tuning",
+        "readings",
         "torch.randn(rank, columns, generator=generator)",
         "torch.randn(rank, columns)",
         "setting_seed",
     ),
-    way("half of the attention", "fine_tuning", 'if ".attn" in name', 'if ".attn1" in name', "weights_move"),
+    way("half of the attention", "readings", 'if ".attn" in name', 'if ".attn1" in name', "weights_move"),
     way("the change taken off", "fine_tuning", ".float() + change", ".float() - change", "begin_with"),
     loop("the change's sign", "fine_tuning", "weight - base[name]", "base[name] - weight", "default"),
     way(
@@ -216,13 +216,13 @@ MUTANTS = [
     ),
     loop(
         "the mix begins",
-        "guidance",
+        "readings",
         'take_turns(e_a, e_opt) if first == "object" else take_turns(e_opt, e_a)',
         'take_turns(e_opt, e_a) if first == "object" else take_turns(e_a, e_opt)',
         "default",
     ),
     loop("odd for even", "method", "e_a if i % 2 == 0", "e_a if i % 2 == 1", "default"),
-    loop("whose parity", "guidance", 'condition if index == "loop"', 'condition if index != "loop"', "timestep"),
+    loop("whose parity", "readings", 'condition if index == "loop"', 'condition if index != "loop"', "timestep"),
     loop(
         "never the mix first", "pipeline", "config.eq8_index, config.eq8_first)", 'config.eq8_index, "object")', "mix"
     ),

@@ -263,7 +263,7 @@ def test_imagic_without_fitting_is_plain_drawing(models, edit, eta):
 
 def test_imagic_fits(models, edit):
     "Words and U-Net move, each stage lowers its own loss on fixed draws, and η mixes linearly, beyond 1 too."
-    from layerdiffusion.embeddings import _evaluate_embedding
+    from layerdiffusion.readings import _evaluate_embedding
 
     recipe = _imagic_recipe(embedding_steps=40, tuning_steps=40, tuning_lr=2e-5)
     fit = _imagic_fit(models, edit.image, edit.text, recipe)

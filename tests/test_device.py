@@ -31,12 +31,12 @@ class OneDevice(TorchDispatchMode):
 
 
 def made(stage, folder):
-    from layerdiffusion.mini.training import STAGES, _build_vae
+    from layerdiffusion.mini.training import _STAGES, _build_vae
 
     if not (folder / "vae").exists():
         _build_vae().save_pretrained(folder / "vae")
     kw = dict(vae=folder / "vae") if stage in ("decoder", "diffusion", "subject", "judge") else {}
-    return STAGES[stage](level=0.5, **kw)
+    return _STAGES[stage](level=0.5, **kw)
 
 
 @pytest.mark.parametrize("stage", ["vae", "sam", "clip", "judge", "subject"])

@@ -133,7 +133,7 @@ def test_the_finished_picture_as_predicted_on_the_way(method, plain, scene):
 
 def test_descent_goes_down(method, scene):
     "More steps, a smaller loss on the same draws, in both trainings."
-    from layerdiffusion.embeddings import _evaluate_embedding
+    from layerdiffusion.readings import _evaluate_embedding
     from layerdiffusion.fine_tuning import apply_difference
     from dataclasses import replace
 
@@ -177,7 +177,7 @@ def test_the_setting_seed_decides_every_draw_but_the_first_noise(method, scene):
 
 
 def trained(kind, models, seed=0, rank=8):
-    from layerdiffusion.fine_tuning import trainable
+    from layerdiffusion.readings import trainable
     from layerdiffusion.base.sd import copy_unet
 
     return trainable(copy_unet(models.unet), kind, rank, seed)

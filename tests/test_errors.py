@@ -12,7 +12,7 @@ import layerdiffusion
 from layerdiffusion import BadInput, BadModel, BadPicture, LayerDiffusion, LayerDiffusionError, OutOfMemory
 from layerdiffusion.base import core
 from layerdiffusion.base.core import _LOADING, check_callback, join_callbacks, load_image
-from layerdiffusion.fine_tuning import trainable
+from layerdiffusion.readings import trainable
 from layerdiffusion.base.folders import resolve_model
 from layerdiffusion.base.masks import load_sam, mask_from_file
 from layerdiffusion.base.memory import run_in

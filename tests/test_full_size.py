@@ -296,7 +296,7 @@ def test_everything_is_on_the_gpu():
     from pathlib import Path
     import torch
     from diffusers import DDIMScheduler
-    from layerdiffusion.fine_tuning import trainable
+    from layerdiffusion.readings import trainable
     from layerdiffusion.evidence.full_size import _build_parts, clip_tokenizer, _sd_configs
     from layerdiffusion.base.memory import _shapes_only
     from layerdiffusion.method import layered_loss, noise_loss, sample_noise_and_t, stack_layers

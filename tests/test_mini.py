@@ -14,12 +14,12 @@ def written(tmp_path_factory):
     "A folder from a run of untrained stages; and the untrained stages."
     import torch
     from torch.optim.swa_utils import AveragedModel
-    from layerdiffusion.mini.training import STAGES, _build_vae, _save_checkpoint, _write_mini
+    from layerdiffusion.mini.training import _STAGES, _build_vae, _save_checkpoint, _write_mini
 
     run, out = tmp_path_factory.mktemp("run"), tmp_path_factory.mktemp("models") / "mine"
     _build_vae().half().save_pretrained(run / "vae_folder")
     stages = {
-        stage: STAGES[stage](**(dict(vae=run / "vae_folder") if stage == "diffusion" else {}))
+        stage: _STAGES[stage](**(dict(vae=run / "vae_folder") if stage == "diffusion" else {}))
         for stage in ("diffusion", "sam", "clip", "judge")
     }
     for stage, objective in stages.items():
@@ -190,10 +190,10 @@ def test_the_app_ticks_no_ghost(monkeypatch):
     import torch
     from types import SimpleNamespace as Some
     from layerdiffusion.interface import app
-    from layerdiffusion.mini.judge import QUESTIONS
+    from layerdiffusion.mini.judge import _QUESTIONS
 
     def answers(logit, **said):
-        return lambda x: {q: logit * torch.eye(n)[[said.get(q, 1)] * len(x)] for q, n in QUESTIONS.items()}
+        return lambda x: {q: logit * torch.eye(n)[[said.get(q, 1)] * len(x)] for q, n in _QUESTIONS.items()}
 
     judge = torch.nn.Module()
     judge.forward = answers(9, whole=0)
@@ -312,7 +312,7 @@ def test_the_judge_learns_what_is_broken():
     """The first third of a batch is; right answers about it cost less than wrong ones, and what an animal is called
     there costs nothing."""
     import torch
-    from layerdiffusion.mini.judge import QUESTIONS
+    from layerdiffusion.mini.judge import _QUESTIONS
     from layerdiffusion.mini.training import _JudgeObjective, _draw_scenes
 
     o = _JudgeObjective()
@@ -322,7 +322,7 @@ def test_the_judge_learns_what_is_broken():
 
     def loss(whole, species=None):
         def judge(x):
-            say = {q: torch.zeros(24, n) for q, n in QUESTIONS.items()}
+            say = {q: torch.zeros(24, n) for q, n in _QUESTIONS.items()}
             say["whole"] = 9.0 * torch.eye(2)[whole.long()]
             if species is not None:
                 say["species"] = 9.0 * torch.eye(3)[species]
@@ -439,8 +439,8 @@ def test_labelled_pictures(tmp_path):
     import json
     import torch
     from layerdiffusion.base.core import BadInput
-    from layerdiffusion.mini.judge import QUESTIONS
-    from layerdiffusion.mini.training import _agrees, check_labelled, _load_labels, _save_labels
+    from layerdiffusion.mini.judge import _QUESTIONS
+    from layerdiffusion.mini.training import _agrees, _check_labelled, _load_labels, _save_labels
 
     images = (torch.rand(5, 3, 64, 64) * 255).round() / 255
     dog = dict(present=True, whole=True, species="dog", pose="sitting", place="snow")
@@ -454,7 +454,7 @@ def test_labelled_pictures(tmp_path):
     _save_labels(tmp_path / "labels.json", images, labels, ncols=3, by="a test")
     again, read = _load_labels(tmp_path / "labels.json")
     assert torch.allclose(again, images, atol=1e-3) and read == labels
-    answers = {q: torch.zeros(5).long() for q in QUESTIONS} | dict(
+    answers = {q: torch.zeros(5).long() for q in _QUESTIONS} | dict(
         present=torch.tensor([1, 1, 1, 1, 0]),
         whole=torch.tensor([1, 1, 1, 0, 1]),
         pose=torch.ones(5).long(),
@@ -463,8 +463,8 @@ def test_labelled_pictures(tmp_path):
     assert _agrees(answers, labels).tolist() == [True, False, True, True, True]
     assert _agrees(answers | dict(whole=torch.ones(5).long()), labels).tolist() == [True, False, True, False, True]
     judge = torch.nn.Module()
-    judge.forward = lambda x: {q: torch.eye(QUESTIONS[q])[a] for q, a in answers.items()}
-    rows = check_labelled(judge, tmp_path / "labels.json")
+    judge.forward = lambda x: {q: torch.eye(_QUESTIONS[q])[a] for q, a in answers.items()}
+    rows = _check_labelled(judge, tmp_path / "labels.json")
     assert [(r["gate"], r["value"], r["n"]) for r in rows] == [
         ("judge_labels: generated", 0.75, 4),
         ("judge_labels: broken", 1.0, 1),
@@ -475,7 +475,7 @@ def test_labelled_pictures(tmp_path):
     (tmp_path / "labels.json").write_text(json.dumps(record | dict(labels=labels * 3)))
     with pytest.raises(BadInput, match="15 labels, but labels.png shows 6"):
         _load_labels(tmp_path / "labels.json")
-    assert check_labelled(judge, tmp_path / "none.json") == []
+    assert _check_labelled(judge, tmp_path / "none.json") == []
 
 
 def test_the_pinned_pictures(monkeypatch):
@@ -487,7 +487,7 @@ def test_the_pinned_pictures(monkeypatch):
 
     import torch
     from layerdiffusion.base.core import package_folder
-    from layerdiffusion.mini.judge import ANSWERS, QUESTIONS
+    from layerdiffusion.mini.judge import ANSWERS, _QUESTIONS
     from layerdiffusion.mini.training import _agrees, _load_labels
 
     monkeypatch.syspath_prepend(str(Path(__file__).parent))
@@ -502,7 +502,7 @@ def test_the_pinned_pictures(monkeypatch):
     assert not any(label["whole"] for label in broken) and 50 <= sum(label["whole"] for label in drawn) < 60
     for q in ("species", "pose", "place"):
         assert {label[q] for label in drawn} == {label[q] for label in broken} == set(ANSWERS[q])
-    answers = {q: torch.zeros(120).long() for q in QUESTIONS} | dict(
+    answers = {q: torch.zeros(120).long() for q in _QUESTIONS} | dict(
         present=torch.ones(120).long(),
         **{
             q: torch.tensor([ANSWERS[q].index(label[q]) for label in labels])
@@ -551,16 +551,16 @@ def test_what_is_said_is_counted(monkeypatch):
     none finds none."""
     import torch
     from layerdiffusion.mini import training as mini
-    from layerdiffusion.mini.judge import QUESTIONS, truths
+    from layerdiffusion.mini.judge import _QUESTIONS, truths
 
     monkeypatch.setattr(mini, "draw", lambda models, texts, *_: torch.zeros(len(texts), 3, 64, 64))
     true = truths(mini._combinations(0.0, 1, size=0))
 
     class Seer(torch.nn.Module):
-        heads = QUESTIONS
+        heads = _QUESTIONS
 
         def forward(self, x):
-            return {q: torch.eye(n)[true[q][0] if self.sees else (true[q][0] - 1) % n] for q, n in QUESTIONS.items()}
+            return {q: torch.eye(n)[true[q][0] if self.sees else (true[q][0] - 1) % n] for q, n in _QUESTIONS.items()}
 
     for sees in (True, False):
         judge = Seer()

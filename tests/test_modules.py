@@ -94,7 +94,7 @@ def test_imports_only_earlier_pages(module):
 
 
 ROOMS = dict(  # who may import whom; "" is the method and its public class
-    base=["base", "method", "settings", "fine_tuning"],
+    base=["base", "method", "settings", "fine_tuning", "readings"],
     interface=["base", "", "interface", "mini", "evidence"],
     mini=["base", "", "mini"],
     evidence=["base", "", "mini", "interface", "evidence"],
@@ -250,7 +250,7 @@ for name in {rooms}: importlib.import_module("layerdiffusion." + name)
 print(sorted(n for n in sys.modules if n.startswith("layerdiffusion.") and n.rpartition(".")[2] in {toys}))
 """
 PAPER_ROOMS = (
-    "core folders sd method masks words embeddings fine_tuning guidance identity settings saving pipeline memory "
+    "core folders sd method masks words readings fine_tuning identity settings saving pipeline memory "
     "canvas app cli"
 )
 

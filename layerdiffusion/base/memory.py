@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
 from .core import BadInput, OutOfMemory, one_loader
-from ..fine_tuning import trainable
+from ..readings import trainable
 from .families import FAMILIES, LowRank
 from ..method import embedding_loss, guided_noise, layered_loss, noise_loss
 from .sd import How, Models, speak_float32, use

@@ -677,7 +677,7 @@ def compare(record: dict, a: str, b: str, field: str = "valid", least: float = 0
         if low > least
         else "no"
         if high <= least
-        else "not to be told"
+        else "undecided"
     )
     range_ = "" if n < _FEW else f" [{low:+.2f}, {high:+.2f}]"
     by = f" by {least:g}" if least else ""

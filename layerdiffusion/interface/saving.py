@@ -40,7 +40,7 @@ from layerdiffusion.base.core import (
 )
 from ..words import Split
 from ..fine_tuning import apply_difference, changed, check_rank, left_out, low_rank, thin
-from ..guidance import turns
+from ..readings import turns
 from ..base.masks import dilate, overlay
 from ..method import interpolate
 from ..base.sd import Models, encode_text, quiet, timesteps, with_scheduler

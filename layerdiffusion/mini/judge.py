@@ -47,7 +47,7 @@ from layerdiffusion.mini.world import (
 _FIRST = ("present", "species", "pose", "place", "colour", "pattern", "accessory")
 ANSWERS = {k: VALUES[k] for k in _FIRST} | {mark: [False, True] for mark in MARKS}
 ANSWERS |= dict(second_hue=SHADES, second_light=["dark", "middle", "pale"], whole=[False, True])
-QUESTIONS = {k: len(v) for k, v in ANSWERS.items()}
+_QUESTIONS = {k: len(v) for k, v in ANSWERS.items()}
 
 # %% ../../nbs/mini/11_judge.ipynb #894f5dfc
 _WHERE = dict(saddle=("body",), belly=("body",), socks=("leg", "far"), tail_tip=("tail_tip",))
@@ -131,14 +131,14 @@ class _Block(nn.Module):
 class Judge(nn.Module):
     "Pictures (B, 3, H, W) in 0-1 to one row of logits per question."
     def __init__(self, widths: Sequence[int] = (32, 64, 128, 192), size: int = 64, hidden: int = 256,
-                 questions: Sequence[str] = tuple(QUESTIONS)  # some of `QUESTIONS`
+                 questions: Sequence[str] = tuple(_QUESTIONS)  # some of `_QUESTIONS`
                 ):
         super().__init__()
         self.config = dict(widths=list(widths), size=size, hidden=hidden, questions=list(questions))
         self.stem = nn.Conv2d(3, widths[0], 5, 2, padding=2)
         self.blocks = nn.Sequential(*[_Block(a, b) for a, b in zip(widths, widths[1:], strict=False)])
         self.hidden = nn.Linear(widths[-1] * (size // 16) ** 2, hidden)
-        self.heads = nn.ModuleDict({k: nn.Linear(hidden, QUESTIONS[k]) for k in questions})
+        self.heads = nn.ModuleDict({k: nn.Linear(hidden, _QUESTIONS[k]) for k in questions})
 
     def forward(self, images):
         x = F.interpolate(images, (self.config["size"],) * 2, mode="bilinear", antialias=True, align_corners=False)
@@ -154,9 +154,9 @@ def load_judge(folder=None) -> Judge:
     if not (folder / "config.json").exists():
         raise BadInput(f"There is no judge in {folder}; give a folder made by write_mini, or none for the shipped one.")
     config = dict(hidden=192, questions=_FIRST) | json.loads((folder / "config.json").read_text())
-    odd = [q for q in config["questions"] if q not in QUESTIONS]
+    odd = [q for q in config["questions"] if q not in _QUESTIONS]
     if odd:
-        raise BadInput(f"The judge in {folder} answers {odd[0]!r}; this version knows {', '.join(QUESTIONS)}.")
+        raise BadInput(f"The judge in {folder} answers {odd[0]!r}; this version knows {', '.join(_QUESTIONS)}.")
     judge = Judge(**config)
     judge.load_state_dict({k: v.float() for k, v in load_file(folder / "model.safetensors").items()})
     return judge.eval().requires_grad_(False)
@@ -423,7 +423,7 @@ def _try_settings(
     return rows
 
 # %% ../../nbs/mini/11_judge.ipynb #6b7fbf34
-def judge_summary(scores: list) -> str:
+def _judge_summary(scores: list) -> str:
     "Valid of n with its interval, as if pictures were independent, and the mean distances."
     k, n = sum(r["valid"] for r in scores), len(scores)
 

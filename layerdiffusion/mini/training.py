@@ -716,7 +716,7 @@ _SAM_CONFIG = dict(
 )
 
 
-def build_sam(config=_SAM_CONFIG):
+def _build_sam(config=_SAM_CONFIG):
     "A `segment_anything.modeling.Sam` from keyword arguments."
     from segment_anything.modeling import ImageEncoderViT, MaskDecoder, PromptEncoder, Sam, TwoWayTransformer
 
@@ -822,7 +822,7 @@ class _SamObjective(nn.Module):
 
     def __init__(self, level=0.0):
         super().__init__()
-        self.sam, self.level = build_sam(), level
+        self.sam, self.level = _build_sam(), level
 
     def predict(self, image, points=None, labels=None, boxes=None):
         "Masks (n, 4, H, W) and their predicted quality by the decoder's own parts, batched over encoded pictures."
@@ -1172,7 +1172,7 @@ def _save_clip(folder, objective):
     objective.tokenizer.save_pretrained(folder)
 
 # %% ../../nbs/mini/12_mini.ipynb #fc955d01
-STAGES = dict(
+_STAGES = dict(
     vae=_VaeObjective,
     decoder=_DecoderObjective,
     sam=_SamObjective,
@@ -1210,7 +1210,7 @@ def _needs(stage, run):
 
 
 def train_stage(
-    stage: str,  # a key of `STAGES`
+    stage: str,  # a key of `_STAGES`
     run="mini-run",  # folder of the run
     device: str = "cpu",
     minutes: float = 1e9,  # stop after this long, at a whole step
@@ -1221,14 +1221,14 @@ def train_stage(
     workers: int | None = None,
 ) -> bool:
     "Train one stage of the mini models; log, sheets and checkpoint are in `run/stage`. Says whether it came to an end."
-    if stage not in STAGES:
-        raise BadInput(f"There is no stage {stage!r}; the stages are {', '.join(STAGES)}.")
+    if stage not in _STAGES:
+        raise BadInput(f"There is no stage {stage!r}; the stages are {', '.join(_STAGES)}.")
     if not 0 <= level <= 1:
         raise BadInput(f"level is {level}; it goes from 0 (simple) to 1 (full).")
     kw = _needs(stage, run)
     if seed < 0:
         raise BadInput(f"seed is {seed}; it must be at least 0.")
-    folder, length = Path(run) / stage, samples or STAGES[stage].samples
+    folder, length = Path(run) / stage, samples or _STAGES[stage].samples
     if resume and (folder / "checkpoint.safetensors").exists():
         before = _last_record(folder)
         for name, value in dict(seed=seed, level=level).items():
@@ -1237,7 +1237,7 @@ def train_stage(
                     f"The run in {folder} has {name} {before[name]}, not {value}; "
                     "give that, another folder, or --no-resume to begin anew."
                 )
-    make = functools.partial(STAGES[stage], level=level, **kw)
+    make = functools.partial(_STAGES[stage], level=level, **kw)
     with one_writer(folder):
         train(make, folder, length, device, workers, minutes=minutes, resume=resume, seed=seed)
         write_json(
@@ -1269,7 +1269,7 @@ def _write_mini(
     "Collect the averaged weights of all stages of a run into a model folder, with its card."
 
     def trained(stage, **kw):
-        objective = STAGES[stage](**kw)
+        objective = _STAGES[stage](**kw)
         _averaged(Path(run) / stage / "checkpoint.safetensors", objective)
         return objective
 
@@ -1295,7 +1295,7 @@ def train_all(
     **settings,  # see `train_stage`
 ) -> Path | None:  # the models' folder; None: it was stopped before the end
     "Every stage of the recipe in its order, and the folder of the models."
-    for stage in STAGES:
+    for stage in _STAGES:
         if not train_stage(stage, run, **settings):
             return None
     _write_mini(run, Path(run) / "model")
@@ -1594,7 +1594,7 @@ def _agrees(answers: dict, labels: list) -> torch.Tensor:  # (n,) bool
     return torch.tensor(out)
 
 
-def check_labelled(judge, file):
+def _check_labelled(judge, file):
     "Labelled pictures: agreement with the labels, broken ones that do not pass, whole ones that do; no list, no rows."
     if not Path(file).exists():
         return []
@@ -1637,7 +1637,7 @@ def check_mini(
     )
     if quick:
         rows = [r | dict(quick=True) for r in rows]
-    return rows + check_labelled(judge, folder / "labels.json")
+    return rows + _check_labelled(judge, folder / "labels.json")
 
 # %% ../../nbs/mini/12_mini.ipynb #222e84b3
 def _verdict(row) -> str:

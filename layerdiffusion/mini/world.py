@@ -21,7 +21,7 @@ _SPECIES = ["dog", "cat", "rabbit"]
 _POSES = ["standing", "sitting", "lying", "jumping"]
 _PATTERNS = ["plain", "spotted", "striped"]
 _ACCESSORIES = ["nothing", "hat", "scarf"]
-SIZES = ["medium", "small", "large"]
+_SIZES = ["medium", "small", "large"]
 
 # %% ../../nbs/mini/01_world.ipynb #004b32f1
 COLOURS = dict(white=(.93, .92, .89), grey=(.58, .59, .61), black=(.20, .19, .23), brown=(.47, .29, .16),
@@ -48,7 +48,7 @@ class Scenes:
     colour: torch.Tensor     # (B,) index into `COLOURS`
     pattern: torch.Tensor    # (B,) index into `_PATTERNS`
     accessory: torch.Tensor  # (B,) index into `_ACCESSORIES`
-    size: torch.Tensor       # (B,) index into `SIZES`
+    size: torch.Tensor       # (B,) index into `_SIZES`
     place: torch.Tensor      # (B,) index into `PLACES`
     present: torch.Tensor    # (B,) bool, False: a place with nobody in it
     look: torch.Tensor       # (B, 16) unsaid identity, 0-1, named by `TRAITS`
@@ -121,7 +121,7 @@ VALUES = dict(
     colour=list(COLOURS),
     pattern=_PATTERNS,
     accessory=_ACCESSORIES,
-    size=SIZES,
+    size=_SIZES,
     place=list(PLACES),
     present=[False, True],
 )
@@ -767,7 +767,7 @@ def captions(scenes: Scenes, generator: torch.Generator,
 # %% ../../nbs/mini/01_world.ipynb #730621f7
 def world_words() -> list:
     "Every word a caption of this world can use, sorted."
-    said = _SPECIES + _POSES + _PATTERNS + _ACCESSORIES + SIZES + list(COLOURS)
+    said = _SPECIES + _POSES + _PATTERNS + _ACCESSORIES + _SIZES + list(COLOURS)
     said += [w for ws in PLACES.values() for w in ws]
     said += SHADES + list(MARKS.values()) + [w for ws in _BUILD.values() for w in ws]
     said += ["a an photo of with and the sun moon palm cactus tall pine on left right facing dark pale"]
