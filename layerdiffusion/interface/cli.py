@@ -923,13 +923,13 @@ def _examples(
         _announce(str(out / f"{name}.png") if out else f"example:{name}")
 
 # %% ../../nbs/interface/30_cli.ipynb #a6968386
-TRAINING_STAGES = ("all", "vae", "decoder", "sam", "clip", "judge", "diffusion", "subject")
+_TRAINING_STAGES = ("all", "vae", "decoder", "sam", "clip", "judge", "diffusion", "subject")
 
 
 @app.command("train-mini", no_args_is_help=True, epilog="The whole recipe:  layerdiffusion train-mini all")
 def _train_mini(
     stage: Annotated[
-        Literal[TRAINING_STAGES],
+        Literal[_TRAINING_STAGES],
         typer.Argument(
             help="Which part: vae first, then the others; all: the whole recipe, and the folder of the models in "
             "DIR/model."
