@@ -41,14 +41,14 @@ def stream(name: str, index: int = 0) -> torch.Generator:
     "A generator for draw `index` of the stream `name`; different names give unrelated draws."
     return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(f"{name}:{index}".encode()).digest()[:7], "big"))
 
-# %% ../nbs/base/02_sd.ipynb #7b1465da
+# %% ../nbs/method/02_diffusion.ipynb #7b1465da
 def embed_text(tokenizer, text_encoder, texts: list) -> Tensor:
     "Text embeddings e (B, L, D): the text encoder's last hidden state."
     length = min(tokenizer.model_max_length, text_encoder.config.max_position_embeddings)
     ids = tokenizer(texts, padding="max_length", max_length=length, return_tensors="pt").input_ids
     return text_encoder(ids.to(text_encoder.device)).last_hidden_state
 
-# %% ../nbs/base/02_sd.ipynb #6926af7a
+# %% ../nbs/method/02_diffusion.ipynb #6926af7a
 def to_latents(vae, pictures: Tensor, generator: torch.Generator | None = None) -> Tensor:
     "Latents x_0 (B, C, h, w) of pictures (B, 3, H, W) in 0-1: the posterior's mean, or a draw from it."
     found = vae.encode(pictures * 2 - 1).latent_dist
@@ -58,7 +58,7 @@ def to_pictures(vae, latents: Tensor) -> Tensor:
     "And back: pictures (B, 3, H, W) in 0-1 of latents (B, C, h, w)."
     return (vae.decode(latents / vae.config.scaling_factor).sample.float() / 2 + .5).clamp(0, 1)
 
-# %% ../nbs/base/02_sd.ipynb #913b849d
+# %% ../nbs/method/02_diffusion.ipynb #913b849d
 def signal_and_noise(scheduler, t: int | Tensor, like: Tensor) -> tuple:
     "The roots of ᾱ and 1 − ᾱ at timestep `t`, one or (B,), shaped to multiply `like`; a flow brings its own `root`."
     a = scheduler.alphas_cumprod[torch.as_tensor(t, device=scheduler.alphas_cumprod.device).reshape(-1, 1, 1, 1)]  # ᾱ
@@ -69,14 +69,14 @@ def add_noise(scheduler, latents: Tensor, noise: Tensor, t: int | Tensor) -> Ten
     share, sigma = signal_and_noise(scheduler, t, latents)
     return share * latents + sigma * noise
 
-# %% ../nbs/base/02_sd.ipynb #d96e1067
+# %% ../nbs/method/02_diffusion.ipynb #d96e1067
 def target(scheduler, latents: Tensor, noise: Tensor, t: int | Tensor) -> Tensor:
     "What the U-Net should say about x_t: the noise, the velocity, the picture, or a flow's velocity."
     share, sigma = signal_and_noise(scheduler, t, latents)
     answers = dict(epsilon=noise, v_prediction=share * noise - sigma * latents, sample=latents, flow=noise - latents)
     return answers[scheduler.config.prediction_type]
 
-# %% ../nbs/base/02_sd.ipynb #30430939
+# %% ../nbs/method/02_diffusion.ipynb #30430939
 def masked_error(error: Tensor, mask: Tensor | None = None, scale: str = "all") -> Tensor:
     "The mean of (M · error)² for each of a batch, over `all` latents or the `mask`'s share; M is (B or 1, 1, h, w)."
     if mask is not None and (mask.ndim != 4 or mask.shape[-2:] != error.shape[-2:]):
@@ -85,7 +85,7 @@ def masked_error(error: Tensor, mask: Tensor | None = None, scale: str = "all") 
     each = (mask * error).square().flatten(1).mean(1)
     return each if scale == "all" else each / mask.flatten(1).mean(1).clamp_min(1e-6)
 
-# %% ../nbs/base/02_sd.ipynb #f66667ef
+# %% ../nbs/method/02_diffusion.ipynb #f66667ef
 def noise_loss(unet, scheduler, latents: Tensor, noise: Tensor, timesteps: Tensor, prompt_embeds: Tensor,
                mask: Tensor | None = None, scale: str = "all", reduction: str = "mean") -> Tensor:
     "Eq. 1; with a mask, what Eqs. 2, 4 and 5 take the mean of (see `masked_error`). The reduction `each` gives (B,)."
@@ -95,13 +95,13 @@ def noise_loss(unet, scheduler, latents: Tensor, noise: Tensor, timesteps: Tenso
     each = masked_error((target(scheduler, latents, noise, timesteps) - noise_pred).float(), mask, scale)
     return each.mean() if reduction == "mean" else each
 
-# %% ../nbs/base/02_sd.ipynb #9657dab8
+# %% ../nbs/method/02_diffusion.ipynb #9657dab8
 def sample_noise_and_t(scheduler, shape: Sequence[int], generator: torch.Generator) -> tuple:
     "Noise (B, C, h, w) and timesteps (B,) for one step of training, drawn on the CPU."
     noise = torch.randn(tuple(shape), generator=generator)
     return noise, torch.randint(scheduler.config.num_train_timesteps, (shape[0],), generator=generator)
 
-# %% ../nbs/base/02_sd.ipynb #3321a3f6
+# %% ../nbs/method/02_diffusion.ipynb #3321a3f6
 def gradients(loss: Tensor, params: list):
     "Put the gradients of a loss for `params`, and for nothing else, in their `.grad`."
     for p, g in zip(params, torch.autograd.grad(loss, params, allow_unused=True), strict=True):
@@ -117,12 +117,12 @@ def minimise(loss_fn: Callable, params: list, steps: int, learning_rate: float, 
         gradients(loss, params)
         watch(step, loss, adam.step)
 
-# %% ../nbs/base/02_sd.ipynb #1d13d0dd
+# %% ../nbs/method/02_diffusion.ipynb #1d13d0dd
 def initial_noise(shape: Sequence[int], seeds: Sequence[int]) -> Tensor:
     "Noise of one shape for each seed: what I_T is made of."
     return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(int(seed))) for seed in seeds])
 
-# %% ../nbs/base/02_sd.ipynb #836a62f3
+# %% ../nbs/method/02_diffusion.ipynb #836a62f3
 def guided_noise(unet, latents: Tensor, t, prompt_embeds: Tensor, negative_embeds: Tensor, guidance_scale: float):
     "The U-Net's answer with classifier-free guidance; a scale of 1 is no guidance and costs half."
     said, free = (e.to(latents).expand(len(latents), -1, -1) for e in (prompt_embeds, negative_embeds))
@@ -131,7 +131,7 @@ def guided_noise(unet, latents: Tensor, t, prompt_embeds: Tensor, negative_embed
     free, said = answers[0], answers[-1]
     return free + guidance_scale * (said - free)
 
-# %% ../nbs/base/02_sd.ipynb #b2aa3523
+# %% ../nbs/method/02_diffusion.ipynb #b2aa3523
 @torch.no_grad()
 def denoise(unet, scheduler, latents: Tensor, condition: Callable, negative_embeds: Tensor,
             num_inference_steps: int = 50, guidance_scale: float = 7.5, watch: Callable | None = None) -> Tensor:
