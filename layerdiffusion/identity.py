@@ -19,15 +19,18 @@ import torch
 import torch.nn.functional as F
 
 # %% ../nbs/method/07_identity.ipynb #9c0cacd4
-from .base.core import BadInput, Event, one_loader, package_folder, shielded
+from .base.core import BadInput, Event, one_loader, package_folder, quiet, shielded, to_pil
 from .words import subject_phrase
 from .fine_tuning import apply_difference
+from .base.files import _content
 from .base.folders import check_weights, fetch, read_json
 from .base.masks import propose_subject
 from .method import noise_loss, sample_noise_and_t, stream
 from layerdiffusion.base.sd import (
     Models,
+    _check_keys,
     check_text,
+    copy_unet,
     ddim_sample,
     decode_latents,
     encode_image,
@@ -144,8 +147,10 @@ def subject_weights(models: Models) -> dict | None:
 
 
 def subject_name(models: Models) -> str:
-    "Sixteen hexadecimal digits that name the weights for subject attention; empty where there are none."
-    path = models.folder / "subject" / "model.safetensors"
+    "Sixteen hexadecimal digits that name what subject attention sees through; empty for the model's own layers."
+    adapter, path = models.folder / "ip_adapter", models.folder / "subject" / "model.safetensors"
+    if adapter.is_dir():
+        return hashlib.sha256(b"".join(map(_content, sorted(adapter.iterdir())))).hexdigest()[:16]
     return hashlib.sha256(path.read_bytes()).hexdigest()[:16] if path.is_file() else ""
 
 
@@ -196,6 +201,79 @@ def see_subject(
             seen, bias, scale, part(f"{name}.") if weights else None
         )
     return replace(models, unet=unet)
+
+# %% ../nbs/method/07_identity.ipynb #b09c83a4
+def _portrait(
+    image: torch.Tensor,  # (3, H, W), 0-1
+    mask: torch.Tensor,  # (1, H, W), 0 or 1
+) -> torch.Tensor:  # (3, S, S)
+    "The subject of a photo alone, on grey, in the smallest square."
+    hard = (mask > 0.5).to(image)
+    rows, columns = hard[0].nonzero().T
+    top, left = rows.min(), columns.min()
+    cut = (image * hard + 0.5 * (1 - hard))[:, top : rows.max() + 1, left : columns.max() + 1]
+    (h, w), side = cut.shape[1:], max(cut.shape[1:])
+    x, y = (side - w) // 2, (side - h) // 2
+    return F.pad(cut, (x, side - w - x, y, side - h - y), value=0.5)
+
+# %% ../nbs/method/07_identity.ipynb #fe972a1b
+@torch.no_grad()
+def _see_picture(models: Models, picture: torch.Tensor, scale: float = 1.0) -> tuple:  # (3, S, S), 0-1; 0 or more
+    "The model with its folder's IP-Adapter, and what that has to say (1, N, D) of a picture and of none."
+    from safetensors.torch import load_file
+
+    weights = {"image_proj": {}, "ip_adapter": {}}
+    for name, x in load_file(models.folder / "ip_adapter" / "ip_adapter.safetensors").items():
+        part, _, rest = name.partition(".")
+        weights[part][rest] = x
+    unet = copy_unet(models.unet)
+    with quiet():
+        unet._load_ip_adapter_weights(weights)
+    for processor in unet.attn_processors.values():
+        if hasattr(processor, "to_k_ip"):
+            processor.scale = [scale]
+    project, unet.encoder_hid_proj = unet.encoder_hid_proj, None
+    seen = _look_through(models.folder / "ip_adapter" / "image_encoder", picture, "latents" in weights["image_proj"])
+    tokens = [project([x[None].to(unet.device, unet.dtype)])[0][0].float() for x in seen]
+    count = tokens[0].shape[1]
+
+    def part_words(unet, args):
+        x, t, e = args
+        return x, t, (e[:, :-count], [e[:, -count:]])
+
+    unet.register_forward_pre_hook(part_words)
+    return replace(models, unet=unet), *tokens
+
+
+def _look_through(folder: Path, picture: torch.Tensor, places: bool) -> list:  # what a Plus reads, or one vector
+    "What an image encoder says of a picture, and of none."
+    from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection
+
+    with quiet():
+        encoder, info = CLIPVisionModelWithProjection.from_pretrained(
+            folder, dtype=torch.float32, use_safetensors=True, output_loading_info=True
+        )
+    _check_keys(encoder, info | dict(unexpected_keys=[]), folder)
+    size = encoder.config.image_size
+    x = CLIPImageProcessor(size=size, crop_size=size)(to_pil(picture), return_tensors="pt").pixel_values
+    if places:
+        return [encoder.eval()(p, output_hidden_states=True).hidden_states[-2] for p in (x, torch.zeros_like(x))]
+    said = encoder.eval()(x).image_embeds
+    return [said, torch.zeros_like(said)]
+
+# %% ../nbs/method/07_identity.ipynb #dbb3db75
+def _in_sight(
+    models: Models,
+    image: torch.Tensor,  # (3, H, W), 0-1
+    mask: torch.Tensor,  # (1, H, W), 0 or 1
+    scale: float,  # 0 or more
+    embeds: Sequence[torch.Tensor],  # (1, L, D) each: of a text and of the one that guidance leads away from
+) -> tuple:  # models, embeds
+    "What to draw with, and under which words, in sight of a photo's subject."
+    if models.folder and (models.folder / "ip_adapter").is_dir():
+        models, *tokens = _see_picture(models, _portrait(image, mask), scale)
+        return models, [torch.cat([e, x.to(e)], 1) for e, x in zip(embeds, tokens, strict=True)]
+    return see_subject(models, cut_out(models, image, mask), scale, subject_weights(models)), embeds
 
 # %% ../nbs/method/07_identity.ipynb #fa2c41be
 _DIRECTIONS = shielded(
@@ -291,7 +369,7 @@ def search_target(
     g, begin, wanted = stream("target search", seed), time.perf_counter(), palette(image, mask)
     embeds, free = encode_text(models, text), encode_text(models, negative_prompt)
     if subject_scale:
-        models = see_subject(models, cut_out(models, image, mask), subject_scale, subject_weights(models))
+        models, (embeds, free) = _in_sight(models, image, mask, subject_scale, (embeds, free))
     best, history, each = [], [], draws * 2 // 3 // max(len(spreads), 1)
     shape = initial_latents(models, [0], *image.shape[-2:]).shape[1:]
     for spread in (1.0, *spreads):

@@ -527,3 +527,188 @@ def test_a_wrong_later_sam(later, tmp_path):
     folder = copy("relative")
     (folder / "config.json").write_text(json.dumps(dict(model_type="sam_hq")))
     assert "sam_hq" in (sentence := said(load_sam, folder)) and "sam2" in sentence
+
+
+# IP-Adapters
+
+
+def plus(width, words):
+    "The projection of a Plus, by its published names: places of the picture are asked by four queries."
+    shapes = dict(latents=(1, 4, 64), **{"proj_in.weight": (64, width), "proj_out.weight": (words, 64)})
+    shapes |= {"proj_in.bias": (64,), "proj_out.bias": (words,), "norm_out.weight": (words,), "norm_out.bias": (words,)}
+    for layer in (f"layers.{i}" for i in range(4)):
+        shapes |= {f"{layer}.0.to_q.weight": (64, 64), f"{layer}.0.to_kv.weight": (128, 64)}
+        shapes |= {f"{layer}.0.to_out.weight": (64, 64), f"{layer}.1.1.weight": (256, 64)}
+        shapes |= {f"{layer}.1.3.weight": (64, 256)}
+        norms = [f"{layer}.{n}.{k}" for n in ("0.norm1", "0.norm2", "1.0") for k in ("weight", "bias")]
+        shapes |= {name: (64,) for name in norms}
+    return shapes
+
+
+def adapter_for(folder, to, kind="plain"):
+    "An IP-Adapter with random weights for the model in a folder, as h94/IP-Adapter has them, and its image encoder."
+    from diffusers import UNet2DConditionModel
+    from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+
+    with torch.device("meta"):
+        unet = UNet2DConditionModel.from_config(json.loads((folder / "unet" / "config.json").read_text()))
+    words = unet.config.cross_attention_dim
+    four = {"proj.weight": (4 * words, 24), "proj.bias": (4 * words,), "norm.weight": (words,), "norm.bias": (words,)}
+    shapes = {f"image_proj.{n}": s for n, s in (plus(32, words) if kind == "plus" else four).items()}
+    for i, name in enumerate(unet.attn_processors):
+        if "attn2" in name:
+            rows = unet.get_submodule(name.removesuffix(".processor")).to_k.weight.shape
+            shapes |= {f"ip_adapter.{i}.to_{k}_ip.weight": tuple(rows) for k in "kv"}
+    g = torch.Generator().manual_seed(0)
+    tensors = {n: torch.randn(s, generator=g) / (s[-1] ** 0.5 if len(s) == 2 else 1) for n, s in shapes.items()}
+    (to / "models").mkdir(parents=True)
+    save_file(tensors, to / "models" / "ip-adapter_sd15.safetensors")
+    size = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, projection_dim=24)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        encoder = CLIPVisionModelWithProjection(CLIPVisionConfig(image_size=32, patch_size=8, **size))
+    encoder.save_pretrained(to / "models" / "image_encoder")
+    return to
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory):
+    return adapter_for(MINI, tmp_path_factory.mktemp("adapter") / "IP-Adapter")
+
+
+@pytest.fixture(scope="module")
+def photo():
+    "A picture and its subject, which is beside the middle."
+    mask = torch.zeros(1, 64, 64)
+    mask[:, 8:40, 4:28] = 1
+    return torch.rand(3, 64, 64, generator=torch.Generator().manual_seed(1)), mask
+
+
+def seen(models, photo, scale, steps=3):
+    "Latents of a text, drawn in sight of a photo's subject; and the noise they began with."
+    from layerdiffusion.base.sd import ddim_sample, encode_text, initial_latents
+    from layerdiffusion.identity import _in_sight
+
+    embeds, noise = [encode_text(models, words) for words in ("a dog", "a cat")], initial_latents(models, [0, 1])
+    sees, embeds = _in_sight(models, *photo, scale, embeds) if scale is not None else (models, embeds)
+    return ddim_sample(sees, *embeds, noise, steps, 4.0), noise
+
+
+@pytest.mark.parametrize("kind", ["plain", "plus"])
+def test_an_ip_adapter_draws_what_diffusers_draws(tmp_path, photo, kind):
+    "Its own pipeline, with `load_ip_adapter` and the subject as the picture, guided away from other words."
+    from diffusers import StableDiffusionPipeline
+
+    from layerdiffusion.base.core import to_pil
+    from layerdiffusion.base.sd import load_models
+    from layerdiffusion.identity import _portrait
+
+    root = adapter_for(MINI, tmp_path / "IP-Adapter", kind)
+    models = load_models(model_folder("mini", ip_adapter=root))
+    ours, noise = seen(models, photo, 0.6)
+    pipe = StableDiffusionPipeline.from_pretrained(MINI)
+    pipe.load_ip_adapter(str(root), subfolder="models", weight_name="ip-adapter_sd15.safetensors")
+    pipe.set_ip_adapter_scale(0.6)
+    pipe.scheduler = models.scheduler
+    how = dict(num_images_per_prompt=2, num_inference_steps=3, guidance_scale=4.0, output_type="latent", latents=noise)
+    theirs = pipe("a dog", negative_prompt="a cat", ip_adapter_image=to_pil(_portrait(*photo)), **how).images
+    assert (ours - theirs).abs().max() < 1e-5
+    assert (ours - seen(models, photo, None)[0]).abs().mean() > 1e-2
+
+
+def test_what_an_ip_adapter_sees(adapter, photo):
+    "The subject and not what is beside it, the more the larger the scale, and nothing at a scale of 0."
+    from layerdiffusion.base.sd import load_models
+    from layerdiffusion.identity import _portrait
+
+    models, (image, mask) = load_models(model_folder("mini", ip_adapter=adapter)), photo
+    before = models.unet.state_dict().keys()
+    alone, one = seen(models, photo, None, 1)[0], seen(models, photo, 1.0, 1)[0]
+    assert torch.allclose(seen(models, photo, 0.0, 1)[0], alone, atol=1e-5)
+    assert torch.equal(seen(models, (image * mask, mask), 1.0, 1)[0], one)
+    assert (seen(models, (image.flip(0) * mask, mask), 1.0, 1)[0] - one).abs().mean() > 1e-4
+    assert (seen(models, (image, 1 - mask), 1.0, 1)[0] - one).abs().mean() > 1e-4
+    off = [(x - alone).abs().mean() for x in (seen(models, photo, 0.1, 1)[0], one)]
+    assert off[1] > off[0] > 1e-3
+    assert models.unet.state_dict().keys() == before and models.unet.encoder_hid_proj is None
+    square = _portrait(image, mask)
+    assert square.shape == (3, 32, 32) and torch.equal(square[:, :, 4:28], image[:, 8:40, 4:28])
+    assert (square[:, :, :4] == 0.5).all() and (square[:, :, 28:] == 0.5).all()
+
+
+def test_a_target_in_sight_through_an_ip_adapter(adapter, photo, tmp_path):
+    "The search draws with it, not with mini's own matrices; records are named after what is inside of it."
+    from layerdiffusion.base.masks import load_sam
+    from layerdiffusion.base.sd import ddim_sample, decode_latents, encode_text, load_models
+    from layerdiffusion.identity import _in_sight, search_target, subject_name
+    from layerdiffusion.method import stream
+
+    mini, models = load_models("mini"), load_models(model_folder("mini", ip_adapter=adapter))
+    noise = torch.randn(1, 4, 16, 16, generator=stream("target search", 0))
+    sees, embeds = _in_sight(models, *photo, 0.5, [encode_text(models, words) for words in ("a dog", "")])
+    drawn = decode_latents(models, ddim_sample(sees, *embeds, noise, 8, 1.5))[0]
+    how = dict(draws=1, spreads=(), sampling_steps=8)
+    ours, own = (search_target(m, load_sam(), "a dog", *photo, subject_scale=0.5, **how)[0] for m in (models, mini))
+    assert torch.allclose(ours, drawn, atol=1e-5) and (own - drawn).abs().mean() > 1e-3
+    other = Path(shutil.copytree(adapter, tmp_path / "other"))
+    change(other, lambda t: t.update({"image_proj.proj.bias": t["image_proj.proj.bias"] + 1}))
+    names = [subject_name(m) for m in (mini, models, load_models(model_folder("mini", ip_adapter=other)))]
+    assert len(set(names)) == 3 and all(re.fullmatch("[0-9a-f]{16}", name) for name in names)
+    again = model_folder(models.folder, ip_adapter=other)  # in place of the one that is there
+    assert subject_name(load_models(again)) == names[2] and model_folder("mini", ip_adapter=adapter) == models.folder
+
+
+def change(root, f):
+    "Other tensors in an adapter."
+    file = root / "models" / "ip-adapter_sd15.safetensors"
+    tensors = load_file(file)
+    f(tensors)
+    save_file(tensors, file)
+
+
+def test_a_wrong_ip_adapter(adapter, small, lora, tmp_path):
+    "For another model, without its image encoder or with another one, of another kind, several, none."
+    sentence = said(model_folder, small, ip_adapter=adapter)
+    assert "ip-adapter_sd15.safetensors" in sentence and "family" in sentence and "layers" in sentence
+    assert "nowhere" in said(model_folder, "mini", ip_adapter="nowhere")
+    assert "is a LoRA" in said(model_folder, "mini", ip_adapter=lora)
+    assert "--ip-adapter" in said(model_folder, "mini", loras=[adapter / "models" / "ip-adapter_sd15.safetensors"])
+    assert "holds no ip-adapter" in said(model_folder, "mini", ip_adapter=MINI)
+    (tmp_path / "adapter.bin").touch()
+    assert "adapter.bin" in said(model_folder, "mini", ip_adapter=tmp_path / "adapter.bin")
+    for name, f, words in (
+        ("blind", lambda p: shutil.rmtree(p / "models" / "image_encoder"), ["image_encoder/config.json", "get that"]),
+        ("half", lambda p: (p / "models/image_encoder/model.safetensors").write_bytes(b"12345678"), ["model.safetens"]),
+        ("face", lambda p: change(p, lambda t: t.pop("image_proj.proj.weight")), ["FaceID", "plain one"]),
+        ("other", lambda p: wider(p / "models/image_encoder/config.json"), ["projection_dim 99", "takes 24"]),
+        ("two", lambda p: twice(p / "models"), ["ip-adapter-a", "ip-adapter-b", "the file of one"]),
+    ):
+        copy = Path(shutil.copytree(adapter, tmp_path / name))
+        f(copy)
+        sentence = said(model_folder, "mini", ip_adapter=copy)
+        assert not [w for w in words if w not in sentence], sentence
+    bare = tmp_path / "two" / "models" / "ip-adapter-a.safetensors"
+    assert model_folder("mini", ip_adapter=bare) == model_folder("mini", ip_adapter=adapter)
+
+
+def wider(file):
+    file.write_text(json.dumps(json.loads(file.read_text()) | dict(projection_dim=99)))
+
+
+def twice(folder):
+    file = folder / "ip-adapter_sd15.safetensors"
+    shutil.copy(file, folder / "ip-adapter-a.safetensors")
+    file.rename(folder / "ip-adapter-b.safetensors")
+
+
+def test_the_command_takes_an_ip_adapter(adapter, tmp_path, capsys, monkeypatch):
+    from layerdiffusion.interface.cli import main
+
+    monkeypatch.chdir(tmp_path)
+    how = ["--embedding-steps", "1", "--tuning-steps", "1", "--steps", "2", "--seeds", "0", "--out", "out"]
+    words = ["edit", "example:dog", "a dog jumping in a forest", "--point", "32,36", "--device", "cpu", *how]
+    assert main([*words, "--ip-adapter", str(adapter)]) == 2
+    assert "--subject-scale" in capsys.readouterr().err and not Path("out").exists()
+    target = ["--object-picture", "target", "--subject-scale", "0.1", "--target-draws", "2"]
+    assert main([*words, "--ip-adapter", str(adapter), *target]) == 0, capsys.readouterr().err
+    assert "mini-" in json.loads(Path("out/edit.json").read_text())["model"] and Path("out/seed-0.png").is_file()

@@ -73,7 +73,8 @@ _VARIANTS = (None, "fp16", "bf16")  # which weights are taken, in this order
 _VOCABULARY = (("tokenizer.json",), ("vocab.json", "merges.txt"))  # what a tokenizer is made of, either
 _PIPELINES = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline",
              "StableDiffusionInpaintPipeline", "StableDiffusionInpaintPipelineLegacy")
-_EXTRA = ("safety_checker", "feature_extractor", "image_encoder", "sam", "clip", "judge", "subject")  # may lie beside
+_EXTRA = ("safety_checker", "feature_extractor", "image_encoder", "sam", "clip", "judge", "subject",
+          "ip_adapter")  # may lie beside
 _FITTING = "this library is for Stable Diffusion 1 and 2, such as CompVis/stable-diffusion-v1-4"
 _ONE_FILE = "StableDiffusionPipeline.from_single_file({!r}).save_pretrained('folder')"
 

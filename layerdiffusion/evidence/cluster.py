@@ -122,10 +122,11 @@ def _connect(address: str | None, cpus: int | None) -> tuple:  # ray, whether it
         raise BadInput("Ray is not installed; pip install 'layerdiffusion[ray]', or take --engine processes.") from None
     if ray.is_initialized():
         return ray, False
-    how = dict(num_cpus=cpus, include_dashboard=False) if address is None else dict(address=address)
+    alone = dict(address="local", num_cpus=cpus, include_dashboard=False)  # beside a cluster that others started here
+    how = alone if address is None else dict(address=address)
     try:
         ray.init(log_to_driver=False, logging_level="ERROR", configure_logging=True, **how)
-    except (ConnectionError, OSError, ValueError, RuntimeError) as e:
+    except Exception as e:  # Ray has no narrower one for a node that comes up too slowly
         why = " ".join(str(e).split())[:150]
         where = f"at {address!r}" if address else "on this machine"
         raise BadInput(f"There is no Ray cluster {where} ({why}); start one with: ray start --head.") from None

@@ -207,6 +207,14 @@ _RUN = [
     ),
     _Opt("vae", str | None, None, "Another autoencoder of the same family: a file or a folder.", metavar="PATH"),
     _Opt(
+        "ip_adapter",
+        str | None,
+        None,
+        "An IP-Adapter: the model that draws O_t sees the photo's subject through it. A folder such as h94/IP-Adapter, "
+        "or a file with image_encoder beside it; with --preset best, or --object-picture target --subject-scale 0.6.",
+        metavar="PATH",
+    ),
+    _Opt(
         "model_config",
         str | None,
         None,
@@ -696,13 +704,23 @@ def prepare(method, text: str, request: dict, config, show: Callable):
 
 # %% ../../nbs/interface/30_cli.ipynb #cfa7ddaa
 def _chosen_model(options: dict) -> str:
-    "The model's name, or the folder that it makes together with LoRAs, an autoencoder or settings."
-    if not (options["lora"] or options["vae"] or options["model_config"]):
+    "The model's name, or the folder that it makes together with LoRAs, an autoencoder, settings or an IP-Adapter."
+    given = [options[name] for name in ("vae", "lora", "model_config", "ip_adapter")]
+    if not any(given):
         return options["model"]
     from layerdiffusion.base.files import model_folder
 
-    given = (options[name] for name in ("vae", "lora", "model_config", "offline"))
+    given.append(options["offline"])
     return str(model_folder(options["model"], *given))
+
+
+def _check_adapter(options: dict, config):
+    "Refuse an IP-Adapter that nothing would look through."
+    if options["ip_adapter"] and (not config.subject_scale or config.object_picture == "input"):
+        raise BadInput(
+            f"--ip-adapter {options['ip_adapter']}: the photo is seen only where O_t is drawn; give --preset best, or "
+            "--object-picture target --subject-scale 0.6."
+        )
 
 
 def _choose_level(method, wanted: str, request: dict, config) -> str:
@@ -838,7 +856,7 @@ def edit(
     request, (settings, earlier) = _read_request(image, options, text), _read_settings(options["config"])
     settings, request = _chosen_settings(ctx, options, settings), request | placement(ctx, options, earlier)
     chosen = settings.pop("preset", None) or options["preset"]
-    preset(chosen, **settings)  # refuses what is wrong before anything is loaded
+    _check_adapter(options, preset(chosen, **settings))  # refuses what is wrong before anything is loaded
     from layerdiffusion.pipeline import LayerDiffusion
     from layerdiffusion.interface.saving import EDIT_FILES, check_edit_folder
 
@@ -1159,7 +1177,7 @@ def editor(
         typer.Option(help="The sentence to begin with. Unset: one that fits the example.", metavar="TEXT"),
     ] = None,
     model: Annotated[str, typer.Option(help=_RUN[0].help, metavar="NAME")] = "mini",
-    sam: Annotated[str | None, typer.Option(help=_RUN[1].help, metavar="NAME")] = None,
+    sam: Annotated[str | None, typer.Option(help=next(o.help for o in _RUN if o.name == "sam"), metavar="NAME")] = None,
     device: Annotated[
         str | None, typer.Option(help="cpu, cuda, cuda:1 or mps. Unset: the fastest there is.", metavar="NAME")
     ] = None,
