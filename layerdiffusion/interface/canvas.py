@@ -268,7 +268,7 @@ def place(
     dy: float = 0.0,  # right and down, in shares of the picture's width and height
     scale: float = 1.0,  # size, 1 is as it is
 ) -> _Prompt:
-    "Where the subject shall go, and how large it shall be."
+    "Where the subject should go, and how large it should be."
     if not (abs(dx) <= 1 and abs(dy) <= 1 and 0.05 <= scale <= 20):
         raise BadInput(
             f"The place is {dx:g}, {dy:g} at scale {scale:g}; both moves are shares from -1 to 1, and the scale is "

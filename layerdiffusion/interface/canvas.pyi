@@ -90,7 +90,7 @@ class _Prompt:
         ...
 
     def place(self, dx: float=0.0, dy: float=0.0, scale: float=1.0) -> _Prompt:
-        """Where the subject shall go, and how large it shall be."""
+        """Where the subject should go, and how large it should be."""
         ...
 
     def undo(self) -> _Prompt:

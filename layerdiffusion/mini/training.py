@@ -1264,7 +1264,7 @@ def _card(run):
 def _write_mini(
     run,
     out,  # folders: of the run, and the model's
-    **card,  # what the card shall say differently
+    **card,  # entries of the card to change
 ):
     "Collect the averaged weights of all stages of a run into a model folder, with its card."
 
