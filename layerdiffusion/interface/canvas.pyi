@@ -1,5 +1,5 @@
 # Made by tests/stubs.py: the classes of the module beside it, whole.
-"""Click on the subject and see what the method takes for it; correct that with points, a box or a brush, and drag the subject elsewhere"""
+"""Click on the subject, see what the method takes for it, correct that, and drag the subject elsewhere"""
 __all__ = ['PromptCanvas']
 import functools
 import io
