@@ -134,7 +134,7 @@ def test_verdicts():
 
     rows = [dict(value=v, low=v - 0.1, high=v + 0.1, bar=0.9) for v in (1.0, 0.95, 0.85, 0.7)]
     assert [_verdict(r) for r in rows] == ["met", "met", "NOT MET", "NOT MET"]
-    assert [_verdict(r | dict(quick=True)) for r in rows] == ["met", "not to be told", "not to be told", "NOT MET"]
+    assert [_verdict(r | dict(quick=True)) for r in rows] == ["met", "undecided", "undecided", "NOT MET"]
 
 
 def test_a_run_goes_on_as_it_began(tmp_path):

@@ -123,7 +123,7 @@ def _inputs(models: Models, batch: int, height: int, width: int, texts: int = 1)
 def _resident(
     *parts,  # modules that will be needed
 ) -> int | None:  # bytes
-    "Memory that this process takes, with all weights of `parts`; None where it cannot be told."
+    "Memory that this process takes, with all weights of `parts`; None where it is not known."
     for p in (p for part in parts if part is not None for p in part.parameters()):
         if p.device.type != "cpu":
             return None
@@ -311,7 +311,7 @@ def gigabytes(n: int) -> str:
 
 
 def _free_memory(device) -> int | None:  # bytes
-    "What a device has left, on a GPU with what this process holds already; None where it cannot be told."
+    "What a device has left, on a GPU with what this process holds already; None where it is not known."
     device = torch.device(device)
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)

@@ -55,7 +55,7 @@ def _guidance_of(models: Models, guidance_scale: float | None) -> float:
 def sdedit(
     models: Models,
     image: torch.Tensor,  # (3, H, W), 0-1
-    text: str,  # what the picture shall show
+    text: str,  # what the picture should show
     *,
     strength: float = 0.8,  # how far up the photo is noised, 0-1
     seeds: Sequence[int] = range(4),  # one picture each
@@ -100,7 +100,7 @@ _RECIPES = dict(
 def _imagic_recipe(
     name: str = "community",  # "paper" or "community"
     card: dict | None = None,  # None: the published rates; `models.card`: scaled by its own, for 1e-3 and 2e-6
-    **changes,  # numbers that shall differ
+    **changes,  # numbers to change
 ) -> dict:
     "Steps, learning rates and η of a recipe."
     if name not in _RECIPES:
@@ -187,7 +187,7 @@ def _imagic_draw(
 def imagic(
     models: Models,
     image: torch.Tensor,  # (3, H, W), 0-1
-    text: str,  # what the picture shall show
+    text: str,  # what the picture should show
     *,
     recipe: str = "community",  # "paper" or "community"
     seeds: Sequence[int] = range(4),  # one picture each
@@ -285,7 +285,7 @@ def _lend_features(
 def plug_and_play(
     models: Models,
     image: torch.Tensor,  # (3, H, W), 0-1
-    text: str,  # what the picture shall show
+    text: str,  # what the picture should show
     *,
     features: float = 0.8,  # share of the steps, from the first on, that the residual block's output is lent, 0-1
     attention: float = 0.5,  # the same for queries and keys

@@ -413,7 +413,7 @@ class _Intake:
     ):
         self.taken, self.refused, self.name, self.size, self.parts = taken, refused, "", 0, []
 
-    def hear(self, content: dict, buffers: list) -> bool:  # whether there shall be more
+    def hear(self, content: dict, buffers: list) -> bool:  # whether more is to come
         if content.get("do") == "begin":
             self.name, self.size, self.parts = Path(str(content.get("name"))).name, int(content.get("size", 0)), []
             if self.size > _MOST * 2**20:
@@ -1484,7 +1484,7 @@ def look(self: LayerDiffusionApp, pictures, what: str, losses: list | None = Non
 
 @patch
 def watch(self: LayerDiffusionApp, job: _Job) -> Callable:
-    "A callback that shows where a job is, and stops it when it shall."
+    "A callback that shows where a job is, and stops it when asked."
 
     def decode(latents):
         self.draft = decode_latents(self.method.models, latents)
@@ -1599,7 +1599,7 @@ def show(self: LayerDiffusionApp, shown: "_Shown", keep: bool = False):
 
 
 def _worth(score: dict) -> tuple:
-    "By what pictures are put in order: in one piece first, then what is right, then both numbers, for judges err."
+    "By what pictures are put in order: in one piece first, then what is right, then both numbers, since judges err."
     right = sum(bool(ok) for _, ok in score["seen"].values())
     return not score["broken"], right, score["clip"] + score["likeness"]
 

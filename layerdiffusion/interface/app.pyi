@@ -409,7 +409,7 @@ class LayerDiffusionApp:
         ...
 
     def watch(self, job: _Job) -> Callable:
-        """A callback that shows where a job is, and stops it when it shall."""
+        """A callback that shows where a job is, and stops it when asked."""
         ...
 
     def redraw(self):
@@ -578,7 +578,7 @@ def _curve(losses: list) -> str:
     ...
 
 def _worth(score: dict) -> tuple:
-    """By what pictures are put in order: in one piece first, then what is right, then both numbers, for judges err."""
+    """By what pictures are put in order: in one piece first, then what is right, then both numbers, since judges err."""
     ...
 _COPY = "navigator.clipboard.writeText(this.parentElement.querySelector('pre').innerText); this.textContent = 'Copied'; setTimeout(() => this.textContent = 'Copy', 1500)"
 _LEARNT, _LARGEST = (8, 200 * 2 ** 20)

@@ -1,5 +1,5 @@
 # Made by tests/stubs.py: the classes of the module beside it, whole.
-"""Click on the subject, see what the method takes for it: points, a box, a brush, and the subject dragged elsewhere"""
+"""Click on the subject, see what the method takes for it, correct that, and drag the subject elsewhere"""
 __all__ = ['PromptCanvas']
 import functools
 import io
@@ -90,7 +90,7 @@ class _Prompt:
         ...
 
     def place(self, dx: float=0.0, dy: float=0.0, scale: float=1.0) -> _Prompt:
-        """Where the subject shall go, and how large it shall be."""
+        """Where the subject should go, and how large it should be."""
         ...
 
     def undo(self) -> _Prompt:

@@ -450,7 +450,7 @@ def _check_writable(folder: Path, flag: str = "--out"):
 
 # %% ../../nbs/interface/30_cli.ipynb #249df1fa
 def _check_file(file: Path | None):
-    "Refuse a folder, or a folder that cannot be written, where --out shall be a file."
+    "Refuse a folder, or a folder that cannot be written, where --out must be a file."
     if file is None:
         return
     file = as_path(file, "--out")

@@ -1264,7 +1264,7 @@ def _card(run):
 def _write_mini(
     run,
     out,  # folders: of the run, and the model's
-    **card,  # what the card shall say differently
+    **card,  # entries of the card to change
 ):
     "Collect the averaged weights of all stages of a run into a model folder, with its card."
 
@@ -1644,7 +1644,7 @@ def _verdict(row) -> str:
     "By the number; for a quick row, which has few pictures, by its interval."
     if not row.get("quick"):
         return "met" if row["value"] >= row["bar"] else "NOT MET"
-    return "met" if row["low"] >= row["bar"] else "NOT MET" if row["high"] < row["bar"] else "not to be told"
+    return "met" if row["low"] >= row["bar"] else "NOT MET" if row["high"] < row["bar"] else "undecided"
 
 
 def show_gates(rows) -> str:
