@@ -392,8 +392,8 @@ def bench(
         for which in ("library", "plain"):
             say(f"The edit by the {which} {'loop' if which == 'plain' else 'itself'} ...")
             options = dict(job=job, sam=str(sam)) | (dict(precision=precision, how=how) if which == "library" else {})
-            call = f"measure({which!r}, {quick}, {device!r}, {str(model)!r}, {folder!r}, **{options!r})"
-            run = f"from layerdiffusion.evidence.bench import measure; {call}"
+            call = f"_measure_stages({which!r}, {quick}, {device!r}, {str(model)!r}, {folder!r}, **{options!r})"
+            run = f"from layerdiffusion.evidence.bench import _measure_stages; {call}"
             subprocess.run([sys.executable, "-c", run], check=True)
             record[which] = json.loads((Path(folder) / f"{which}.json").read_text())
         pictures = [load_file(Path(folder) / f"{which}.safetensors")["images"] for which in ("library", "plain")]
