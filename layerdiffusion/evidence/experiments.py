@@ -716,10 +716,11 @@ def _lines(records: dict, option: str, score: str) -> dict:
     "Name of a line -> its points (value, mean, low, high), sorted."
     lines = {}
     for of, record in records.items():
-        for r in record["settings"]:
-            if list(r["options"]) == [option]:
-                name = f"{of}, one tuned U-Net" if r.get("tuned") else of
-                lines.setdefault(name, []).append([r["options"][option], *r[score]])
+        rows = [r for r in record["settings"] if list(r["options"]) == [option]]
+        anew = ", tuned anew" if any(r.get("tuned") for r in rows) else ""
+        for r in rows:
+            name = of + (", one tuned U-Net" if r.get("tuned") else anew)
+            lines.setdefault(name, []).append([r["options"][option], *r[score]])
     return {name: sorted(points) for name, points in lines.items()}
 
 
