@@ -392,12 +392,41 @@ def test_turns_or_not_the_unet_is_tuned_once(tmp_path, monkeypatch):
         _Setting("whole", "paper", tiny),
         _Setting("α = 1", "paper", tiny | dict(alpha=1.0)),
         _Setting("no turns", "paper", tiny | dict(iterative_guidance=False)),
+        _Setting("drawn with 1", "paper", tiny | dict(alpha=1.0), dict(alpha=0.7)),
     ]
     order = by_tuning(method, [Wanted("mine", "paper", s, 1, 1, 1.0) for s in settings])
-    assert [w.setting.name for w in order] == ["whole", "no turns", "α = 1"]
-    for w in order:
-        experiments._run_cell(method, edit_set("joint")[0], w.setting, [0], tmp_path)
-    assert len(tuned) == 2
+    assert [w.setting.name for w in order] == ["whole", "no turns", "drawn with 1", "α = 1"]
+    rows = [experiments._run_cell(method, edit_set("joint")[0], w.setting, [0], tmp_path) for w in order]
+    assert len(tuned) == 2 and len({row["name"] for row in rows}) == 4
+
+
+def test_another_alpha_from_one_tuned_unet():
+    "`tuned` is for Eq. 6, the rest for Eq. 8: as an edit of the one, drawn with the other."
+    from layerdiffusion.evidence.scores import edit_set
+    from layerdiffusion.pipeline import LayerDiffusion
+
+    method, task = LayerDiffusion.from_pretrained("mini", "cpu"), edit_set("joint")[0]
+    tiny = dict(embedding_steps=2, tuning_steps=3, tuning_lr=1e-3, sampling_steps=3)
+    setting = _Setting("drawn with 0.2", "paper", tiny | dict(alpha=0.2), dict(alpha=0.9))
+    drawn = experiments._draw_cell(method, task, setting, [0], experiments.numbers_of(method, setting))
+    e = task.edit
+    given = dict(mask=e.mask, reference=experiments.to_pil(e.reference), source=e.source, seeds=[0])
+    edit = method.edit(experiments.to_pil(e.image), e.text, **given, alpha=0.9, **tiny)
+    config = edit.config.change(alpha=0.2)
+    again = method.sample(edit.embeddings, edit.difference, tuple(drawn.shape[-2:]), [0], config)
+    assert torch.equal(drawn, again) and not torch.equal(drawn, edit.images)
+
+
+def test_the_operating_point_is_the_cards():
+    "Experiments that start from `paper` begin at the card's point; what a setting names itself comes first."
+    from layerdiffusion.pipeline import LayerDiffusion
+
+    method = LayerDiffusion.from_pretrained("mini", "cpu")
+    point, own = method.models.card["operating_point"], dict(tuning_steps=7)
+    numbers = experiments.numbers_of(method, _Setting("mine", "paper", own))
+    assert {k: numbers[k] for k in point} == point | own
+    best = method.models.card["presets"]["best"]
+    assert experiments.numbers_of(method, _Setting("mine", "best"))["tuning_lr"] == best["tuning_lr"] != point["tuning_lr"]
 
 
 @pytest.mark.skipif(os.name == "nt", reason="signals")
