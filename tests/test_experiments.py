@@ -426,7 +426,8 @@ def test_the_operating_point_is_the_cards():
     numbers = experiments.numbers_of(method, _Setting("mine", "paper", own))
     assert {k: numbers[k] for k in point} == point | own
     best = method.models.card["presets"]["best"]
-    assert experiments.numbers_of(method, _Setting("mine", "best"))["tuning_lr"] == best["tuning_lr"] != point["tuning_lr"]
+    numbers = experiments.numbers_of(method, _Setting("mine", "best"))
+    assert numbers["tuning_lr"] == best["tuning_lr"] != point["tuning_lr"]
 
 
 @pytest.mark.skipif(os.name == "nt", reason="signals")
