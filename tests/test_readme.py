@@ -1,6 +1,5 @@
 "README keeps its form, and what it tells people to type exists."
 
-import json
 import os
 import re
 import shlex
@@ -89,25 +88,11 @@ def say(v):
 
 
 def test_numbers_are_of_the_records():
-    "What README says of the joint edits stands in the record of the ablation."
-    record = load_experiment("ablation", "paper", folder=ROOT / "nbs/results/experiments")
-    rows = {row["setting"]: row["right"] for row in record["settings"]}
-    whole = "(f) whole method"
-    assert len(record["edits"]) == 15 and say(rows[whole]) in README
-    assert not [s for s in rows if s != whole and ": yes;" in compare(record, s, whole, "right")]
-
-
-def test_numbers_of_the_unseen_edits():
-    "What README says of the unseen edits is counted from their record, as page 15 does."
-    from layerdiffusion.evidence.scores import interval
-
-    kept = [json.loads(line) for line in (ROOT / "nbs/results/unseen.jsonl").read_text().splitlines()]
-    rows = [dict(edit=r["edit"], kind=r["kind"], **s) for r in kept if r["setting"] == "best" for s in r["scores"]]
-    joint = [r for r in rows if r["kind"] == "pose and place"]
-    assert f"of {len(rows)} pictures of {len({r['edit'] for r in rows})} unseen edits" in README
-    for number in (
-        f"{say(interval(rows, 'valid'))} were valid",
-        f"{say(interval(rows, 'right'))} were right",
-        f"{say(interval(joint, 'right'))} where pose and place",
-    ):
-        assert number in README
+    "What README says of edits stands in the records of α and of Table 1: the same edits, with turns and without."
+    folder = ROOT / "nbs/results/experiments"
+    alpha, table = (load_experiment(name, "paper", "paper", folder) for name in ("alpha", "ablation"))
+    valid = {row["setting"]: row["valid"] for record in (alpha, table) for row in record["settings"]}
+    assert f"{say(valid['α = 0.7'])} of 200 pictures" in README and valid["α = 0.7"] == valid["(f) whole method"]
+    assert f"without turns {say(valid['(i) no turns'])} of 200" in README
+    assert ": yes;" in compare(table, "(f) whole method", "(i) no turns") and alpha["edits"] == table["edits"]
+    assert max(alpha["settings"][:11], key=lambda row: row["valid"][0])["options"]["alpha"] == 0.7
