@@ -33,7 +33,7 @@ from layerdiffusion.evidence.experiments import (
     load_corrections,
     load_experiment,
     pack,
-    planned,
+    _planned,
     read_cell,
     recorded,
     _run_cell,
@@ -287,7 +287,7 @@ def test_missing_pictures_are_told(tmp_path):
 )
 def test_what_there_is_not(wrong, says):
     with pytest.raises(BadInput, match=says):
-        planned(*wrong)
+        _planned(*wrong)
 
 
 def test_fewer_than_one_process(tmp_path):

@@ -456,7 +456,7 @@ def run_experiments(
         Wanted(n, of, s, how["edits"], how["seeds"], how["share"])
         for of in presets
         for n in names
-        for s in planned(n, size, of)
+        for s in _planned(n, size, of)
         for how in [_extent(n, size)]
     ]
     engine = engine or _Processes(workers, device, model)
@@ -466,7 +466,7 @@ def run_experiments(
         for key, row in edit:
             rows.setdefault(key, []).append(row)
         for name, of in {key for key, _ in edit}:
-            records[name, of] = summary(name, size, of, planned(name, size, of), rows[name, of]) | made
+            records[name, of] = summary(name, size, of, _planned(name, size, of), rows[name, of]) | made
             write_json(Path(folder) / f"{name}-{of}-{size}.json", records[name, of])
 
     with one_writer(folder):
@@ -489,7 +489,7 @@ def _run_experiment(
     return run_experiments([name], size, [of], folder, workers, device, model)[name, of]
 
 # %% ../../nbs/evidence/18_experiments.ipynb #bdf91eb1
-def planned(name: str, size: str, of: str) -> list:
+def _planned(name: str, size: str, of: str) -> list:
     "The settings of an experiment; refuses names that there are not."
     for what, given, there in (("experiment", name, EXPERIMENTS), ("size", size, _RUN_SIZES), ("preset", of, PRESETS)):
         if given not in there:
