@@ -53,10 +53,14 @@ def cut_out(
     mask: torch.Tensor,  # (1, H, W), 0 or 1
 ) -> Subject:
     "The subject of a photo without its place."
+    alone, hard = _on_grey(image, mask)
+    return Subject(encode_image(models, alone), F.avg_pool2d(hard[None], models.factor).to(models.device))
+
+
+def _on_grey(image: torch.Tensor, mask: torch.Tensor) -> tuple:  # (3, H, W) in 0-1; its mask, 0 or 1
+    "The subject of a photo alone, on grey, and where it is."
     hard = (mask > 0.5).to(image)
-    return Subject(
-        encode_image(models, image * hard + 0.5 * (1 - hard)), F.avg_pool2d(hard[None], models.factor).to(models.device)
-    )
+    return image * hard + 0.5 * (1 - hard), hard
 
 # %% ../nbs/method/07_identity.ipynb #71f87cec
 class Listener:
@@ -208,10 +212,10 @@ def _portrait(
     mask: torch.Tensor,  # (1, H, W), 0 or 1
 ) -> torch.Tensor:  # (3, S, S)
     "The subject of a photo alone, on grey, in the smallest square."
-    hard = (mask > 0.5).to(image)
+    alone, hard = _on_grey(image, mask)
     rows, columns = hard[0].nonzero().T
     top, left = rows.min(), columns.min()
-    cut = (image * hard + 0.5 * (1 - hard))[:, top : rows.max() + 1, left : columns.max() + 1]
+    cut = alone[:, top : rows.max() + 1, left : columns.max() + 1]
     (h, w), side = cut.shape[1:], max(cut.shape[1:])
     x, y = (side - w) // 2, (side - h) // 2
     return F.pad(cut, (x, side - w - x, y, side - h - y), value=0.5)

@@ -306,7 +306,8 @@ _OTHER_TOOLS = [
         (r"\S*\|\S*", "another tool's sign between two texts", "give the two parts with --object and --background"),
         (r"[-=]+>|[←-⇿]", "an arrow", "describe the picture as it shall be afterwards"),
         (
-            r"\w+_\w*|(?<!\S)#(?![A-G]\b)[A-Za-z]\w*|(?<!\S)@\w+|[%~]{2,}|[*]+\w+[*]*|\w+[*]+|[*]{2,}|\\\S*|\$[A-Za-z]\w*|%[sd]\b",
+            r"\w+_\w*|(?<!\S)#(?![A-G]\b)[A-Za-z]\w*|(?<!\S)@\w+|[%~]{2,}|[*]+\w+[*]*|\w+[*]+|[*]{2,}|\\\S*"
+            r"|\$[A-Za-z]\w*|%[sd]\b",
             "a tag of another tool",
             "write plain words with blanks between them",
         ),
@@ -412,19 +413,24 @@ def _language(text: str) -> str:
 
 # %% ../nbs/method/03_words.ipynb #0b26b312
 _WHO = (
-    r"(?:the|an?|my|your|his|her|its|our|their|this|that|these|those|there|it|he|she|they|them|him|you|i|we|me|us|some\w*|any\w*"
+    r"(?:the|an?|my|your|his|her|its|our|their|this|that|these|those|there|it|he|she|they|them|him|you|i"
+    r"|we|me|us|some\w*|any\w*"
     r"|every\w*|all|each|more)\b"
 )
 _DO = r"(?:be|become|get|go|have|look|stay|appear|jump|run|sit|stand|lie|sleep|walk|play|eat|fly|swim|rest|wait)\b"
 _HELPERS = r"can|could|would|will|may|might|shall|should|do|does|did|is|are|was|were"
 _COMMANDS = (
-    r"make|turn|change|replace|put|let|let's|add|remove|edit|delete|erase|transform|convert|swap|insert|recolou?r|photoshop"
+    r"make|turn|change|replace|put|let|let's|add|remove|edit|delete|erase|transform|convert|swap|insert"
+    r"|recolou?r|photoshop"
     r"|generate|create|don't|do not"
 )
 _PERHAPS = (
-    r"move|place|set|give|show|draw|paint|render|keep|take|bring|get|have|cut|crop|rotate|flip|color|colour|dress|use|help|imagine"
-    r"|picture|design|produce|switch|extend|fix|enhance|modify|adjust|apply|position|depict|visuali[sz]e|relocate|substitute|alter"
-    r"|try|do|describe|ensure|transfer|write|send|teleport|blur|sharpen|upscale|brighten|darken|restore|undress|animate|restyle"
+    r"move|place|set|give|show|draw|paint|render|keep|take|bring|get|have|cut|crop|rotate|flip|color"
+    r"|colour|dress|use|help|imagine"
+    r"|picture|design|produce|switch|extend|fix|enhance|modify|adjust|apply|position|depict|visuali[sz]e"
+    r"|relocate|substitute|alter"
+    r"|try|do|describe|ensure|transfer|write|send|teleport|blur|sharpen|upscale|brighten|darken|restore"
+    r"|undress|animate|restyle"
 )
 _NO_PICTURES = [
     (re.compile(rf"(?i){pattern}"), what)

@@ -276,8 +276,8 @@ MUTANTS = [
     way(
         "the place for the subject",
         "identity",
-        "encode_image(models, image * hard + 0.5 * (1 - hard))",
-        "encode_image(models, image * (1 - hard) + 0.5 * hard)",
+        "image * hard + 0.5 * (1 - hard)",
+        "image * (1 - hard) + 0.5 * hard",
         "without_its_place",
     ),
     way(

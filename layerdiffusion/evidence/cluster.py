@@ -126,7 +126,9 @@ def _connect(address: str | None, cpus: int | None) -> tuple:  # ray, whether it
     how = alone if address is None else dict(address=address)
     try:
         ray.init(log_to_driver=False, logging_level="ERROR", configure_logging=True, **how)
-    except Exception as e:  # Ray has no narrower one for a node that comes up too slowly
+    except Exception as e:
+        if type(e) is not Exception and not isinstance(e, (ConnectionError, OSError, ValueError, RuntimeError)):
+            raise  # a plain Exception is what Ray says of a node that comes up too slowly
         why = " ".join(str(e).split())[:150]
         where = f"at {address!r}" if address else "on this machine"
         raise BadInput(f"There is no Ray cluster {where} ({why}); start one with: ray start --head.") from None
