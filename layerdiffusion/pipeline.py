@@ -42,7 +42,6 @@ from .fine_tuning import apply_difference, fine_tune, weight_difference
 from layerdiffusion.identity import (
     ACTIONS,
     SCENERY,
-    change_coat,
     encode_with,
     first_vectors,
     known,
@@ -50,8 +49,7 @@ from layerdiffusion.identity import (
     prior_pictures,
     prior_texts,
     propose_source,
-    search_target,
-    typical_coat,
+    see_subject,
     with_words,
     word_objective,
 )
@@ -59,7 +57,6 @@ from layerdiffusion.base.masks import (
     check_labels,
     check_mask,
     composite,
-    dilate,
     find_mask,
     load_sam,
     mask_from_file,
@@ -659,9 +656,30 @@ def cover(image,  # anything `load_image` reads
 
 # %% ../nbs/method/10_pipeline.ipynb #4fea5322
 @patch
-def draw(self: LayerDiffusion, text: str, size: tuple, config: EditConfig, stage: str, callback=None) -> torch.Tensor:
+def seeing(self: LayerDiffusion, image, mask, config: EditConfig) -> Models:  # (3, H, W) the photo; (1, H, W)
+    "The model that Eq. 2 to 8 speak of: with `subject_scale` one that sees the photo's subject, else the loaded one."
+    if not config.subject_scale:
+        return self.models
+    if image is None or mask is None:
+        raise BadInput(
+            f"With subject_scale {config.subject_scale:g} the model looks at the photo and its subject, and the edit "
+            "came without; input.png and mask.png must lie beside its edit.safetensors."
+        )
+    known = [image, mask, config.subject_scale]
+    return self.cached("seen", known, lambda _: see_subject(self.models, image, mask, config.subject_scale))
+
+
+def _sight(scene: Scene, config: EditConfig) -> list:
+    "What the U-Net sees beside its words, for the key of what is computed with it."
+    return [scene.image, scene.mask, config.subject_scale] if config.subject_scale else []
+
+
+@patch
+def draw(
+    self: LayerDiffusion, text: str, size: tuple, config: EditConfig, stage: str, callback=None, photo: tuple = ()
+) -> torch.Tensor:  # photo: (3, H, W) and its mask, to be seen
     "A picture (3, H, W) of a text, by the untouched model."
-    models = with_scheduler(self.models, config.scheduler)
+    models = with_scheduler(self.seeing(*photo, config) if photo else self.models, config.scheduler)
     settings = [
         text,
         size,
@@ -670,6 +688,7 @@ def draw(self: LayerDiffusion, text: str, size: tuple, config: EditConfig, stage
         config.guidance_scale,
         config.scheduler,
         *([config.negative_prompt] if config.negative_prompt else []),
+        *([*photo, config.subject_scale] if photo and config.subject_scale else []),
     ]
 
     def compute(key):
@@ -808,7 +827,7 @@ def prepare(
     with clock(times, "mask"):
         found = self.find_subject(whole, photo, mask, point, box, point_labels)
     with clock(times, "target"):
-        subject, subject_mask = self.target(text, split, photo, found, config, given, source, callback)
+        subject, subject_mask = self.target(text, photo, found, config, given, callback)
     if placement != (0, 0, 1):
         subject, subject_mask = move_subject(subject, subject_mask, *placement)
     with clock(times, "words"):
@@ -845,12 +864,10 @@ def background(
 def target(
     self: LayerDiffusion,
     text: str,
-    split: Split,
     photo: torch.Tensor,
     found: torch.Tensor,
     config: EditConfig,
     given: tuple | None = None,
-    source: str | None = None,
     callback=None,
 ) -> tuple:
     "O_t and M_t: the photo and its subject, another picture and its subject, or a drawn one and SAM's subject in it."
@@ -861,73 +878,20 @@ def target(
         return picture, self.find_subject(None, picture) if given[1] is None else check_mask(
             cover(given[1], *size)[:1].round()
         )
-    shown = self.in_coat(split, photo, found, config, source)
-    if config.object_picture == "input" or config.object_picture == "auto" and self.already(shown, split, source):
-        return shown, found
-    if config.target_draws > 1 or config.subject_scale:
-        settings: dict[str, Any] = dict(
-            draws=config.target_draws,
-            seed=config.seed,
-            subject_scale=config.subject_scale,
-            target_quality=config.target_quality,
-        )
-        if config.negative_prompt:
-            settings["negative_prompt"] = config.negative_prompt
-        picture, mask = self.cached(
-            "target",
-            [text, shown, found, settings],
-            lambda _: search_target(self.models, self.sam, text, shown, found, **settings, callback=callback)[:2],
-        )
-    else:
-        picture = self.draw(text, size, config, "target", callback)
-        mask = self.find_subject(None, picture)
-    grow = round(config.target_widen * max(size))
-    return picture, dilate(mask, grow) if grow else mask
+    if config.object_picture == "input":
+        return photo, found
+    picture = self.draw(text, size, config, "target", callback, (photo, found))
+    return picture, self.find_subject(None, picture)
 
 # %% ../nbs/method/10_pipeline.ipynb #5a3c0e22
 @patch
-def in_coat(
-    self: LayerDiffusion,
-    split: Split,
-    photo: torch.Tensor,
-    found: torch.Tensor,
-    config: EditConfig,
-    source: str | None = None,
-) -> torch.Tensor:
-    "The photo, its subject in the coat that T_a asks for."
-    if not config.recolour:
-        return photo
-
-    def coat(words):
-        return self.cached(
-            "coat", [words, config.seed], lambda _: typical_coat(self.models, self.sam, words, config.seed)
-        )
-
-    return change_coat(
-        photo,
-        found,
-        coat(split.object),
-        coat(split_text(source, background="-").object) if source and config.recolour_tone else None,
-    )
-
-
-@patch
-def already(self: LayerDiffusion, photo: torch.Tensor, split: Split, source: str | None = None) -> bool:
-    "Whether the photo's subject does what T_a says; yes where T_a says nothing about it."
-    asked = subject_action(split.object)
-    return not asked or asked == subject_action(source or self.propose(photo, split.object, [asked]))
-
-
-@patch
-def propose(self: LayerDiffusion, photo: torch.Tensor, text: str, actions: Sequence[str] = ()) -> str:
-    "What the photo shows, in CLIP's eyes; the subject is that of `text`, and `actions` may be among what it does."
+def propose(self: LayerDiffusion, photo: torch.Tensor, text: str) -> str:
+    "What the photo shows, in CLIP's eyes; the subject is that of `text`."
     name = self.part_name("clip", "open_clip_config.json", "ViT-B-32:laion2b_s34b_b79k")
     clip = self.cached("clip", [], lambda _: load_clip(name, self.offline))
-    actions = list(dict.fromkeys([*actions, *known(self.models, ACTIONS)]))
+    subject, actions, places = subject_phrase(text), known(self.models, ACTIONS), known(self.models, SCENERY)
     return self.cached(
-        "source",
-        [photo, subject_phrase(text), actions],
-        lambda _: propose_source(clip, to_pil(photo), subject_phrase(text), actions, known(self.models, SCENERY))[0],
+        "source", [photo, subject, actions], lambda _: propose_source(clip, to_pil(photo), subject, actions, places)[0]
     )
 
 # %% ../nbs/method/10_pipeline.ipynb #96f5112f
@@ -1035,11 +999,11 @@ def embed(
         asked = conditions_of(mask, config.eq2_conditioning, config.eq2_region, config.alpha)
         how = config.embedding_steps, config.embedding_lr, config.seed, asked, config.loss_scale
         with self.checkpoint("embeddings", key, folder, scene.text) as point:
-            run, models = self._kept_run(point, callback, losses), self.models
+            run, models = self._kept_run(point, callback, losses), self.seeing(scene.image, scene.mask, config)
             words = fit_embeddings(models.unet, models.scheduler, scene.e_a, scene.e_b, latents, mask, *how, run)
         return *words, losses
 
-    return self.cached("embed", [scene.e_a, scene.e_b, latents, mask, settings], compute)
+    return self.cached("embed", [scene.e_a, scene.e_b, latents, mask, settings, *_sight(scene, config)], compute)
 
 # %% ../nbs/method/10_pipeline.ipynb #f3f5609c
 @patch
@@ -1103,8 +1067,10 @@ def prior(
     )
     return self.cached(
         "prior",
-        [texts, config.seed, *drawn.values()],
-        lambda _: prior_pictures(self.models, texts, config.seed, **drawn, callback=callback),
+        [texts, config.seed, *drawn.values(), *_sight(scene, config)],
+        lambda _: prior_pictures(
+            self.seeing(scene.image, scene.mask, config), texts, config.seed, **drawn, callback=callback
+        ),
     )
 
 # %% ../nbs/method/10_pipeline.ipynb #b0654e4d
@@ -1168,7 +1134,7 @@ def tune(
 ) -> tuple:
     "Stage 3, Eq. 3-6: what changes in the U-Net (see `weight_difference`), and the losses."
     config = self.settings(config)
-    layers = self.layers(scene, config)
+    layers, models = self.layers(scene, config), self.seeing(scene.image, scene.mask, config)
     embeds = _tuning_words(self, scene, words, config, callback, folder)
     prior = self.prior(scene, config, callback)
     settings: dict[str, Any] = {short: getattr(config, name) for name, short in _TUNING.items()}
@@ -1176,7 +1142,7 @@ def tune(
         return start or {}, []
 
     def compute(key):
-        looks = Looks(self, words, scene.size, config, look_every, look_seed) if look_every else None
+        looks = Looks(self, models, words, scene.size, config, look_every, look_seed) if look_every else None
         with self.checkpoint("tuning", key, folder, scene.text) as point:
             if done := point.read(done=True):
                 return done, done.pop("losses").tolist()
@@ -1188,14 +1154,14 @@ def tune(
 
             watch = join_callbacks(point, looks, callback)
             how: dict[str, Any] = dict(settings, prior=prior, start=start, callback=watch, begin=begin)
-            tuned, losses = fine_tune(self.models, embeds, *layers, **how)
-        change = {name: x.cpu() for name, x in weight_difference(self.models.unet, tuned).items()}
+            tuned, losses = fine_tune(models, embeds, *layers, **how)
+        change = {name: x.cpu() for name, x in weight_difference(models.unet, tuned).items()}
         if folder:
             kept = change | {"losses": torch.tensor(losses, dtype=torch.float64)}
             self.learnt["tuning"] = key, scene.text, kept, dict(done="yes")
         return change, losses
 
-    return self.cached("tune", [embeds, layers, prior, settings, start], compute)
+    return self.cached("tune", [embeds, layers, prior, settings, start, *_sight(scene, config)], compute)
 
 # %% ../nbs/method/10_pipeline.ipynb #7a2ba07f
 @patch
@@ -1210,10 +1176,11 @@ def sample(
     callback: Callable | None = None,
     batch: int = 8,  # pictures drawn at a time
     callback_on_step_end: Callable | None = None,  # as in diffusers, see `LayerDiffusion.__call__`
+    photo: tuple = (None, None),  # (3, H, W) and its subject's mask (1, H, W), which `subject_scale` lets it see
 ) -> torch.Tensor:  # (B, 3, H, W), 0-1
     "Stage 4, Eq. 7-8: draw with the tuned U-Net, the two embeddings taking turns."
     config, seeds = self.settings(config), check_seeds(seeds)
-    unet = apply_difference(self.models.unet, difference)
+    unet = apply_difference(self.seeing(*photo, config).unet, difference)
     return torch.cat(
         [
             self.paint(unet, words, size, seeds[i : i + batch], config, callback, callback_on_step_end)
@@ -1288,6 +1255,7 @@ class Looks:
     def __init__(
         self,
         method: LayerDiffusion,
+        models: Models,  # whose U-Net is tuned
         words: tuple,
         size: tuple,
         config: EditConfig,
@@ -1295,7 +1263,7 @@ class Looks:
         seed: int = 0,
         sampling_steps: int = 10,
     ):
-        self.method, self.every, self.config = method, every, config
+        self.method, self.models, self.every, self.config = method, models, every, config
         self.draw: dict[str, Any] = dict(
             words=words, size=size, seeds=[seed], config=config.model_copy(update=dict(sampling_steps=sampling_steps))
         )
@@ -1304,8 +1272,8 @@ class Looks:
         self, params: Sequence, start: dict | None = None
     ):  # those that move, and the difference that their U-Net began with
         "Make the U-Net to draw with."
-        models, self.theirs = self.method.models, params
-        self.unet = apply_difference(models.unet, start or {}).to(models.device)  # the loaded one may wait on the CPU
+        self.theirs = params
+        self.unet = apply_difference(self.models.unet, start or {}).to(self.models.device)  # the loaded one may wait on the CPU
         self.mine = trainable(self.unet, self.config.tuned_parameters, self.config.lora_rank, self.config.seed)
 
     def __call__(self, event: Event):
@@ -1402,15 +1370,12 @@ def edit(
         difference, tune_losses = self.tune(scene, words, config, callback, folder, look_every, seeds[0])
     with clock(times, "sample"):
         images = self.sample(
-            words, difference, scene.size, seeds, config, callback, callback_on_step_end=callback_on_step_end
+            words, difference, scene.size, seeds, config, callback, 8, callback_on_step_end, (scene.image, scene.mask)
         )
     losses = dict(embed=embed_losses, tune=tune_losses)
     return self.pack(scene, words, difference, images, seeds, config, times, losses)
 
 # %% ../nbs/method/10_pipeline.ipynb #f97f5e9b
-_IN_SCENE = ("target_widen", "recolour", "recolour_tone", "target_draws", "target_quality", "subject_scale")
-
-
 def _check_calls(callback, callback_on_step_end):
     "Refuse what cannot be called."
     check_callback(callback)
@@ -1445,9 +1410,8 @@ def settings_for(
     mine = self.settings(scene.config if config is None and preset is None else config, preset, **changes)
     if scene.config is None:
         return mine
-    fixed: tuple[str, ...] = () if scene.placed.get("object_given") else ("object_picture", *_IN_SCENE)
-    if scene.config.object_picture == mine.object_picture == "input":
-        fixed = ("recolour", "recolour_tone")
+    drawn = ("subject_scale",) if mine.object_picture == "target" else ()
+    fixed: tuple[str, ...] = () if scene.placed.get("object_given") else ("object_picture", *drawn)
     for name in ("reference_mask", *fixed):
         if getattr(mine, name) != getattr(scene.config, name):
             raise BadInput(
@@ -1653,9 +1617,10 @@ def load_edit(
     check_tensors(tensors, method.models.unet, repr(str(path)))
     words = tuple(tensors[k].to(method.models.device) for k in ("e_a", "e_b"))
     change = {k[5:]: v for k, v in tensors.items() if k.startswith("unet.")}
-    seeds = check_seeds(settings["seeds"] if seeds is None else seeds)
+    seeds, beside = check_seeds(settings["seeds"] if seeds is None else seeds), pictures_beside(path)
+    photo = beside.get("image"), beside.get("mask")
     images = (
-        method.sample(words, change, tuple(settings["size"]), seeds, config, callback)
+        method.sample(words, change, tuple(settings["size"]), seeds, config, callback, photo=photo)
         if draw
         else torch.zeros(0, 3, *settings["size"])
     )
@@ -1669,7 +1634,7 @@ def load_edit(
         change,
         vectors=tensors.get("vectors"),
         record=_record_again(settings, method.models),
-        **pictures_beside(path),
+        **beside,
     )
 
 # %% ../nbs/method/10_pipeline.ipynb #b2a953d6
@@ -1686,14 +1651,12 @@ def carry(
     return scene.e_a + learnt, scene.e_b
 
 # %% ../nbs/method/10_pipeline.ipynb #ff405f47
-def _check_reuse(result, keep, draws):
+def _check_reuse(result, keep):
     "Refuse what is no edit, no share and no number."
     if not isinstance(result, EditResult):
         raise BadInput(f"reuse takes an edit, not {result!r}; load_edit(path) reads one from a folder.")
     if not isinstance(keep, Real) or not 0 <= keep <= 1:
         raise BadInput(f"keep is {keep!r}; it must be between 0 (the U-Net begins anew) and 1 (with all its change).")
-    if not isinstance(draws, Integral) or draws < 1:
-        raise BadInput(f"draws is {draws!r}; it must be a whole number, at least 1.")
 
 
 def _pictures_kept(result: EditResult, split: Split, given: dict) -> dict:
@@ -1734,15 +1697,14 @@ def reuse(
     learning_rate: float | None = None,  # of tuning; None: the edit's
     sampling_steps: int | None = None,  # None: half of the edit's
     keep: float = 0.0,  # share of the U-Net's change to begin with, 0-1
-    draws: int = 32,  # pictures that O_t is chosen from, at most, where the edit's settings choose it
     callback: Callable[[Event], None] | None = None,
     look_every: int = 0,  # see `edit`
 ) -> EditResult:
     "Another text or place for a subject that was learnt, by a short tuning instead of a whole edit."
-    _check_reuse(result, keep, draws)
+    _check_reuse(result, keep)
     _check_reusable(result, self.models)
     old, seeds = result.config, check_seeds(seeds)
-    config = _shorter(old, steps, learning_rate, sampling_steps, draws)
+    config = _shorter(old, steps, learning_rate, sampling_steps)
     given = dict(reference=reference, object_reference=object_reference, object_mask=object_mask)
     given = _pictures_kept(result, split_text(text, object, background), given)
     given |= dict(mask=result.mask, object=object, background=background, move=move, scale=scale)
@@ -1752,7 +1714,8 @@ def reuse(
     with clock(times, "tune"):
         difference, losses = self.tune(scene, words, config, callback, None, look_every, seeds[0], start)
     with clock(times, "sample"):
-        images = self.sample(words, difference, scene.size, seeds, config, callback)
+        photo = scene.image, scene.mask
+        images = self.sample(words, difference, scene.size, seeds, config, callback, photo=photo)
     losses, reused = dict(embed=[], tune=losses), dict(text=result.text, keep=keep)
     return self.pack(scene, words, difference, images, seeds, config, times, losses, reused=reused)
 
@@ -1762,7 +1725,6 @@ def _shorter(
     steps: int | None = None,
     learning_rate: float | None = None,
     sampling_steps: int | None = None,
-    draws: int = 32,
 ) -> EditConfig:
     "The settings of a reuse; what is None is taken from those of the edit."
     return EditConfig(
@@ -1771,7 +1733,6 @@ def _shorter(
             tuning_steps=-(-old.tuning_steps // 2) if steps is None else steps,
             tuning_lr=old.tuning_lr if learning_rate is None else learning_rate,
             sampling_steps=-(-old.sampling_steps // 2) if sampling_steps is None else sampling_steps,
-            target_draws=min(draws, old.target_draws),
         )
     )
 

@@ -129,11 +129,10 @@ class EditConfig(BaseModel):
     eq2_conditioning: Literal["concat", "sum", "alternate", "mix"] = _reading(
         "concat", "How the pair [e_a, e_b] enters the U-Net in Eq. 2."
     )
-    object_picture: Literal["input", "target", "auto"] = _reading(
+    object_picture: Literal["input", "target"] = _reading(
         "input",
         "O_t, the picture that Eq. 4 learns the subject from. input: your photo; target: one drawn from the text, "
-        "SD(T), with SAM's mask of it, so that nothing of the photo's subject enters the edit; auto (beyond the "
-        "paper): the photo where its subject does already what the text says, else a drawn one.",
+        "SD(T), with SAM's mask of it.",
     )
     eq45_pictures: Literal["each", "one", "composite"] = _reading(
         "composite",
@@ -191,41 +190,12 @@ class EditConfig(BaseModel):
         le=64,
     )
     tuning_decay: bool = _beyond(False, "Let the learning rate of Eq. 6 fall to nothing along half a cosine.")
-    target_draws: int = _beyond(
-        1,
-        "O_t is the best of so many drawn pictures. The one whose subject looks most like the photo's; 1: the first. "
-        "Only where O_t is drawn, with object_picture target or auto.",
-        ge=1,
-        le=1024,
-    )
-    target_quality: float = _beyond(
-        0.0,
-        "How much SAM's own estimate of a mask's quality counts in the choice of O_t. With subject_scale; the estimate "
-        "is from 0 to 1, beside a distance of colours. 0: nothing.",
-        ge=0,
-        le=10,
-    )
-    target_widen: float = _beyond(
-        0.0,
-        "Grow the mask of a drawn O_t by this share of the picture's longer side. Its outline is soft. Only with "
-        "object_picture target or auto.",
-        ge=0,
-        le=0.2,
-    )
     subject_scale: float = _beyond(
         0.0,
-        "How strongly the model that draws O_t sees the photo's subject. 0: not at all. Only where O_t is drawn, with "
-        "object_picture target or auto.",
+        "How strongly the U-Net sees the photo's subject, in Eq. 2, 4 to 6 and 7. 0: not at all, as in the paper. "
+        "Through the model's IP-Adapter where it has one, else by sharing its self-attention.",
         ge=0,
         le=20,
-    )
-    recolour: bool = _beyond(
-        False, "Show the subject in the colour that the text asks for before O_t is drawn."
-    )
-    recolour_tone: bool = _beyond(
-        False,
-        "With recolour: keep how light or dark this subject is. The new coat differs from its words as the old one "
-        "does from the words for the photo.",
     )
     eq4_words: Literal["opt", "source"] = _beyond(
         "opt",
@@ -389,19 +359,7 @@ PAPER = {name: setting.unset for name, setting in SETTINGS.items() if setting.un
 PRESETS = dict(
     paper=dict(),
     best=dict(
-        object_picture="auto",
-        recolour=True,
-        recolour_tone=True,
         subject_scale=1.0,
-        target_draws=96,
-        target_quality=0.2,
-        target_widen=0.03,
-        embedding_steps=0,
-        tuning_steps=100,
-        tuning_batch=8,
-        tuning_decay=True,
-        iterative_guidance=False,
-        sampling_steps=20,
     ),
 )
 

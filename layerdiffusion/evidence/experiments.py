@@ -72,19 +72,9 @@ def _table_1(of: str) -> list:  # `of`: "paper" or "best"
         "(j) α = 1": dict(alpha=1.0),
         "(k) α = 0": dict(alpha=0.0),
     }
-    if of == "paper":
-        return [
-            _Setting(name, of, options) for name, options in (rows | {"(g) no Eq. 2": dict(embedding_steps=0)}).items()
-        ]
-    del rows["(i) no turns"]  # `best` has none
-    rows |= {
-        "(g) with Eq. 2": dict(embedding_steps=500),
-        "(i) with turns": dict(iterative_guidance=True),
-        "subject not seen": dict(subject_scale=0.0),
-        "first draw": dict(target_draws=1),
-        "mask not grown": dict(target_widen=0.0),
-        "one draw a step": dict(tuning_batch=1),
-    }
+    rows |= {"(g) no Eq. 2": dict(embedding_steps=0)}
+    if of == "best":
+        rows |= {"subject not seen": dict(subject_scale=0.0)}
     return [_Setting(name, of, options) for name, options in rows.items()]
 
 
@@ -134,7 +124,7 @@ EXPERIMENTS = dict(
 # %% ../../nbs/evidence/18_experiments.ipynb #67bcf2f3
 _RUN_SIZES = dict(quick=dict(edits=1, seeds=4, share=.2), paper=dict(edits=10, seeds=20, share=1.))
 _SHEETS = dict(edits=3, seeds=50)  # of `validity` at paper size
-_SHORTENED = ("embedding_steps", "tuning_steps", "target_draws", "num_inference_steps", "sampling_steps")
+_SHORTENED = ("embedding_steps", "tuning_steps", "num_inference_steps", "sampling_steps")
 
 def _extent(name: str, size: str) -> dict:
     "How many edits and seeds an experiment has, and which share of all steps."

@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 
 # %% ../../nbs/evidence/13_scores.ipynb #ec92a65c
-from ..base.core import BadInput, content_hash, one_writer, to_pil, write_atomic, write_json
-from ..identity import cut_out, palette, see_subject, subject_name, subject_weights
+from ..base.core import BadInput, content_hash, one_writer, shielded, to_pil, write_atomic, write_json
+from ..identity import see_subject, subject_name
 from ..mini.judge import ask, load_judge, valid, wilson
 from ..base.folders import resolve_model
 from ..base.masks import load_sam, propose_subject
@@ -76,6 +76,22 @@ def _draw_edit(kind, k, g, size):
     if "place" in kind:
         changes["place"] = other(int(before.place[0]), len(VALUES["place"]))
     return make_edit(before, size, layout=layout, **changes)
+
+# %% ../../nbs/evidence/13_scores.ipynb #9a720e48
+_DIRECTIONS = shielded(
+    lambda: torch.nn.functional.normalize(torch.randn(24, 3, generator=torch.Generator().manual_seed(0)), dim=1)
+)()
+
+
+def palette(
+    image: torch.Tensor,  # (3, H, W), 0-1
+    mask: torch.Tensor,  # (1, H, W), 0 or 1
+    count: int = 32,
+) -> torch.Tensor:
+    "Quantiles (24, count) of the subject's colours along fixed directions."
+    return torch.quantile(
+        _DIRECTIONS @ image[:, mask[0] > 0.5].cpu().float(), torch.linspace(0.02, 0.98, count), dim=1
+    ).T
 
 # %% ../../nbs/evidence/13_scores.ipynb #c55cfe7c
 def parts(image: torch.Tensor,  # (3, H, W), 0-1
@@ -257,13 +273,13 @@ def _check_look_alikes(models, n: int = 120, level: float = 0.0) -> list:  # one
 @torch.no_grad()
 def _draw_seen(models, edit: Edit, seeds: Sequence[int], guidance_scale: float = 2.0, steps: int = 25) -> torch.Tensor:
     "Pictures (B, 3, H, W) of an edit's sentence by a model that sees the photo's subject; nothing is tuned."
-    seeing = see_subject(models, cut_out(models, edit.image, edit.mask), 1.0, subject_weights(models))
+    seeing = see_subject(models, edit.image, edit.mask)
     embeds, latents = encode_text(models, edit.text), initial_latents(models, seeds)
     return decode_latents(models, ddim_sample(seeing, embeds, None, latents, steps, guidance_scale)).cpu()
 
 
 def _check_subject(models, sam, judge, tasks: Sequence[Task], seeds: Sequence[int] = range(8)) -> list:  # of rows
-    "Subject attention drawn directly: valid, top-1 among 64 look-alikes, and valid with identity at most `_LIMIT`."
+    "Drawn in sight of the photo, with nothing tuned: valid, top-1 among 64 look-alikes, and valid with identity at most `_LIMIT`."
     hits, floor = dict(subject_valid=[], subject_top1=[], subject_identity=[]), []
     for task in tasks:
         images, line_up = _draw_seen(models, task.edit, seeds), LookAlikes(task.edit.after, task.name)
@@ -286,7 +302,7 @@ def check_individuals(
     folder = Path(folder or resolve_model("mini"))
     models, tasks = load_models(folder, device), edit_set("joint")[: 2 if quick else None]
     rows = _check_look_alikes(models, 30 if quick else 120, models.card.get("level", 0.0))
-    if subject_weights(models):
+    if subject_name(models):
         rows += _check_subject(models, load_sam(folder / "sam"), load_judge(folder), tasks, range(4 if quick else 8))
     return [row | dict(quick=True) for row in rows] if quick else rows
 

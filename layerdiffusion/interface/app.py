@@ -498,7 +498,7 @@ _TEXTS = dict(
     cat="an orange cat lying on a beach",
     rabbit="a grey rabbit sitting in the snow",
 )
-_QUICK = dict(target_draws=16, embedding_steps=0, tuning_steps=40, sampling_steps=20)
+_QUICK = dict(embedding_steps=20, tuning_steps=5, sampling_steps=15)
 _LOOKS = {"best": "Best", "paper": "The paper's", "quick": "Quick look"}
 
 
@@ -935,7 +935,7 @@ def set_to(self: LayerDiffusionApp, order: _Order, marks: Marks, reference: tupl
             rule = vars(split_text(order.text))
         self.text.value = order.text
         self.object.value, self.background.value = ((rule | order.parts)[k] for k in ("object", "background"))
-        self.preset.value = "quick" if order.changes.get("target_draws") == _QUICK["target_draws"] else order.preset
+        self.preset.value = "quick" if order.changes.items() >= _QUICK.items() else order.preset
         self.turn_to(config)
         self.dials["first"].slider.value, self.dials["count"].slider.value = order.seeds
         self.roll = order.changes.get("seed", 0)
@@ -1067,8 +1067,8 @@ def set_preset(self: LayerDiffusionApp):
 @patch
 def say_preset(self: LayerDiffusionApp, config: EditConfig):
     "What goes beyond the paper."
-    draws = f"Looks for a target picture among {config.target_draws} (beyond the paper)."
-    self.tell("settings", draws if config.target_draws > 1 else "Nothing beyond the paper.")
+    sees = "The model sees the photo's subject (beyond the paper)."
+    self.tell("settings", sees if config.subject_scale else "Nothing beyond the paper.")
 
 # %% ../../nbs/interface/23_app.ipynb #b1a244e1
 @patch
@@ -1389,7 +1389,7 @@ def _costs(
     "Roughly how many passes of the U-Net each stage of an edit takes, in their order."
     draw = config.sampling_steps * (2 if config.guidance_scale and config.guidance_scale > 1 else 1)
     return dict(
-        target=0 if config.object_picture == "input" else draw * config.target_draws,
+        target=0 if config.object_picture == "input" else draw,
         reference=0 if place else draw,
         words=3 * config.embedding_steps if config.learnt_words else 0,
         embeddings=0 if config.learnt_words else 3 * config.embedding_steps,

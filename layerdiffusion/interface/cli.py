@@ -211,7 +211,7 @@ _RUN = [
         str | None,
         None,
         "An IP-Adapter: the model that draws O_t sees the photo's subject through it. A folder such as h94/IP-Adapter, "
-        "or a file with image_encoder beside it; with --preset best, or --object-picture target --subject-scale 0.6.",
+        "or a file with image_encoder beside it; with --preset best, or --subject-scale 0.6.",
         metavar="PATH",
     ),
     _Opt(
@@ -716,10 +716,10 @@ def _chosen_model(options: dict) -> str:
 
 def _check_adapter(options: dict, config):
     "Refuse an IP-Adapter that nothing would look through."
-    if options["ip_adapter"] and (not config.subject_scale or config.object_picture == "input"):
+    if options["ip_adapter"] and not config.subject_scale:
         raise BadInput(
-            f"--ip-adapter {options['ip_adapter']}: the photo is seen only where O_t is drawn; give --preset best, or "
-            "--object-picture target --subject-scale 0.6."
+            f"--ip-adapter {options['ip_adapter']}: nothing looks through it with a subject scale of 0; give --preset "
+            "best, or --subject-scale 0.6."
         )
 
 
