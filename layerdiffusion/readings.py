@@ -115,6 +115,11 @@ class _LowRank(nn.Module):
     def forward(self, weight): return weight + self.b @ self.a
 
 # %% ../nbs/method/05_fine_tuning.ipynb #9b3d99f0
+def _moves(name: str) -> bool:  # of a module or a parameter
+    "Whether tuning may move it: not an IP-Adapter, which is only looked through."
+    return "_ip." not in f"{name}."
+
+
 @one_loader
 def trainable(
     unet: nn.Module,  # a copy that may be changed
@@ -125,16 +130,17 @@ def trainable(
     "Choose which parameters of a U-Net may move, and switch their gradients on."
     if params not in ("all", "attention", "lora"):
         raise BadInput(f"params must be all, attention or lora, not {params!r}.")
-    layers = [m for name, m in unet.named_modules() if ".attn" in name and isinstance(m, nn.Linear)]
-    for p in (p for m in ([unet] if params == "all" else layers) for p in m.parameters()):
+    layers = [m for name, m in unet.named_modules() if ".attn" in name and isinstance(m, nn.Linear) and _moves(name)]
+    found = [p for name, p in unet.named_parameters() if _moves(name)]
+    if params != "all":
+        found = [p for m in layers for p in m.parameters()]
+    for p in found:
         p.data = p.data.float()  # what moves, moves in float32
     if params == "lora":
         g = torch.Generator().manual_seed(seed)
         for m in layers:
             parametrize.register_parametrization(m, "weight", _LowRank(m.weight, rank, g))
         found = [p for m in layers for p in m.parametrizations.weight[0].parameters()]
-    else:
-        found = list(unet.parameters()) if params == "all" else [p for m in layers for p in m.parameters()]
     return [p.requires_grad_(True) for p in found]
 
 # %% ../nbs/method/06_guidance.ipynb #5a4fae52
