@@ -941,7 +941,7 @@ def _examples(
         _announce(str(out / f"{name}.png") if out else f"example:{name}")
 
 # %% ../../nbs/interface/30_cli.ipynb #a6968386
-_TRAINING_STAGES = ("all", "vae", "decoder", "sam", "clip", "judge", "diffusion", "subject")
+_TRAINING_STAGES = ("all", "vae", "decoder", "sam", "clip", "judge", "diffusion", "encoder", "adapter")
 
 
 @app.command("train-mini", no_args_is_help=True, epilog="The whole recipe:  layerdiffusion train-mini all")

@@ -25,7 +25,6 @@ import torch.nn.functional as F
 from . import world
 from ..base.core import BadInput, environment, load_image, one_writer, write_json
 from ..base.folders import resolve_model
-from ..identity import Listener, SubjectAttention, self_attention, small
 from .judge import (ANSWERS, BROKEN, UNSEEN, Judge, ask, break_subjects, broken_found, judge_errors,
                                   load_judge, sound_kept, truths, valid, wilson)
 from ..base.sd import ddim_sample, decode_latents, encode_image, encode_text, initial_latents, load_models
@@ -503,7 +502,7 @@ def _build_scheduler():
 class _DiffusionObjective(nn.Module):
     "Eq. 1 on fresh scenes: noise latents, predict v. The subject counts three times."
 
-    lr, batch, samples, ema, empty, steps_back, reuse = 7e-4, 4, 60_000, 0.9985, 0.06, 1500, 4
+    lr, batch, samples, ema, empty, steps_back, reuse, weight = 7e-4, 4, 200_000, 0.9985, 0.06, 1500, 4, 2
 
     def __init__(self, level=0.0, vae=None):
         super().__init__()
@@ -528,10 +527,11 @@ class _DiffusionObjective(nn.Module):
         return (vae.decode(latents / vae.config.scaling_factor).sample / 2 + 0.5).clamp(0, 1)
 
     def fill(self, scenes):
-        "Draw and encode new scenes into the pool: a dict of what is needed of each."
+        "Draw and encode new scenes into the pool, a dict of what is needed of each; gives pictures and masks."
         x, mask, _ = render(scenes.to(_device_of(self)), _IMAGE_SIZE)
         item = dict(latents=self.encode(x), mask=F.avg_pool2d(mask, _FACTOR), scenes=scenes)
         self.pool = (self.pool + [item])[-self.steps_back :]
+        return x, mask
 
     def draw(self, scenes, g):
         "The newest pictures and some older ones; their scenes stay on the CPU."
@@ -549,18 +549,27 @@ class _DiffusionObjective(nn.Module):
     def forward(self, scenes, g):
         return self.loss(self.draw(scenes, g), g)
 
-    def loss(self, drawn, g, look=lambda null: contextlib.nullcontext()):
-        "The weighted error of v, and the plain one; `look` may let the U-Net see more than noise and words."
+    def timesteps(self, n, g):
+        "How noisy each of n pictures is made."
+        return torch.randint(self.scheduler.config.num_train_timesteps, (n,), generator=g)
+
+    def predict(self, latents, t, embeds, seen=None):  # embeddings of pictures (B, D), for an adapter
+        "The U-Net's answer."
+        return self.unet(latents, t, embeds if seen is None else (embeds, [self.project(seen)])).sample
+
+    def loss(self, drawn, g, seen=None):
+        "The weighted error of v; the plain one, and that on the subject."
         latents, mask = (torch.cat([d[k] for d in drawn]) for k in ("latents", "mask"))
         texts = captions(world.stack_scenes([d["scenes"] for d in drawn]), g)
         drop = (torch.rand(len(texts), generator=g) < 0.1).tolist()
-        embeds = self.embed(["" if d else s for s, d in zip(texts, drop, strict=True)] + [""])
+        embeds = self.embed(["" if d else s for s, d in zip(texts, drop, strict=True)])
         noise = torch.randn(latents.shape, generator=g).to(latents.device)
-        t = torch.randint(self.scheduler.config.num_train_timesteps, (len(texts),), generator=g).to(latents.device)
-        with _half_precision(latents.device), look(embeds[-1:].detach()):
-            pred = self.unet(self.scheduler.add_noise(latents, noise, t), t, embeds[:-1]).sample.float()
+        t = self.timesteps(len(texts), g).to(latents.device)
+        with _half_precision(latents.device):
+            pred = self.predict(self.scheduler.add_noise(latents, noise, t), t, embeds, seen).float()
         error = (pred - self.scheduler.get_velocity(latents, noise, t)).square()
-        return (error * (1 + 2 * mask)).mean(), dict(plain=error.mean())
+        subject = (error * mask).mean() / mask.mean().clamp_min(1e-4)
+        return (error * (1 + self.weight * mask)).mean(), dict(plain=error.mean(), subject=subject)
 
     def sheet(self):
         "All poses of all species in two places each, half of them in many words, with guidance."
@@ -580,119 +589,197 @@ class _DiffusionObjective(nn.Module):
             [f"{a[i]} {world.say_place(s, i, parts=long[i])}" for i in range(24)], torch.Generator().manual_seed(0)
         )
 
-    def draw_texts(self, texts, g, steps=25, guidance_scale=3.0, look=lambda null: contextlib.nullcontext()):
+    def draw_texts(self, texts, g, steps=25, guidance_scale=3.0, seen=None):
         "Plain guided DDIM sampling, for sheets during training."
         embeds = self.embed([""] * len(texts) + texts)
         x = torch.randn(len(texts), _LATENT_CHANNELS, _IMAGE_SIZE // _FACTOR, _IMAGE_SIZE // _FACTOR, generator=g).to(
             embeds.device
         )
         self.scheduler.set_timesteps(steps)
-        with look(embeds[:1]):
-            for t in self.scheduler.timesteps:
-                free, said = self.unet(torch.cat([x, x]), t, embeds).sample.chunk(2)
-                x = self.scheduler.step(free + guidance_scale * (said - free), t, x).prev_sample
+        seen = None if seen is None else torch.cat([torch.zeros_like(seen), seen])
+        for t in self.scheduler.timesteps:
+            free, said = self.predict(torch.cat([x, x]), t, embeds, seen).chunk(2)
+            x = self.scheduler.step(free + guidance_scale * (said - free), t, x).prev_sample
         return self.decode(x)
 
-# %% ../../nbs/mini/12_mini.ipynb #1254e0e7
-class _SeeFirst(SubjectAttention):
-    "Subject attention for the first pictures of a batch; the others see nothing."
+# %% ../../nbs/mini/12_mini.ipynb #42698fd5
+def _in_views(scenes, views=4):
+    "The same scenes, but each group of `views` shows one individual, in half of the groups in another coat at the end."
+    turn = torch.arange(len(scenes))
+    first = turn - turn % views
+    same = {name: getattr(scenes, name)[first] for name in ("species", "look", "pattern", "accessory")}
+    other = (turn % views == views - 1) & (scenes.jitter[first, 0] > 0)
+    coat = torch.where(other, scenes.colour, scenes.colour[first])
+    return world.replace(scenes, colour=coat, **same)
 
-    def added(self, attn, x):
-        n = min(len(x), len(self.seen))
-        more = super().added(attn, x[:n])
-        return torch.cat([more, torch.zeros_like(x[n:])]) if n < len(x) else more
+# %% ../../nbs/mini/12_mini.ipynb #dd446317
+def _boxes(mask: torch.Tensor) -> torch.Tensor:  # (B, 1, H, W), none empty
+    "The smallest box around each subject, (B, 4), as x0, y0, x1, y1 in pixels."
+    inside = mask[:, 0] > 0.5
+
+    def ends(some):
+        return some.float().argmax(1), some.shape[1] - some.flip(1).float().argmax(1)
+
+    (x0, x1), (y0, y1) = ends(inside.any(1)), ends(inside.any(2))
+    return torch.stack([x0, y0, x1, y1], 1).float()
+
+# %% ../../nbs/mini/12_mini.ipynb #7d8414ba
+def _shares(low, side, n: int) -> torch.Tensor:  # (B,) each; (B, n, n)
+    "What each of a line's n pixels gives to each of n new ones, when `side` pixels from `low` on are stretched to n."
+    old = torch.arange(-n, 2 * n, device=low.device)
+    new = low[:, None] + (torch.arange(n, device=low.device) + 0.5) * side[:, None] / n - 0.5
+    d = (new[..., None] - old).abs()
+    bicubic = torch.where(d < 1, (1.5 * d - 2.5) * d * d + 1, ((2.5 - 0.5 * d) * d - 4) * d + 2) * (d < 2)
+    bicubic = bicubic * ((old >= low[:, None]) & (old < (low + side)[:, None]))[:, None]
+    return (bicubic / bicubic.sum(-1, keepdim=True))[..., n : 2 * n]
 
 
-def _attention_weights(layer, extra):
-    "New matrices for one layer; the last one is zero, so that at first nothing is added."
-    inner, width = layer.to_q.weight.shape
-    shapes = dict(q=(inner, width), k=(inner, width + extra), v=(inner, width + extra))
-    w = {name: nn.Parameter(torch.randn(shape) * shape[1] ** -0.5) for name, shape in shapes.items()}
-    return nn.ParameterDict(
-        w | dict(out=nn.Parameter(torch.zeros(width, inner)), out_bias=nn.Parameter(torch.zeros(width)))
+def _portraits(
+    images: torch.Tensor,  # (B, 3, H, H), 0-1
+    masks: torch.Tensor,  # (B, 1, H, H), 0-1
+) -> torch.Tensor:  # (B, 3, H, H)
+    "Each subject alone, on grey, in the smallest square."
+    x0, y0, x1, y1 = _boxes(masks).unbind(1)
+    side = torch.maximum(x1 - x0, y1 - y0)
+    left, top = (low - ((side - (high - low)) / 2).floor() for low, high in ((x0, x1), (y0, y1)))
+    rows, columns = (_shares(low, side, images.shape[-1])[:, None] for low in (top, left))
+    return (rows @ ((images - 0.5) * (masks > 0.5)) @ columns.mT + 0.5).clamp(0, 1)
+
+# %% ../../nbs/mini/12_mini.ipynb #fa0d21cc
+_SEEN_WIDTH = 128
+
+
+def _build_image_encoder():
+    "A small `CLIPVisionModelWithProjection` for 64 px portraits."
+    from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+
+    return CLIPVisionModelWithProjection(
+        CLIPVisionConfig(
+            image_size=_IMAGE_SIZE,
+            patch_size=8,
+            hidden_size=_SEEN_WIDTH,
+            intermediate_size=4 * _SEEN_WIDTH,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            projection_dim=_SEEN_WIDTH,
+        )
     )
 
 
-class _SubjectObjective(_DiffusionObjective):
-    "Eq. 1 with half of the pictures seeing the same individual in another view; goes on from a diffusion stage."
+def _look(encoder, portraits):
+    "Embeddings (B, D) of portraits in 0-1."
+    from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
-    lr, samples, steps_back, seeing, views, empty = 5e-4, 400_000, 1500, 2, 4, 0.1
+    mean, std = (torch.tensor(v, device=portraits.device).view(3, 1, 1) for v in (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD))
+    return encoder(pixel_values=(portraits - mean) / std).image_embeds
 
-    def __init__(self, level=0.0, vae=None, start=None):
+# %% ../../nbs/mini/12_mini.ipynb #649ac427
+_READ = ("saddle", "saddle_at", "belly", "socks", "tail_tip", "tail", "ear", "leg", "plump",
+         "patch_x", "patch_y", "patch_size")
+
+
+def _individual(scenes):
+    "What is to be read of each individual, (B, 18), each within about -4 to 4: both colours, marks and build."
+    colours = [(c.flatten(1) - 0.5) * 8 for c in world.coat_colours(scenes)]
+    return torch.cat([*colours, torch.stack([world.trait(scenes, name, -1.7, 1.7) for name in _READ], 1)], 1)
+
+# %% ../../nbs/mini/12_mini.ipynb #f5b9c3da
+class _EncoderObjective(nn.Module):
+    "Read the individual off its portrait."
+
+    lr, batch, samples, ema, empty = 1e-3, 64, 220_000, 0.998, 0.0
+
+    def __init__(self, level=0.0):
+        super().__init__()
+        self.level, self.encoder = level, _build_image_encoder()
+        self.head = nn.Linear(_SEEN_WIDTH, 6 + len(_READ))
+
+    def forward(self, scenes, g):
+        scenes = scenes.to(_device_of(self))
+        x, mask, _ = render(scenes, _IMAGE_SIZE)
+        edge = 0.15 + 0.7 * torch.rand(len(x), 1, 1, 1, generator=g).to(x)
+        noise = 0.02 * torch.rand(len(x), 1, 1, 1, generator=g) * torch.randn(x.shape, generator=g)
+        portraits = _portraits((x + noise.to(x)).clamp(0, 1), (mask > edge).float())
+        with _half_precision(x.device):
+            read = self.head(_look(self.encoder, portraits)).float()
+        error = (read - _individual(scenes)).square()
+        if self.level == 0:
+            error = error[:, :-3]
+        return error.mean(), dict(coat=error[:, :3].mean(), second=error[:, 3:6].mean(), traits=error[:, 6:].mean())
+
+# %% ../../nbs/mini/12_mini.ipynb #51d7046f
+def _add_adapter(unet):
+    "Let each cross-attention layer attend to four words of an image encoder; only what is new learns."
+    from diffusers.models.attention_processor import IPAdapterAttnProcessor2_0
+
+    unet.requires_grad_(False)
+    processors = dict(unet.attn_processors)
+    for name in processors:
+        if "attn2" in name:
+            keys = unet.get_submodule(name.removesuffix(".processor")).to_k.weight.data
+            processors[name] = new = IPAdapterAttnProcessor2_0(*keys.shape, num_tokens=(4,), scale=1.0)
+            new.to_k_ip[0].weight.data.copy_(keys)
+            new.to_v_ip[0].weight.data.zero_()
+    unet.set_attn_processor(processors)
+
+# %% ../../nbs/mini/12_mini.ipynb #1254e0e7
+class _AdapterObjective(_DiffusionObjective):
+    "Eq. 1 in sight of another view of the same individual, for what an IP-Adapter adds to a model that stays as it is."
+
+    lr, samples, steps_back, views, empty, weight = 1e-3, 200_000, 1500, 4, 0.0, 3
+
+    def __init__(
+        self,
+        level=0.0,
+        vae=None,
+        start=None,  # a checkpoint of the stage diffusion, or the folder of a model
+        encoder=None,  # a checkpoint of the stage encoder
+    ):
         super().__init__(level, vae)
-        if start:
+        from diffusers.models.embeddings import ImageProjection
+
+        if start and Path(start).is_dir():
+            models = load_models(start)
+            self.unet.load_state_dict(models.unet.state_dict())
+            self.text_encoder.load_state_dict(models.text_encoder.state_dict())
+        elif start:
             _averaged(start, self)
-        self.see = nn.ModuleDict(
-            {
-                name.replace(".", "/"): _attention_weights(layer, _LATENT_CHANNELS)
-                for name, layer in self_attention(self.unet).items()
-            }
-        )
+        self.text_encoder.requires_grad_(False)
+        _add_adapter(self.unet)
+        self.project = ImageProjection(_SEEN_WIDTH, _TEXT_WIDTH, 4)
+        eyes = _EncoderObjective()
+        if encoder:
+            _averaged(encoder, eyes)
+        self.frozen.append(eyes.encoder.eval().requires_grad_(False))
+
+    @torch.no_grad()
+    def see(self, x, mask):
+        "Embeddings (B, D) of the subjects of pictures."
+        return _look(self.frozen[1].to(x.device), _portraits(x, mask))
 
     def fill(self, scenes):
-        "Four views of each individual, the last in another coat for half of them, and each view's subject alone."
-        turn = torch.arange(len(scenes))
-        first = turn - turn % self.views
-        same = {f: getattr(scenes, f)[first] for f in ("species", "look", "pattern", "accessory")}
-        other = (turn % self.views == self.views - 1) & (scenes.jitter[first, 0] > 0)
-        coat = torch.where(other, scenes.colour, scenes.colour[first])
-        scenes = world.replace(scenes, colour=coat, present=scenes.present[first], **same)
-        x, mask, _ = render(scenes.to(_device_of(self)), _IMAGE_SIZE)
-        alone = torch.where(mask > 0.5, x, torch.full_like(x, 0.5))
-        latents, seen = self.encode(torch.cat([x, alone])).chunk(2)
-        item = dict(latents=latents, alone=seen, mask=F.avg_pool2d(mask, _FACTOR), scenes=scenes)
-        self.pool = (self.pool + [item])[-self.steps_back :]
+        x, mask = super().fill(_in_views(scenes, self.views))
+        self.pool[-1]["seen"] = self.see(x, mask)
 
-    @contextlib.contextmanager
-    def looking(self, null, alone, mask):
-        "Within it, the U-Net sees the subjects `alone` for the first pictures of a batch."
-        layers = self_attention(self.unet)
-        before = {name: layer.processor for name, layer in layers.items()}
-        try:
-            for layer in layers.values():
-                layer.processor = Listener()
-            with torch.no_grad():
-                self.unet(alone, 0, null.expand(len(alone), -1, -1))
-            for name, layer in layers.items():
-                seen = layer.processor.seen.detach()
-                bias = (small(mask, seen.shape[1], F.adaptive_max_pool2d) <= 0.1).to(seen).mT[:, None] * -1e4
-                seen = torch.cat([seen, small(alone, seen.shape[1]).to(seen)], -1)
-                layer.processor = _SeeFirst(seen, bias, 1.0, self.see[name.replace(".", "/")])
-            yield
-        finally:
-            for name, layer in layers.items():
-                layer.processor = before[name]
+    def timesteps(self, n, g):
+        steps = self.scheduler.config.num_train_timesteps
+        return (torch.rand(n, generator=g).sqrt() * steps).long().clamp_max(steps - 1)
 
     def forward(self, scenes, g):
         drawn = self.draw(scenes, g)
         shift = int(torch.randint(1, self.views, (1,), generator=g))
-
-        def another(x):
-            return x.unflatten(0, (-1, self.views)).roll(shift, 1).flatten(0, 1)
-
-        alone, mask = (torch.cat([another(d[k]) for d in drawn[: self.seeing]]) for k in ("alone", "mask"))
-        return self.loss(drawn, g, lambda null: self.looking(null, alone, mask))
-
-    def weights(self) -> dict:
-        "The matrices as `see_subject` reads them."
-        return {f"{layer.replace('/', '.')}.{name}": w.data for layer, ws in self.see.items() for name, w in ws.items()}
+        seen = torch.cat([d["seen"] for d in drawn]).unflatten(0, (-1, self.views)).roll(shift, 1).flatten(0, 1)
+        return self.loss(drawn, g, seen * (torch.rand(len(seen), 1, generator=g) > 0.1).to(seen))
 
     def sheet(self):
-        "From words alone; then three rows of three: a subject, it drawn in another pose and place, the truth."
-        n = 24
-        s = sample_scenes(
-            n, stream("sheet"), self.level, species=torch.arange(3).repeat_interleave(8), pose=torch.arange(4).repeat(6)
-        )
+        "Three rows of three: a subject, it drawn in another pose and place, the truth."
+        n, fixed = 24, dict(species=torch.arange(3).repeat_interleave(8), pose=torch.arange(4).repeat(6))
+        s = sample_scenes(n, stream("sheet"), self.level, **fixed).to(_device_of(self))
         other = world.replace(s, pose=s.pose.roll(1), place=s.place.roll(1), layout=s.layout.roll(1, 0))
         (x, mask, _), true = render(other, _IMAGE_SIZE), render(s, _IMAGE_SIZE)[0]
-        alone = self.encode(torch.where(mask > 0.5, x, torch.full_like(x, 0.5))).repeat(2, 1, 1, 1)
         texts = [f"{world.say_subject(s, i, ('colour',))} {world.say_place(s, i)}" for i in range(n)]
-
-        def look(null):
-            return self.looking(null, alone, F.avg_pool2d(mask, _FACTOR).repeat(2, 1, 1, 1))
-
-        y = self.draw_texts(texts, torch.Generator().manual_seed(0), guidance_scale=2.0, look=look)
-        return torch.cat([super().sheet()] + [v[i : i + 8] for i in (0, 8, 16) for v in (x, y, true)])
+        y = self.draw_texts(texts, torch.Generator().manual_seed(0), guidance_scale=2.0, seen=self.see(x, mask))
+        return torch.cat([v[i : i + 8] for i in (0, 8, 16) for v in (x, y, true)])
 
 # %% ../../nbs/mini/12_mini.ipynb #4dd16dd6
 _SAM_CONFIG = dict(
@@ -770,13 +857,7 @@ def _random_boxes(mask: torch.Tensor,  # (B, 1, H, W), none empty
                  off: float = .07  # standard deviation of each edge, a share of the box's side
                 ) -> torch.Tensor:
     "Boxes (B, 4) around the subjects, as x0, y0, x1, y1 in pixels, each edge a little off."
-    inside, (h, w) = mask[:, 0] > .5, mask.shape[-2:]
-
-    def edges(some):
-        return some.float().argmax(1), some.shape[1] - some.flip(1).float().argmax(1)
-
-    (x0, x1), (y0, y1) = edges(inside.any(1)), edges(inside.any(2))
-    box = torch.stack([x0, y0, x1, y1], 1).float()
+    box, (h, w) = _boxes(mask), mask.shape[-2:]
     sides = (box[:, 2:] - box[:, :2]).repeat(1, 2)
     box = box + sides * off * torch.randn(box.shape, generator=g).clamp(-2, 2).to(box)
     return box.clamp_min(0).minimum(box.new_tensor([w, h, w, h]))
@@ -1127,6 +1208,7 @@ def _write(folder, name, state, config, config_name="config.json"):
 def _save_diffusion(folder, vae, objective):
     "Write a Stable Diffusion folder that `StableDiffusionPipeline.from_pretrained` reads."
     from diffusers import StableDiffusionPipeline
+    from diffusers.models.attention_processor import AttnProcessor2_0
 
     parts = dict(
         vae=_half(vae),
@@ -1135,6 +1217,7 @@ def _save_diffusion(folder, vae, objective):
         tokenizer=objective.tokenizer,
         scheduler=objective.scheduler,
     )
+    parts["unet"].set_attn_processor(AttnProcessor2_0())  # an adapter is stored for itself
     StableDiffusionPipeline(
         **parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False
     ).save_pretrained(folder)
@@ -1154,6 +1237,22 @@ def _publish_names(path):
         path,
         metadata={"format": "pt"},
     )
+
+
+def _save_adapter(folder, objective):
+    "Write a folder `ip_adapter` that diffusers' `load_ip_adapter` reads, with the image encoder in it."
+    from safetensors.torch import save_file
+
+    project, layers = objective.project, objective.unet.attn_processors.values()
+    linear, norm = project.image_embeds, project.norm
+    tensors = {f"image_proj.proj.{k}": v for k, v in linear.state_dict().items()}
+    tensors |= {f"image_proj.norm.{k}": v for k, v in norm.state_dict().items()}
+    for i, layer in enumerate(layers):
+        if hasattr(layer, "to_k_ip"):
+            new = dict(to_k_ip=layer.to_k_ip[0].weight, to_v_ip=layer.to_v_ip[0].weight)
+            tensors |= {f"ip_adapter.{i}.{k}.weight": v for k, v in new.items()}
+    _half(objective.frozen[1]).save_pretrained(Path(folder) / "image_encoder")
+    save_file({k: v.detach().half() for k, v in tensors.items()}, Path(folder) / "ip_adapter.safetensors")
 
 
 def _save_sam(folder, objective):
@@ -1179,34 +1278,37 @@ _STAGES = dict(
     clip=_ClipObjective,
     judge=_JudgeObjective,
     diffusion=_DiffusionObjective,
-    subject=_SubjectObjective,
+    encoder=_EncoderObjective,
+    adapter=_AdapterObjective,
 )
+
+
+def _checkpoint(run, stage, what):
+    "The checkpoint of an earlier stage of a run."
+    path = Path(run) / stage / "checkpoint.safetensors"
+    if not path.exists():
+        raise BadInput(f"{run} has no {what} yet; run `layerdiffusion train-mini {stage} --out {run}` first.")
+    return path
 
 
 def _vae_folder(run):
     "The finished autoencoder of a run, standardised and stored once, so that every later stage sees the same latents."
-    folder, checkpoint = Path(run) / "vae_folder", Path(run) / "vae" / "checkpoint.safetensors"
+    folder = Path(run) / "vae_folder"
     if not folder.exists():
-        if not checkpoint.exists():
-            raise BadInput(
-                f"{run} has no trained autoencoder yet; run `layerdiffusion train-mini vae --out {run}` first."
-            )
         objective = _VaeObjective()
-        _averaged(checkpoint, objective)
+        _averaged(_checkpoint(run, "vae", "trained autoencoder"), objective)
         _standardise_latents(objective.vae).half().save_pretrained(folder)
     return folder
 
 
 def _needs(stage, run):
     "What a stage takes from the stages before it."
-    if stage not in ("decoder", "diffusion", "judge", "subject"):
-        return {}
-    start = Path(run) / "diffusion" / "checkpoint.safetensors"
-    if stage == "subject" and not start.exists():
-        raise BadInput(
-            f"{run} has no diffusion model yet; run `layerdiffusion train-mini diffusion --out {run}` first."
+    needs = dict(vae=_vae_folder(run)) if stage in ("decoder", "diffusion", "judge", "adapter") else {}
+    if stage == "adapter":
+        needs |= dict(
+            start=_checkpoint(run, "diffusion", "diffusion model"), encoder=_checkpoint(run, "encoder", "image encoder")
         )
-    return dict(vae=_vae_folder(run)) | (dict(start=start) if stage == "subject" else {})
+    return needs
 
 
 def train_stage(
@@ -1274,12 +1376,13 @@ def _write_mini(
         return objective
 
     out, vae = Path(out), _vae_folder(run)
-    last = "subject" if (Path(run) / "subject" / "checkpoint.safetensors").exists() else "diffusion"
-    drawing = trained(last, vae=vae)
+    seeing = (Path(run) / "adapter" / "checkpoint.safetensors").exists()
+    eyes = dict(encoder=_checkpoint(run, "encoder", "image encoder")) if seeing else {}
+    drawing = trained("adapter" if seeing else "diffusion", vae=vae, **eyes)
     better = (Path(run) / "decoder" / "checkpoint.safetensors").exists()
     _save_diffusion(out, trained("decoder").vae if better else _load_vae(vae), drawing)
-    if last == "subject":
-        _write(out / "subject", "model.safetensors", drawing.weights(), dict(made_for="the U-Net beside it"))
+    if seeing:
+        _save_adapter(out / "ip_adapter", drawing)
     for stage, save in dict(sam=_save_sam, clip=_save_clip, judge=_save_judge).items():
         if (Path(run) / stage / "checkpoint.safetensors").exists():
             save(out / stage, trained(stage))
