@@ -33,7 +33,8 @@ def frames(seeds=range(3), **changes):
             drawn.append(decode_latents(method.models, event.latents))
 
     result = method.edit("example:dog", TEXT, seeds=seeds, config=config)
-    method.sample(result.embeddings, result.difference, tuple(result.image.shape[-2:]), seeds, config, watch)
+    method.sample(result.embeddings, result.difference, tuple(result.image.shape[-2:]), seeds, config, watch,
+                  photo=(result.image, result.mask))
     still = [result.image, overlay(result.image, result.mask)]
     return [strip(*still, *images) for images in drawn] + [strip(*still, *result.images)]
 

@@ -21,7 +21,7 @@ sys.dont_write_bytecode = True
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "layerdiffusion"
-EQUATIONS, DIRECTION = "test_equations.py", "test_direction.py"
+EQUATIONS, DIRECTION, DISK = "test_equations.py", "test_direction.py", "test_on_disk.py"
 
 
 # Each run of tests is a process of its own, forked from one that has imported the libraries, but not ours.
@@ -272,7 +272,7 @@ MUTANTS = [
         "(mask < 0.5).float() if hard",
         "latent_size",
     ),
-    # The subject attention
+    # What the U-Net sees of the photo's subject
     way(
         "the place for the subject",
         "identity",
@@ -281,52 +281,75 @@ MUTANTS = [
         "without_its_place",
     ),
     way(
-        "everything but the subject",
+        "a square of the rest", "identity", "hard[0].nonzero().T", "(1 - hard[0]).nonzero().T", "without_its_place"
+    ),
+    way("a black edge", "identity", "side - h - y), value=0.5)", "side - h - y), value=0.0)", "without_its_place"),
+    way("everything but the subject", "identity", "seen.shape[1]) <= 0.1)", "seen.shape[1]) > 0.1)", "attention"),
+    way("less for more", "identity", "weight = math.log(self.scale)", "weight = -math.log(self.scale)", "attention"),
+    way("a scale of nothing", "identity", "if self.scale else -math.inf", "if self.scale else 0.0", "attention"),
+    way("a noisy look", "identity", "models.unet(latents, 0,", "models.unet(latents, 500,", "layer_reads"),
+    Mutant("the adapter's own scale", "identity", "processor.scale = [scale]", "processor.scale = [1.0]", f"{DISK}::sees"),
+    Mutant(
+        "the adapter looks beside the subject",
         "identity",
-        "F.adaptive_max_pool2d) <= 0.1",
-        "F.adaptive_max_pool2d) > 0.1",
-        "attention",
+        "portrait(image, mask), scale)",
+        "portrait(image, 1 - mask), scale)",
+        f"{DISK}::sees",
     ),
-    way("taken off", "identity", "+ self.scale * self.added", "- self.scale * self.added", "by_hand"),
+    way("seen where it shall not be", "pipeline", "if not config.subject_scale:", "if config.subject_scale:", "every_stage"),
     way(
-        "less for more", "identity", "self.bias + math.log(self.scale)", "self.bias - math.log(self.scale)", "attention"
-    ),
-    way("a noisy look", "identity", "models.unet(subject.latents, 0,", "models.unet(subject.latents, 500,", "reads"),
-    # The search for O_t
-    way("the worst is varied", "identity", "best.sort(key=lambda b: b[0])", "best.sort(key=lambda b: -b[0])", "varies"),
-    way("the stop rule", "identity", "best[0][0] > _CHANGED", "best[0][0] < _CHANGED", "stops"),
-    way("no seed", "identity", 'stream("target search", seed)', 'stream("target search", 0)', "prior_coat_and_search"),
-    way(
-        "the seed kept back",
+        "the strength kept back",
         "pipeline",
-        "            seed=config.seed,\n            subject_scale",
-        "            seed=0,\n            subject_scale",
-        "gives_its_seed",
+        "see_subject(self.models, image, mask, config.subject_scale)",
+        "see_subject(self.models, image, mask, 1.0)",
+        "every_stage",
     ),
-    way("children like strangers", "identity", "(1 - spread ** 2) ** .5 * parents", "spread * parents", "children"),
-    way("typical where one is near", "identity", "near.min() < _CHANGED", "near.min() > _CHANGED", "the_choice"),
-    way("unclear is better", "identity", "- clearness).argmin()", "+ clearness).argmin()", "the_choice"),
-    way("quality ignored", "identity", "target_quality * torch.tensor", "0 * torch.tensor", "quality"),
-    way("quality kept back", "pipeline", "target_quality=config.target_quality", "target_quality=0.", "is_told"),
-    way("the mask shrinks", "pipeline", "dilate(mask, grow)", "dilate(mask, -grow)", "is_told"),
-    way("drawn where it is there", "pipeline", "asked == subject_action(", "asked != subject_action(", "already"),
-    # Another coat
-    way("the old colour", "identity", "share * (new * shade)", "share * (old * shade)", "coat"),
-    way("a worn coat is changed", "identity", "norm() <= max(least", "norm() >= max(least", "coat"),
-    way("lighter for darker", "identity", "old.mean() / photo_coat[0]", "1 / old.mean() * photo_coat[0]", "coat"),
+    way("one sight for all photos", "pipeline", "known = [image, mask, ", "known = [mask, ", "every_stage"),
     way(
-        "tone where none is asked for",
+        "a result of another photo",
         "pipeline",
-        "if source and config.recolour_tone",
-        "if source and not config.recolour_tone",
-        "coat",
+        "[scene.image, scene.mask, config.subject_scale] if config.subject_scale",
+        "[] if config.subject_scale",
+        "every_stage",
     ),
     way(
-        "the coat's seed",
-        "identity",
-        'stream("typical coat", seed)',
-        'stream("typical coat", 0)',
-        "prior_coat_and_search",
+        "a result of another strength",
+        "pipeline",
+        "[scene.image, scene.mask, config.subject_scale] if config.subject_scale",
+        "[scene.image, scene.mask] if config.subject_scale",
+        "every_stage",
+    ),
+    way("O_t of another photo", "pipeline", "[*photo, config.subject_scale] if photo", "[] if photo", "every_stage"),
+    way(
+        "Eq. 2 blind",
+        "pipeline",
+        "losses), self.seeing(scene.image, scene.mask, config)",
+        "losses), self.models",
+        "every_stage",
+    ),
+    way(
+        "the prior pictures blind",
+        "pipeline",
+        "self.seeing(scene.image, scene.mask, config), texts",
+        "self.models, texts",
+        "every_stage",
+    ),
+    way(
+        "Eq. 4 to 6 blind",
+        "pipeline",
+        "self.layers(scene, config), self.seeing(scene.image, scene.mask, config)",
+        "self.layers(scene, config), self.models",
+        "every_stage",
+    ),
+    way("Eq. 7 blind", "pipeline", "self.seeing(*photo, config).unet", "self.models.unet", "every_stage"),
+    way("O_t blind", "pipeline", '"target", callback, (photo, found))', '"target", callback)', "every_stage"),
+    way("blind looks", "pipeline", "Looks(self, models, words", "Looks(self, self.models, words", "look_on_the_way"),
+    way(
+        "a photo that is drawn",
+        "pipeline",
+        'if config.object_picture == "input":',
+        'if config.object_picture != "input":',
+        "photo_or_a_drawn",
     ),
     # What trains mini
     way(
@@ -412,7 +435,7 @@ def sound(folder: Path) -> bool:
     "Whether the copy is what the tests import, and passes them as it is."
     where = f"import layerdiffusion\ndef test_where(): assert layerdiffusion.__file__.startswith({str(folder)!r})\n"
     (folder / "test_where.py").write_text(where, encoding="utf-8")
-    tests = str(folder / "test_where.py"), EQUATIONS, DIRECTION
+    tests = str(folder / "test_where.py"), EQUATIONS, DIRECTION, f"{DISK}::sees"
     return all(run_tests(folder, file)[0] == 0 for file in tests)
 
 

@@ -13,7 +13,7 @@ import torch
 
 pytest.importorskip("anywidget")
 pytest.importorskip("ipywidgets")
-from layerdiffusion import BadInput, LayerDiffusion
+from layerdiffusion import BadInput, LayerDiffusion, preset
 from layerdiffusion.interface import app as module
 from layerdiffusion.interface.app import (
     LayerDiffusionApp,
@@ -320,13 +320,14 @@ def test_a_photo_that_mini_does_not_know(editor):
 
 def test_presets(editor, method):
     editor.preset.value = "best"
-    assert editor.order().changes == {} and editor.dials["tuning_steps"].value == 100
+    best = preset("best", method.models.card)
+    assert editor.order().changes == {} and editor.dials["tuning_steps"].value == best.tuning_steps
     editor.preset.value = "quick"
     order = editor.order()
     assert (
         order.preset == "best"
-        and order.changes["target_draws"] == 16
-        and order.config(method.models.card).tuning_steps == 40
+        and order.changes.items() >= module._QUICK.items()
+        and order.config(method.models.card).tuning_steps == 5
     )
 
 
@@ -418,12 +419,12 @@ def test_every_declared_setting_can_be_touched(editor, method):
             assert (editor.fields[name].min, editor.fields[name].max) == (setting.low, setting.high)
     editor.preset.value = "best"
     assert editor.order().changes == {}
-    editor.fields["eq8_index"].value, editor.fields["recolour"].value = "timestep", False
+    editor.fields["eq8_index"].value, editor.fields["iterative_guidance"].value = "timestep", False
     order = editor.order()
-    assert order.changes == dict(eq8_index="timestep", recolour=False)
+    assert order.changes == dict(eq8_index="timestep", iterative_guidance=False)
     words = shlex.split(_shell_line(order))
-    assert words[words.index("--eq8-index") + 1] == "timestep" and "--no-recolour" in words
-    assert "eq8_index='timestep', recolour=False" in _python_lines(order)
+    assert words[words.index("--eq8-index") + 1] == "timestep" and "--no-turns" in words
+    assert "iterative_guidance=False, eq8_index='timestep'" in _python_lines(order)
 
 
 def test_an_upload_that_is_too_large(editor):

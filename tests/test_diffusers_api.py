@@ -1,5 +1,7 @@
 """The class as somebody who knows diffusers uses it: from_pipe, to, the call's arguments, Pillow pictures."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -185,18 +187,18 @@ def test_a_scene_has_its_settings(pipe, scene):
     "Those it was prepared with hold where the call names none; what is in the scene cannot be changed any more."
     assert pipe(scene=scene, seeds=[3], alpha=0.2).edit.config == scene.config.change(alpha=0.2)
     for change, said in (
-        (dict(preset="best"), "object_picture='input'"),
+        (dict(object_picture="target"), "object_picture='input'"),
         (dict(reference_mask="sam"), "reference_mask='empty'"),
-        (dict(recolour=True), "recolour=False"),
         (dict(learnt_words=1), "words for the photo"),
     ):
         with pytest.raises(BadInput, match=said):
             pipe(scene=scene, seeds=[3], **change)
+    drawn = replace(scene, config=scene.config.change(object_picture="target"))
+    with pytest.raises(BadInput, match="prepared with subject_scale=0.0"):
+        pipe(scene=drawn, seeds=[3], subject_scale=0.5)
 
 
 def test_a_scene_is_of_its_model(pipe, scene):
-    from dataclasses import replace
-
     with pytest.raises(BadInput, match="another model"):
         pipe(scene=replace(scene, model="0"), seeds=[3])
     with pytest.raises(BadInput, match="prepare"):

@@ -59,7 +59,7 @@ def done(tmp_path_factory):
             "two",
             lambda of: [
                 _Setting("SDEdit", "sdedit", dict(strength=0.5)),
-                _Setting("paper", "paper", dict(target_draws=1, embedding_steps=10, tuning_steps=10)),
+                _Setting("paper", "paper", dict(embedding_steps=10, tuning_steps=10)),
             ],
         )
         yield folder, _run_experiment("two", "tiny", "paper", folder)
@@ -387,7 +387,7 @@ def test_turns_or_not_the_unet_is_tuned_once(tmp_path, monkeypatch):
 
     method, tuned = LayerDiffusion.from_pretrained("mini", "cpu"), []
     monkeypatch.setattr(pipeline, "fine_tune", lambda *a, f=pipeline.fine_tune, **k: tuned.append(1) or f(*a, **k))
-    tiny = dict(target_draws=1, embedding_steps=1, tuning_steps=1, sampling_steps=2)
+    tiny = dict(embedding_steps=1, tuning_steps=1, sampling_steps=2)
     settings = [
         _Setting("whole", "paper", tiny),
         _Setting("α = 1", "paper", tiny | dict(alpha=1.0)),

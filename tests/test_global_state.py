@@ -161,8 +161,8 @@ def test_tensors_of_inference_mode(name, photo, expected, tmp_path):
 
 
 def test_preset_best_in_inference_mode(photo):
-    "The search for O_t, subject attention, CLIP and the change of coat too."
-    how = dict(preset="best", mask=photo[1], seeds=[0], target_draws=4, tuning_steps=1, sampling_steps=2)
+    "A U-Net that sees the photo's subject too."
+    how = dict(preset="best", mask=photo[1], seeds=[0], embedding_steps=1, tuning_steps=1, sampling_steps=2)
     with all_at_once():
         a = LayerDiffusion.from_pretrained("mini", "cpu").edit(photo[0], TEXT, **how)
     assert torch.equal(a.images, LayerDiffusion.from_pretrained("mini", "cpu").edit(photo[0], TEXT, **how).images)

@@ -587,21 +587,22 @@ def photo():
 def seen(models, photo, scale, steps=3):
     "Latents of a text, drawn in sight of a photo's subject; and the noise they began with."
     from layerdiffusion.base.sd import ddim_sample, encode_text, initial_latents
-    from layerdiffusion.identity import _in_sight
+    from layerdiffusion.identity import see_subject
 
     embeds, noise = [encode_text(models, words) for words in ("a dog", "a cat")], initial_latents(models, [0, 1])
-    sees, embeds = _in_sight(models, *photo, scale, embeds) if scale is not None else (models, embeds)
+    sees = models if scale is None else see_subject(models, *photo, scale)
     return ddim_sample(sees, *embeds, noise, steps, 4.0), noise
 
 
 @pytest.mark.parametrize("kind", ["plain", "plus"])
 def test_an_ip_adapter_draws_what_diffusers_draws(tmp_path, photo, kind):
-    "Its own pipeline, with `load_ip_adapter` and the subject as the picture, guided away from other words."
+    """Its own pipeline, with `load_ip_adapter` and the subject as the picture, guided away from other words; ours is
+    not guided away from a blank picture: the subject is seen in both passes."""
     from diffusers import StableDiffusionPipeline
 
     from layerdiffusion.base.core import to_pil
     from layerdiffusion.base.sd import load_models
-    from layerdiffusion.identity import _portrait
+    from layerdiffusion.identity import portrait
 
     root = adapter_for(MINI, tmp_path / "IP-Adapter", kind)
     models = load_models(model_folder("mini", ip_adapter=root))
@@ -611,7 +612,9 @@ def test_an_ip_adapter_draws_what_diffusers_draws(tmp_path, photo, kind):
     pipe.set_ip_adapter_scale(0.6)
     pipe.scheduler = models.scheduler
     how = dict(num_images_per_prompt=2, num_inference_steps=3, guidance_scale=4.0, output_type="latent", latents=noise)
-    theirs = pipe("a dog", negative_prompt="a cat", ip_adapter_image=to_pil(_portrait(*photo)), **how).images
+    (picture,) = pipe.prepare_ip_adapter_image_embeds([to_pil(portrait(*photo))], None, "cpu", 1, False)
+    both = [torch.cat([picture, picture])]
+    theirs = pipe("a dog", negative_prompt="a cat", ip_adapter_image_embeds=both, **how).images
     assert (ours - theirs).abs().max() < 1e-5
     assert (ours - seen(models, photo, None)[0]).abs().mean() > 1e-2
 
@@ -619,7 +622,7 @@ def test_an_ip_adapter_draws_what_diffusers_draws(tmp_path, photo, kind):
 def test_what_an_ip_adapter_sees(adapter, photo):
     "The subject and not what is beside it, the more the larger the scale, and nothing at a scale of 0."
     from layerdiffusion.base.sd import load_models
-    from layerdiffusion.identity import _portrait
+    from layerdiffusion.identity import portrait
 
     models, (image, mask) = load_models(model_folder("mini", ip_adapter=adapter)), photo
     before = models.unet.state_dict().keys()
@@ -631,29 +634,37 @@ def test_what_an_ip_adapter_sees(adapter, photo):
     off = [(x - alone).abs().mean() for x in (seen(models, photo, 0.1, 1)[0], one)]
     assert off[1] > off[0] > 1e-3
     assert models.unet.state_dict().keys() == before and models.unet.encoder_hid_proj is None
-    square = _portrait(image, mask)
+    square = portrait(image, mask)
     assert square.shape == (3, 32, 32) and torch.equal(square[:, :, 4:28], image[:, 8:40, 4:28])
     assert (square[:, :, :4] == 0.5).all() and (square[:, :, 28:] == 0.5).all()
 
 
-def test_a_target_in_sight_through_an_ip_adapter(adapter, photo, tmp_path):
-    "The search draws with it, not with mini's own matrices; records are named after what is inside of it."
-    from layerdiffusion.base.masks import load_sam
-    from layerdiffusion.base.sd import ddim_sample, decode_latents, encode_text, load_models
-    from layerdiffusion.identity import _in_sight, search_target, subject_name
-    from layerdiffusion.method import stream
+@pytest.mark.parametrize("tuned", ["all", "attention", "lora"])
+def test_an_edit_through_an_ip_adapter(adapter, photo, tmp_path, tuned):
+    "Its own weights do not move in the tuning, and a saved edit is drawn again the same."
+    from layerdiffusion import LayerDiffusion, load_edit
+    from layerdiffusion.base.sd import load_models
 
-    mini, models = load_models("mini"), load_models(model_folder("mini", ip_adapter=adapter))
-    noise = torch.randn(1, 4, 16, 16, generator=stream("target search", 0))
-    sees, embeds = _in_sight(models, *photo, 0.5, [encode_text(models, words) for words in ("a dog", "")])
-    drawn = decode_latents(models, ddim_sample(sees, *embeds, noise, 8, 1.5))[0]
-    how = dict(draws=1, spreads=(), sampling_steps=8)
-    ours, own = (search_target(m, load_sam(), "a dog", *photo, subject_scale=0.5, **how)[0] for m in (models, mini))
-    assert torch.allclose(ours, drawn, atol=1e-5) and (own - drawn).abs().mean() > 1e-3
+    method = LayerDiffusion(load_models(model_folder("mini", ip_adapter=adapter)), "mini")
+    short = dict(embedding_steps=1, tuning_steps=2, tuning_lr=1e-3, sampling_steps=2, tuned_parameters=tuned)
+    given = dict(mask=photo[1], reference=photo[0].flip(0), seeds=[0], subject_scale=0.5, **short)
+    edit = method.edit(photo[0], "a dog jumping in a forest", **given)
+    assert edit.difference and not [name for name in edit.difference if "_ip" in name]
+    other = LayerDiffusion(method.models, "mini")
+    assert torch.equal(load_edit(edit.save(tmp_path), other).images, edit.images)
+
+
+def test_an_ip_adapter_has_a_name(adapter, tmp_path):
+    "Records are named after what is inside of it."
+    from layerdiffusion.base.sd import load_models
+    from layerdiffusion.identity import subject_name
+
+    models = load_models(model_folder("mini", ip_adapter=adapter))
     other = Path(shutil.copytree(adapter, tmp_path / "other"))
     change(other, lambda t: t.update({"image_proj.proj.bias": t["image_proj.proj.bias"] + 1}))
-    names = [subject_name(m) for m in (mini, models, load_models(model_folder("mini", ip_adapter=other)))]
-    assert len(set(names)) == 3 and all(re.fullmatch("[0-9a-f]{16}", name) for name in names)
+    plain = load_models(shutil.copytree(MINI, tmp_path / "plain", ignore=shutil.ignore_patterns("ip_adapter")))
+    names = [subject_name(m) for m in (plain, models, load_models(model_folder("mini", ip_adapter=other)))]
+    assert names[0] == "" and len(set(names)) == 3 and all(re.fullmatch("[0-9a-f]{16}", name) for name in names[1:])
     again = model_folder(models.folder, ip_adapter=other)  # in place of the one that is there
     assert subject_name(load_models(again)) == names[2] and model_folder("mini", ip_adapter=adapter) == models.folder
 
@@ -709,6 +720,5 @@ def test_the_command_takes_an_ip_adapter(adapter, tmp_path, capsys, monkeypatch)
     words = ["edit", "example:dog", "a dog jumping in a forest", "--point", "32,36", "--device", "cpu", *how]
     assert main([*words, "--ip-adapter", str(adapter)]) == 2
     assert "--subject-scale" in capsys.readouterr().err and not Path("out").exists()
-    target = ["--object-picture", "target", "--subject-scale", "0.1", "--target-draws", "2"]
-    assert main([*words, "--ip-adapter", str(adapter), *target]) == 0, capsys.readouterr().err
+    assert main([*words, "--ip-adapter", str(adapter), "--subject-scale", "0.1"]) == 0, capsys.readouterr().err
     assert "mini-" in json.loads(Path("out/edit.json").read_text())["model"] and Path("out/seed-0.png").is_file()

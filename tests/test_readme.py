@@ -77,7 +77,7 @@ def test_command_exists(command):
 def test_python_runs(tmp_path, monkeypatch):
     "README's Python runs, with fewer steps."
     code = "\n".join(text for kind, text in BLOCKS if kind == "python")
-    short = code.replace('preset="best")', 'preset="best", target_draws=2, tuning_steps=2, sampling_steps=2)')
+    short = code.replace('preset="best")', 'preset="best", embedding_steps=2, tuning_steps=2, sampling_steps=2)')
     assert short != code
     monkeypatch.chdir(tmp_path)
     exec(compile(short, "README.md", "exec"), {"__name__": "readme"})

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 from safetensors.torch import load_file
-from layerdiffusion.base.core import BadInput, Event
+from layerdiffusion.base.core import BadInput, Event, to_pil
 from layerdiffusion.fine_tuning import low_rank
 from layerdiffusion.pipeline import EditConfig, LayerDiffusion, load_edit
 from layerdiffusion.interface.saving import export, pixels
@@ -143,8 +143,7 @@ def test_export_twice_and_refused(method, edit, tmp_path):
 @pytest.mark.parametrize("name", ["paper", "best"])
 def test_reuse_from_the_folder(method, tmp_path, name):
     "A saved edit, loaded into an object that knows nothing else, is reused with the same bytes as the one in memory."
-    few = dict(target_draws=2) if name == "best" else {}
-    tiny = preset(name, embedding_steps=2, tuning_steps=3, sampling_steps=2, prior_batch=0, **few)
+    tiny = preset(name, embedding_steps=2, tuning_steps=3, sampling_steps=2, prior_batch=0)
     edit = method.edit(
         "example:dog",
         "a dog jumping in a forest",
@@ -155,12 +154,32 @@ def test_reuse_from_the_folder(method, tmp_path, name):
     )
     loaded = load_edit(edit.save(tmp_path / "dog"), LayerDiffusion(method.models, method.sam))
     again = [
-        LayerDiffusion(method.models, method.sam).reuse(e, "a dog lying in the snow", seeds=[1, 2], steps=2, draws=2)
+        LayerDiffusion(method.models, method.sam).reuse(e, "a dog lying in the snow", seeds=[1, 2], steps=2)
         for e in (edit, loaded)
     ]
     assert torch.equal(again[0].images, again[1].images) and again[1].record["reused"]["text"] == edit.text
     assert len(again[1].losses["tune"]) == 2 and again[1].config.tuning_lr == edit.config.tuning_lr
     assert torch.equal(load_edit(again[1].save(tmp_path / "again"), method).images, again[1].images)
+
+
+def test_an_edit_that_saw_its_photo_is_drawn_again_with_it(method, tmp_path):
+    """A saved edit with `subject_scale` looks at the photo beside it, and gives the same pictures; without the photo
+    or its mask it cannot be drawn, and one sentence says so; what it learnt is there."""
+    config = preset("paper", embedding_steps=1, tuning_steps=1, sampling_steps=2, subject_scale=0.8)
+    edit = method.edit("example:dog", "a dog jumping in a forest", point=(32, 36), seeds=[1], config=config)
+    folder, anew = edit.save(tmp_path / "dog"), LayerDiffusion(method.models, method.sam)
+    assert torch.equal(load_edit(folder, anew).images, edit.images)
+    for name in ("input.png", "mask.png"):
+        kept, other = (folder / name).read_bytes(), to_pil(pixels(folder / name).flip(1))
+        other.save(folder / name)
+        assert not torch.equal(load_edit(folder, anew).images, edit.images), name
+        (folder / name).unlink()
+        with pytest.raises(BadInput, match="subject_scale 0.8.*input.png and mask.png must lie beside"):
+            load_edit(folder, anew)
+        assert load_edit(folder, anew, draw=False).difference.keys() == edit.difference.keys()
+        with pytest.raises(BadInput, match=r"input.png and mask.png must lie beside"):
+            anew.reuse(load_edit(folder, anew, draw=False), "a dog lying in the snow")
+        (folder / name).write_bytes(kept)
 
 
 def test_a_checkpoint_that_cannot_be_written_does_not_end_the_run(method, tmp_path):
@@ -464,7 +483,6 @@ def test_calls_of_another_kind(method, edit, tmp_path):
         lambda: export(None, method, tmp_path / "x"),
         lambda: export(edit, "mini", tmp_path / "x"),
         lambda: method.reuse(edit, "a dog lying in the snow", keep="x"),
-        lambda: method.reuse(edit, "a dog lying in the snow", draws="x"),
     ):
         with pytest.raises(BadInput):
             call()

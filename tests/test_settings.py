@@ -50,7 +50,7 @@ def numbers(config):
         dict(tuning_lr=1e-4),
         dict(guidance_scale=2.0),
         dict(tuning_steps=100),
-        dict(lambda_bg=1.0, target_draws=3),
+        dict(lambda_bg=1.0, tuning_batch=3),
     ],
 )
 def test_a_preset_means_the_same_everywhere(name, changes):
@@ -109,7 +109,7 @@ def test_settings_in_the_call(method, plain):
 def test_python_and_command_line_run_the_same(method, tmp_path, monkeypatch, capsys):
     "The preset best with a change: settings and pictures."
     monkeypatch.chdir(tmp_path)
-    few = dict(target_draws=2, tuning_steps=1, sampling_steps=2, alpha=0.5)
+    few = dict(embedding_steps=1, tuning_steps=1, sampling_steps=2, alpha=0.5)
     assert (
         main(
             [
@@ -119,8 +119,8 @@ def test_python_and_command_line_run_the_same(method, tmp_path, monkeypatch, cap
                 *[
                     "--preset",
                     "best",
-                    "--target-draws",
-                    "2",
+                    "--embedding-steps",
+                    "1",
                     "--tuning-steps",
                     "1",
                     "--steps",
@@ -199,7 +199,7 @@ def test_a_new_setting_orphans_nothing(monkeypatch):
 def test_a_key_is_what_differs_and_a_version(monkeypatch):
     from layerdiffusion import settings as page
 
-    assert EditConfig().key() == dict(version=page.VERSION) and preset("best").key()["tuning_steps"] == 100
+    assert EditConfig().key() == dict(version=page.VERSION) and preset("best").key()["subject_scale"] > 0
     assert EditConfig(alpha=0.5, tuning_steps=2).key() == dict(version=page.VERSION, alpha=0.5, tuning_steps=2)
     assert EditConfig(alpha=0.5, tuning_steps=2).key(["alpha"]) == dict(version=page.VERSION, alpha=0.5)
     plain, other = EditConfig(), EditConfig(alpha=0.3)
@@ -216,7 +216,6 @@ def test_an_earlier_default_is_never_taken_for_the_new_one():
     old, new = EditConfig(object_picture="target").model_dump(), EditConfig().model_dump()
     assert settings_key(old, 1) == dict(version=1) and settings_key(new, 1) == dict(version=1, object_picture="input")
     assert settings_key(old) == dict(version=2, object_picture="target") and settings_key(new) == dict(version=2)
-    assert EditConfig(preset="best").object_picture == "auto", "best names its own"
 
 
 def test_what_is_written_down():
