@@ -14,21 +14,21 @@ def written(tmp_path_factory):
     "A folder from a run of untrained stages; and the untrained stages."
     import torch
     from torch.optim.swa_utils import AveragedModel
-    from layerdiffusion.mini.training import _STAGES, _build_vae, _save_checkpoint, _write_mini
+    from layerdiffusion.mini.training import _STAGES, _build_vae, _needs, _save_checkpoint, _write_mini
 
-    run, out = tmp_path_factory.mktemp("run"), tmp_path_factory.mktemp("models") / "mine"
+    run, out, stages = tmp_path_factory.mktemp("run"), tmp_path_factory.mktemp("models") / "mine", {}
     _build_vae().half().save_pretrained(run / "vae_folder")
-    stages = {
-        stage: _STAGES[stage](**(dict(vae=run / "vae_folder") if stage == "diffusion" else {}))
-        for stage in ("diffusion", "sam", "clip", "judge")
-    }
-    for stage, objective in stages.items():
+    for stage in ("diffusion", "sam", "clip", "judge", "encoder", "adapter"):
+        stages[stage] = _STAGES[stage](**(_needs(stage, run) if stage in ("diffusion", "adapter") else {}))
+        if stage == "adapter":
+            with torch.no_grad():
+                [p.normal_(std=0.1) for name, p in stages[stage].named_parameters() if "to_v_ip" in name]
         (run / stage).mkdir()
         _save_checkpoint(
             run / stage / "checkpoint.safetensors",
-            objective,
-            AveragedModel(objective),
-            torch.optim.AdamW(objective.parameters()),
+            stages[stage],
+            AveragedModel(stages[stage]),
+            torch.optim.AdamW(stages[stage].parameters()),
             {},
         )
     (run / "diffusion" / "record.json").write_text('{"level": 0.5}')
@@ -69,6 +69,53 @@ def test_written_folder_is_read(written):
             assert torch.equal(a.float(), b.half().float())
 
 
+def test_written_adapter_is_read(written):
+    """By diffusers' own `load_ip_adapter`, every tensor in its layer, beside a U-Net without it; it draws what ours
+    draws, and not what the model draws that sees nothing."""
+    import torch
+    from diffusers import StableDiffusionPipeline
+    from safetensors import safe_open
+    from layerdiffusion.base.core import to_pil
+    from layerdiffusion.base.sd import ddim_sample, encode_text, initial_latents, load_models
+    from layerdiffusion.identity import _in_sight, _portrait
+    from layerdiffusion.mini.world import render
+
+    out, made = written[0], written[1]["adapter"]
+    with safe_open(str(out / "unet" / "diffusion_pytorch_model.safetensors"), "pt") as f:
+        assert not [k for k in f.keys() if "processor" in k]  # noqa: SIM118
+    pipe = StableDiffusionPipeline.from_pretrained(out)
+    pipe.load_ip_adapter(str(out), subfolder="ip_adapter", weight_name="ip_adapter.safetensors")
+    pipe.set_progress_bar_config(disable=True)
+    pairs = list(zip(pipe.image_encoder.parameters(), made.frozen[1].parameters(), strict=True))
+    pairs += zip(pipe.unet.encoder_hid_proj.parameters(), made.project.parameters(), strict=True)
+    for name, there in made.unet.attn_processors.items():
+        if "attn2" in name:
+            here = pipe.unet.attn_processors[name]
+            pairs += zip(here.parameters(), there.parameters(), strict=True)
+    assert len(pairs) > 90 and all(torch.equal(a.float(), b.half().float()) for a, b in pairs)
+    (image,), (mask,), _ = render(scenes_of(1))
+    models, mask = load_models(out), (mask > 0.5).float()
+    noise, plain = initial_latents(models, [0]), [encode_text(models, words) for words in ("a dog", "")]
+    sees, embeds = _in_sight(models, image, mask, 1.0, plain)
+    ours, blind = ddim_sample(sees, *embeds, noise, 2, 3.0), ddim_sample(models, *plain, noise, 2, 3.0)
+    pipe.scheduler = models.scheduler
+    how = dict(num_inference_steps=2, guidance_scale=3.0, output_type="latent", latents=noise)
+    theirs = pipe("a dog", ip_adapter_image=to_pil(_portrait(image, mask)), **how).images
+    assert (ours - theirs).abs().max() < 1e-4 < 1e-2 < (ours - blind).abs().mean()
+
+
+def test_stages_say_what_they_need(tmp_path):
+    from layerdiffusion.base.core import BadInput
+    from layerdiffusion.mini.training import train_stage
+
+    for there, missing in (("vae_folder", "vae"), ("diffusion", "diffusion"), ("encoder", "encoder"), ("", "")):
+        if missing:
+            with pytest.raises(BadInput, match=f"yet; run `layerdiffusion train-mini {missing} --out"):
+                train_stage("adapter", tmp_path)
+            (tmp_path / there).mkdir()
+            (tmp_path / there / "checkpoint.safetensors").touch()
+
+
 def test_written_card(written):
     "The shipped card's numbers, the run's level, and what was given."
     from layerdiffusion.base.sd import load_models
@@ -77,7 +124,7 @@ def test_written_card(written):
     shipped, models = load_models("mini").card, load_models(written[0])
     assert {k: models.card[k] for k in CARD} == {k: shipped[k] for k in CARD} | dict(level=0.5, tuning_lr=0.5)
     assert preset("best", models.card).guidance_scale == preset("best", shipped).guidance_scale == 1.0
-    assert "gates" not in models.card and not (written[0] / "subject").exists()
+    assert "gates" not in models.card
     assert (written[0] / "labels.png").read_bytes() == (load_models("mini").folder / "labels.png").read_bytes()
 
 
@@ -154,6 +201,90 @@ def test_a_run_goes_on_as_it_began(tmp_path):
     ):
         with pytest.raises(BadInput, match=said):
             go(samples=64, **kw)
+
+
+# --------------------------------------------------------------------------- the image encoder and the adapter
+
+
+def test_portraits_of_a_batch():
+    "What `_portrait` cuts out, one by one, brought to 64 px as Pillow does it; what is beside the subject is nothing."
+    import torch
+    from torch.nn.functional import interpolate
+    from layerdiffusion.identity import _portrait
+    from layerdiffusion.mini.training import _portraits
+    from layerdiffusion.mini.world import render
+
+    x, mask, _ = render(scenes_of(12, level=1.0))
+    wide = torch.zeros(1, 1, 64, 64)
+    wide[..., 2:5, :] = wide[..., 60:63, 3:] = 1
+    x, mask = torch.cat([x, x[:1]]), torch.cat([mask, wide])
+    one = [
+        interpolate(_portrait(*xm)[None], (64, 64), mode="bicubic", antialias=True) for xm in zip(x, mask, strict=True)
+    ]
+    cut = _portraits(x, mask)
+    assert (cut - torch.cat(one).clamp(0, 1)).abs().max() < 1e-5
+    assert torch.equal(_portraits(torch.where(mask > 0.5, x, 1 - x), mask), cut)
+    assert (_portraits(x.flip(1), mask) - cut).abs().mean() > 1e-2
+
+
+def test_an_individual_is_its_coat_marks_and_build():
+    "Another colour changes the coat's numbers, another mark that mark's, another pose and place none."
+    import torch
+    from layerdiffusion.mini.training import _READ, _individual
+    from layerdiffusion.mini.world import edit_scenes
+
+    s = scenes_of(8, colour="white")
+    read = _individual(s)
+
+    def changed(other):
+        return (_individual(other) != read).any(0).nonzero().flatten().tolist()
+
+    assert read.shape == (8, 18) and changed(edit_scenes(s, colour="pink")) == [0, 1, 2]
+    assert changed(with_traits(s, hue=0.5, light=0.5)) == [3, 4, 5]
+    assert changed(with_traits(s, socks=2.0)) == [6 + _READ.index("socks")]
+    assert changed(edit_scenes(s, pose="sitting", place="snow")) == [] and read.isfinite().all()
+    assert torch.equal(_individual(s[torch.tensor([3])])[0], read[3])
+
+
+def test_the_encoder_learns_what_is_asked():
+    "The three traits of patterns only where there are patterns."
+    from layerdiffusion.mini.training import _EncoderObjective, _draw_scenes
+
+    for level in (0.0, 1.0):
+        o = _EncoderObjective(level)
+        o.batch = 4
+        o(*_draw_scenes(o, 0))[0].backward()
+        grads = o.head.bias.grad != 0
+        assert grads[:-3].all() and grads[-3:].any() == (level > 0)
+        assert o.encoder.vision_model.embeddings.patch_embedding.weight.grad.abs().sum() > 0
+
+
+def test_an_adapter_adds_nothing_at_first_and_the_base_stays():
+    """Begun from a folder, it answers as that model does, whatever it sees. In training the values move first, then all
+    that is new; the base and the image encoder stay, bit for bit."""
+    import torch
+    from layerdiffusion.base.sd import load_models
+    from layerdiffusion.mini.training import _AdapterObjective, _draw_scenes, _take_step
+
+    mini = load_models("mini")
+    o = _AdapterObjective(vae=mini.folder / "vae", start=mini.folder)
+    o.reuse = 1
+    x, seen = torch.randn(2, 4, 16, 16), torch.randn(2, 128)
+    words = o.embed(["a dog", "a cat"])
+    with torch.no_grad():
+        assert torch.allclose(o.predict(x, 500, words, seen), mini.unet(x, 500, words).sample, atol=1e-6)
+    new = {k: p for k, p in o.named_parameters() if "_ip." in k or k.startswith("project.")}
+    old = {k: p for k, p in o.named_parameters() if k not in new} | dict(o.frozen[1].named_parameters())
+    before = {k: p.clone() for k, p in (new | old).items()}
+    assert {k for k, p in (new | old).items() if p.requires_grad} == set(new) and len(new) == 24
+    opt = torch.optim.AdamW(o.parameters(), lr=1.0, weight_decay=0.0)
+    for step, learnt in enumerate(({k for k in new if "to_v_ip" in k}, set(new))):
+        _take_step(o, opt, o(*_draw_scenes(o, step))[0], 1e-3)
+        assert {k for k, p in new.items() if not torch.equal(p, before[k])} == learnt
+    assert all(p.grad is None and torch.equal(p, before[k]) for k, p in old.items())
+    with torch.no_grad():
+        answer, other = o.predict(x, 500, words, seen), o.predict(x, 500, words, seen.flip(0))
+        assert not torch.allclose(answer, other, atol=1e-6)
 
 
 # --------------------------------------------------------------------------- what the parts are taught and asked
