@@ -949,7 +949,7 @@ def _train_mini(
     stage: Annotated[
         Literal[_TRAINING_STAGES],
         typer.Argument(
-            help="Which part: vae first, then the others, adapter last; all: the whole recipe, and the folder of the models in "
+            help="Which part: vae first, adapter last; all: the whole recipe, and the folder of the models in "
             "DIR/model."
         ),
     ],
