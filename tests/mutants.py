@@ -288,7 +288,7 @@ MUTANTS = [
     way("less for more", "identity", "weight = math.log(self.scale)", "weight = -math.log(self.scale)", "attention"),
     way("a scale of nothing", "identity", "if self.scale else -math.inf", "if self.scale else 0.0", "attention"),
     way("a noisy look", "identity", "models.unet(latents, 0,", "models.unet(latents, 500,", "layer_reads"),
-    Mutant("the adapter's own scale", "identity", "processor.scale = [scale]", "processor.scale = [1.0]", f"{DISK}::sees"),
+    Mutant("its own scale", "identity", "processor.scale = [scale]", "processor.scale = [1.0]", f"{DISK}::sees"),
     Mutant(
         "the adapter looks beside the subject",
         "identity",
@@ -296,7 +296,7 @@ MUTANTS = [
         "portrait(image, 1 - mask), scale)",
         f"{DISK}::sees",
     ),
-    way("seen where it shall not be", "pipeline", "if not config.subject_scale:", "if config.subject_scale:", "every_stage"),
+    way("seen without a scale", "pipeline", "if not config.subject_scale:", "if config.subject_scale:", "every_stage"),
     way(
         "the strength kept back",
         "pipeline",
@@ -343,7 +343,13 @@ MUTANTS = [
     ),
     way("Eq. 7 blind", "pipeline", "self.seeing(*photo, config).unet", "self.models.unet", "every_stage"),
     way("O_t blind", "pipeline", '"target", callback, (photo, found))', '"target", callback)', "every_stage"),
-    way("blind looks", "pipeline", "Looks(self, models, words", "Looks(self, self.models, words", "look_on_the_way"),
+    way(
+        "blind looks",
+        "pipeline",
+        "(self, models, words, scene.size",
+        "(self, self.models, words, scene.size",
+        "look_on_the_way",
+    ),
     way(
         "a photo that is drawn",
         "pipeline",

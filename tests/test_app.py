@@ -327,7 +327,7 @@ def test_presets(editor, method):
     assert (
         order.preset == "best"
         and order.changes.items() >= module._QUICK.items()
-        and order.config(method.models.card).tuning_steps == 5
+        and order.config(method.models.card).tuning_steps == module._QUICK["tuning_steps"]
     )
 
 

@@ -486,7 +486,7 @@ def test_without_a_strength_nothing_is_seen(watched, scene, monkeypatch):
 
 def test_a_look_on_the_way_sees_the_subject_too(method, scene):
     "The last look of a tuning is what is drawn afterwards."
-    config, events = short(subject_scale=1.0, tuning_lr=1e-4), []
+    config, events = short(subject_scale=1.0, tuning_lr=1e-4, guidance_scale=1.0), []
     difference, _ = method.tune(scene, (scene.e_a, scene.e_b), config, events.append, look_every=1)
     looked = next(e.image for e in reversed(events) if e.stage == "tuning")
     drawn, blind = (
