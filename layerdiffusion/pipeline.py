@@ -50,6 +50,7 @@ from layerdiffusion.identity import (
     prior_texts,
     propose_source,
     see_subject,
+    subject_name,
     with_words,
     word_objective,
 )
@@ -99,7 +100,7 @@ from layerdiffusion.base.sd import (
 )
 from .readings import conditions_of, trainable, turns, union
 from .settings import EditConfig, near
-from .words import Split, plain_words, split_text, subject_action, subject_phrase
+from .words import Split, plain_words, split_text, subject_phrase
 
 # %% ../nbs/method/10_pipeline.ipynb #0cb43de9
 _KEEP = 2 * 10**9  # bytes of results in memory
@@ -173,6 +174,7 @@ class LayerDiffusion:
             self._sam = sam if isinstance(sam, (str, Path)) else load_sam(sam, device=str(models.device))
         self.offline, self.cache, self.unfinished = False, _Kept(), _Kept()
         self.learnt: dict = {}  # what stages learnt that are done, by their names
+        self.seen: tuple = "", None  # the last model that saw a subject, behind its key
         self.say = print  # is told what SAM took for the subject
 
     @classmethod
@@ -646,6 +648,9 @@ class Scene:
     @property
     def size(self): return tuple(self.image.shape[-2:])
 
+    @property
+    def photo(self): return self.image, self.mask
+
 # %% ../nbs/method/10_pipeline.ipynb #86d6da7a
 def cover(image,  # anything `load_image` reads
           height: int, width: int  # px
@@ -665,8 +670,10 @@ def seeing(self: LayerDiffusion, image, mask, config: EditConfig) -> Models:  # 
             f"With subject_scale {config.subject_scale:g} the model looks at the photo and its subject, and the edit "
             "came without; input.png and mask.png must lie beside its edit.safetensors."
         )
-    known = [image, mask, config.subject_scale]
-    return self.cached("seen", known, lambda _: see_subject(self.models, image, mask, config.subject_scale))
+    key = content_hash(image, mask, config.subject_scale, self.models.hash, str(self.models.device))
+    if self.seen[0] != key:
+        self.seen = key, see_subject(self.models, image, mask, config.subject_scale)
+    return self.seen[1]
 
 
 def _sight(scene: Scene, config: EditConfig) -> list:
@@ -999,7 +1006,7 @@ def embed(
         asked = conditions_of(mask, config.eq2_conditioning, config.eq2_region, config.alpha)
         how = config.embedding_steps, config.embedding_lr, config.seed, asked, config.loss_scale
         with self.checkpoint("embeddings", key, folder, scene.text) as point:
-            run, models = self._kept_run(point, callback, losses), self.seeing(scene.image, scene.mask, config)
+            run, models = self._kept_run(point, callback, losses), self.seeing(*scene.photo, config)
             words = fit_embeddings(models.unet, models.scheduler, scene.e_a, scene.e_b, latents, mask, *how, run)
         return *words, losses
 
@@ -1024,13 +1031,14 @@ def learn(
 
     def compute(key):
         vectors, losses = first_vectors(self.models, text, config.learnt_words).requires_grad_(), []
-        loss = word_objective(self.models, text, vectors, latents, mask, config.loss_scale)
+        seeing = self.seeing(*scene.photo, config)
+        loss = word_objective(seeing, text, vectors, latents, mask, config.loss_scale)
         with self.checkpoint("words", key, folder, scene.text) as point, on_device(self.models, "text_encoder"):
             run = self._kept_run(point, callback, losses)
             run(loss, [vectors], config.embedding_steps, config.word_lr, "words", seed=config.seed)
         return vectors.detach(), losses
 
-    return self.cached("embed", [text, latents, mask, settings], compute)
+    return self.cached("embed", [text, latents, mask, settings, *_sight(scene, config)], compute)
 
 # %% ../nbs/method/10_pipeline.ipynb #f1a2e0cc
 @patch
@@ -1069,7 +1077,7 @@ def prior(
         "prior",
         [texts, config.seed, *drawn.values(), *_sight(scene, config)],
         lambda _: prior_pictures(
-            self.seeing(scene.image, scene.mask, config), texts, config.seed, **drawn, callback=callback
+            self.seeing(*scene.photo, config), texts, config.seed, **drawn, callback=callback
         ),
     )
 
@@ -1129,12 +1137,12 @@ def tune(
     callback: Callable | None = None,
     folder=None,
     look_every: int = 0,
-    look_seed: int = 0,  # see `Looks`
+    look_seed: int = 0,  # see `_Looks`
     start: dict | None = None,  # a difference to begin with; None: the loaded U-Net as it is
 ) -> tuple:
     "Stage 3, Eq. 3-6: what changes in the U-Net (see `weight_difference`), and the losses."
     config = self.settings(config)
-    layers, models = self.layers(scene, config), self.seeing(scene.image, scene.mask, config)
+    layers, models = self.layers(scene, config), self.seeing(*scene.photo, config)
     embeds = _tuning_words(self, scene, words, config, callback, folder)
     prior = self.prior(scene, config, callback)
     settings: dict[str, Any] = {short: getattr(config, name) for name, short in _TUNING.items()}
@@ -1142,7 +1150,7 @@ def tune(
         return start or {}, []
 
     def compute(key):
-        looks = Looks(self, models, words, scene.size, config, look_every, look_seed) if look_every else None
+        looks = _Looks(self, models, words, scene.size, config, look_every, look_seed) if look_every else None
         with self.checkpoint("tuning", key, folder, scene.text) as point:
             if done := point.read(done=True):
                 return done, done.pop("losses").tolist()
@@ -1249,7 +1257,7 @@ def check_seeds(seeds: Sequence[int]) -> list:
     return [int(s) for s in seeds]
 
 # %% ../nbs/method/10_pipeline.ipynb #3e9906c0
-class Looks:
+class _Looks:
     "A callback of the tuning that adds a quick picture to every `every`-th event, and to the last one."
 
     def __init__(
@@ -1273,7 +1281,8 @@ class Looks:
     ):  # those that move, and the difference that their U-Net began with
         "Make the U-Net to draw with."
         self.theirs = params
-        self.unet = apply_difference(self.models.unet, start or {}).to(self.models.device)  # the loaded one may wait on the CPU
+        tuned = apply_difference(self.models.unet, start or {})
+        self.unet = tuned.to(self.models.device)  # the loaded one may wait on the CPU
         self.mine = trainable(self.unet, self.config.tuned_parameters, self.config.lora_rank, self.config.seed)
 
     def __call__(self, event: Event):
@@ -1335,7 +1344,7 @@ def edit(
     config: EditConfig | None = None,  # all settings, instead of a preset
     callback: Callable[[Event], None] | None = None,  # called after every step of every stage
     callback_on_step_end: Callable | None = None,  # after every step of the drawing, see `LayerDiffusion.__call__`
-    look_every: int = 0,  # tuning steps between two early looks, see `Looks`; 0: none
+    look_every: int = 0,  # tuning steps between two early looks, see `_Looks`; 0: none
     folder=None,  # where checkpoints go; None: nowhere
     resume: bool = False,  # go on from checkpoints in `folder`
     **settings,  # of `EditConfig`, such as alpha=.5; they win over those of preset or config
@@ -1370,7 +1379,7 @@ def edit(
         difference, tune_losses = self.tune(scene, words, config, callback, folder, look_every, seeds[0])
     with clock(times, "sample"):
         images = self.sample(
-            words, difference, scene.size, seeds, config, callback, 8, callback_on_step_end, (scene.image, scene.mask)
+            words, difference, scene.size, seeds, config, callback, 8, callback_on_step_end, scene.photo
         )
     losses = dict(embed=embed_losses, tune=tune_losses)
     return self.pack(scene, words, difference, images, seeds, config, times, losses)
@@ -1440,6 +1449,7 @@ def pack(
     record = dict(
         model=self.models.name,
         model_hash=self.models.hash,
+        adapter=subject_name(self.models) if config.subject_scale else "",
         precision=str(self.models.dtype).removeprefix("torch."),
         source=scene.source,
         **scene.placed,
@@ -1583,7 +1593,7 @@ def _method_for(method: Any, settings: dict) -> LayerDiffusion:
 
 def _record_again(settings: dict, models: Models) -> dict:
     "The record of a saved edit that is drawn again."
-    names = ("model", "model_hash", "source", "move", "scale", "object_given", "reused")
+    names = ("model", "model_hash", "adapter", "source", "move", "scale", "object_given", "reused")
     kept = {k: settings[k] for k in names if k in settings}
     return dict(precision=str(models.dtype).removeprefix("torch.")) | kept | environment(str(models.device))
 
@@ -1714,8 +1724,7 @@ def reuse(
     with clock(times, "tune"):
         difference, losses = self.tune(scene, words, config, callback, None, look_every, seeds[0], start)
     with clock(times, "sample"):
-        photo = scene.image, scene.mask
-        images = self.sample(words, difference, scene.size, seeds, config, callback, photo=photo)
+        images = self.sample(words, difference, scene.size, seeds, config, callback, photo=scene.photo)
     losses, reused = dict(embed=[], tune=losses), dict(text=result.text, keep=keep)
     return self.pack(scene, words, difference, images, seeds, config, times, losses, reused=reused)
 

@@ -21,15 +21,15 @@ from .base.core import live_preview, load_image, one_writer, pick_device, shield
 from .base.families import FAMILIES
 from .base.folders import read_json, resolve_model
 from .fine_tuning import apply_difference, fine_tune, weight_difference
-from layerdiffusion.identity import ACTIONS, SCENERY, change_coat, encode_with, first_vectors, known, load_clip, prior_pictures, prior_texts, propose_source, search_target, typical_coat, with_words, word_objective
-from layerdiffusion.base.masks import check_labels, check_mask, composite, dilate, find_mask, load_sam, mask_from_file, move_subject, to_latent
+from layerdiffusion.identity import ACTIONS, SCENERY, encode_with, first_vectors, known, load_clip, prior_pictures, prior_texts, propose_source, see_subject, subject_name, with_words, word_objective
+from layerdiffusion.base.masks import check_labels, check_mask, composite, find_mask, load_sam, mask_from_file, move_subject, to_latent
 from .method import fit_embeddings, interpolate
 from layerdiffusion.interface.saving import EditResult, pictures_beside, check_tensors, clear_checkpoints, patch, photo_info, pixels, read_edit
 from .interface.saving import same_model
 from layerdiffusion.base.sd import PRECISIONS, PREDICTIONS, Models, on_device, check_text, ddim_sample, decode_latents, encode_image, encode_text, half, initial_latents, load_models, optimise, unet_on_cpu, pick_precision, quiet, speak_float32, use, vae_psnr, with_scheduler
 from .readings import conditions_of, trainable, turns, union
 from .settings import EditConfig, near
-from .words import Split, plain_words, split_text, subject_action, subject_phrase
+from .words import Split, plain_words, split_text, subject_phrase
 _KEEP = 2 * 10 ** 9
 
 def held(x, seen: dict | None=None) -> int:
@@ -130,7 +130,11 @@ class LayerDiffusion:
         """Write what the stages learnt that are done, where a run ends before its results are saved."""
         ...
 
-    def draw(self, text: str, size: tuple, config: EditConfig, stage: str, callback=None) -> torch.Tensor:
+    def seeing(self, image, mask, config: EditConfig) -> Models:
+        """The model that Eq. 2 to 8 speak of: with `subject_scale` one that sees the photo's subject, else the loaded one."""
+        ...
+
+    def draw(self, text: str, size: tuple, config: EditConfig, stage: str, callback=None, photo: tuple=()) -> torch.Tensor:
         """A picture (3, H, W) of a text, by the untouched model."""
         ...
 
@@ -149,20 +153,12 @@ class LayerDiffusion:
         """O_r and M_r: given, or drawn from T_b."""
         ...
 
-    def target(self, text: str, split: Split, photo: torch.Tensor, found: torch.Tensor, config: EditConfig, given: tuple | None=None, source: str | None=None, callback=None) -> tuple:
+    def target(self, text: str, photo: torch.Tensor, found: torch.Tensor, config: EditConfig, given: tuple | None=None, callback=None) -> tuple:
         """O_t and M_t: the photo and its subject, another picture and its subject, or a drawn one and SAM's subject in it."""
         ...
 
-    def in_coat(self, split: Split, photo: torch.Tensor, found: torch.Tensor, config: EditConfig, source: str | None=None) -> torch.Tensor:
-        """The photo, its subject in the coat that T_a asks for."""
-        ...
-
-    def already(self, photo: torch.Tensor, split: Split, source: str | None=None) -> bool:
-        """Whether the photo's subject does what T_a says; yes where T_a says nothing about it."""
-        ...
-
-    def propose(self, photo: torch.Tensor, text: str, actions: Sequence[str]=()) -> str:
-        """What the photo shows, in CLIP's eyes; the subject is that of `text`, and `actions` may be among what it does."""
+    def propose(self, photo: torch.Tensor, text: str) -> str:
+        """What the photo shows, in CLIP's eyes; the subject is that of `text`."""
         ...
 
     def describe(self, photo: torch.Tensor, text: str, source: str | None, config: EditConfig) -> str | None:
@@ -209,7 +205,7 @@ class LayerDiffusion:
         """Stage 3, Eq. 3-6: what changes in the U-Net (see `weight_difference`), and the losses."""
         ...
 
-    def sample(self, words: tuple, difference: dict, size: tuple, seeds: Sequence[int]=range(8), config: EditConfig | None=None, callback: Callable | None=None, batch: int=8, callback_on_step_end: Callable | None=None) -> torch.Tensor:
+    def sample(self, words: tuple, difference: dict, size: tuple, seeds: Sequence[int]=range(8), config: EditConfig | None=None, callback: Callable | None=None, batch: int=8, callback_on_step_end: Callable | None=None, photo: tuple=(None, None)) -> torch.Tensor:
         """Stage 4, Eq. 7-8: draw with the tuned U-Net, the two embeddings taking turns."""
         ...
 
@@ -250,7 +246,7 @@ class LayerDiffusion:
         """The new words, with what Eq. 2 learnt about the subject."""
         ...
 
-    def reuse(self, result: EditResult, text: str, reference=None, *, object_reference=None, object_mask=None, object: str | None=None, background: str | None=None, move: Sequence=(0.0, 0.0), scale: float=1.0, seeds: Sequence[int]=range(8), steps: int | None=None, learning_rate: float | None=None, sampling_steps: int | None=None, keep: float=0.0, draws: int=32, callback: Callable[[Event], None] | None=None, look_every: int=0) -> EditResult:
+    def reuse(self, result: EditResult, text: str, reference=None, *, object_reference=None, object_mask=None, object: str | None=None, background: str | None=None, move: Sequence=(0.0, 0.0), scale: float=1.0, seeds: Sequence[int]=range(8), steps: int | None=None, learning_rate: float | None=None, sampling_steps: int | None=None, keep: float=0.0, callback: Callable[[Event], None] | None=None, look_every: int=0) -> EditResult:
         """Another text or place for a subject that was learnt, by a short tuning instead of a whole edit."""
         ...
 _PIPE_PARTS = ('vae', 'unet', 'text_encoder', 'tokenizer', 'scheduler')
@@ -358,8 +354,16 @@ class Scene:
     def size(self):
         ...
 
+    @property
+    def photo(self):
+        ...
+
 def cover(image, height: int, width: int) -> torch.Tensor:
     """The middle of a picture, scaled until it covers height × width."""
+    ...
+
+def _sight(scene: Scene, config: EditConfig) -> list:
+    """What the U-Net sees beside its words, for the key of what is computed with it."""
     ...
 
 def _read_mask(mask, height: int, width: int, whole: tuple | None=None) -> torch.Tensor:
@@ -404,10 +408,10 @@ def check_seeds(seeds: Sequence[int]) -> list:
     """A list of different whole numbers from 0."""
     ...
 
-class Looks:
+class _Looks:
     """A callback of the tuning that adds a quick picture to every `every`-th event, and to the last one."""
 
-    def __init__(self, method: LayerDiffusion, words: tuple, size: tuple, config: EditConfig, every: int, seed: int=0, sampling_steps: int=10):
+    def __init__(self, method: LayerDiffusion, models: Models, words: tuple, size: tuple, config: EditConfig, every: int, seed: int=0, sampling_steps: int=10):
         ...
 
     def watch(self, params: Sequence, start: dict | None=None):
@@ -420,7 +424,6 @@ class Looks:
 def _in_its_folder(edit: Callable) -> Callable:
     """An edit that has its folder to itself, and leaves there what it learnt when it ends before its pictures are drawn."""
     ...
-_IN_SCENE = ('target_widen', 'recolour', 'recolour_tone', 'target_draws', 'target_quality', 'subject_scale')
 
 def _check_calls(callback, callback_on_step_end):
     """Refuse what cannot be called."""
@@ -466,7 +469,7 @@ def load_edit(path: str | Path, method: Any=None, seeds: Sequence[int] | None=No
     """Draw a saved edit again: with nothing changed, the same pictures, on the same device in the same precision."""
     ...
 
-def _check_reuse(result, keep, draws):
+def _check_reuse(result, keep):
     """Refuse what is no edit, no share and no number."""
     ...
 
@@ -478,7 +481,7 @@ def _share_of(difference: dict, keep: float) -> dict | None:
     """A share of a difference; None where nothing of it is kept."""
     ...
 
-def _shorter(old: EditConfig, steps: int | None=None, learning_rate: float | None=None, sampling_steps: int | None=None, draws: int=32) -> EditConfig:
+def _shorter(old: EditConfig, steps: int | None=None, learning_rate: float | None=None, sampling_steps: int | None=None) -> EditConfig:
     """The settings of a reuse; what is None is taken from those of the edit."""
     ...
 

@@ -87,7 +87,7 @@ class EditConfig(BaseModel):
         250,
         "Steps that fit the U-Net. Eq. 4-6; the paper: 250; 0 leaves the stage out.",
         label="Tuning steps",
-        slider=(10, 1500, 10),
+        slider=(5, 1500, 5),
         ge=0,
     )
     tuning_lr: float | None = _number(
@@ -360,6 +360,11 @@ PRESETS = dict(
     paper=dict(),
     best=dict(
         subject_scale=1.0,
+        eq45_pictures="each",
+        eq4_words="source",
+        eq5_words="background",
+        eq5_region="reference",
+        alpha=0.5,
     ),
 )
 

@@ -598,8 +598,3 @@ def subject_phrase(text: str) -> str:
     if not named:
         raise BadInput(f"The text {text!r} names no subject; begin with one, such as 'a brown dog'.")
     return named[0]
-
-
-def subject_action(text: str) -> str:
-    'What the subject does, such as "jumping"; empty where the text does not say it.'
-    return " ".join([piece.strip(", ") for piece, kind in _label(_pieces(_tidy(text))) if kind == "object"][1:])

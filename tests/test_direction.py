@@ -550,7 +550,7 @@ def test_what_each_layer_reads_of_the_subject(models, plain, photo):
     )
     assert dict(models.unet.attn_processors) == before
     shared = identity._share_attention(models, *photo, 1.0).unet
-    for name, layer in identity.self_attention(shared).items():
+    for name, layer in identity._self_attention(shared).items():
         assert torch.allclose(layer.processor.seen, read[name], atol=1e-4), name
 
 
@@ -567,7 +567,7 @@ def test_attention_sees_the_subject_and_not_the_rest(models, plain, photo):
 
     def answer(touch=None, scale=1.0):
         seeing = identity._share_attention(models, *photo, scale).unet
-        for layer in identity.self_attention(seeing).values():
+        for layer in identity._self_attention(seeing).values():
             p = layer.processor
             where = inside(photo[1], p.seen.shape[1])
             if touch is not None:
@@ -587,7 +587,7 @@ def test_attention_sees_the_subject_and_not_the_rest(models, plain, photo):
 def test_attention_by_hand(models, photo):
     "One layer, written out over the subject's places alone, whose weights are multiplied by the scale."
     scale = 1.7
-    attn = next(iter(identity.self_attention(identity._share_attention(models, *photo, scale).unet).values()))
+    attn = next(iter(identity._self_attention(identity._share_attention(models, *photo, scale).unet).values()))
     p = attn.processor
     x = torch.randn(2, p.seen.shape[1], attn.to_q.in_features, generator=torch.Generator().manual_seed(1))
     seen = p.seen[:, inside(photo[1], p.seen.shape[1])].expand(2, -1, -1)

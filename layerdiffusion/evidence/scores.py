@@ -279,7 +279,7 @@ def _draw_seen(models, edit: Edit, seeds: Sequence[int], guidance_scale: float =
 
 
 def _check_subject(models, sam, judge, tasks: Sequence[Task], seeds: Sequence[int] = range(8)) -> list:  # of rows
-    "Drawn in sight of the photo, with nothing tuned: valid, top-1 among 64 look-alikes, and valid with identity at most `_LIMIT`."
+    "In sight of the photo, nothing tuned: valid, top-1 of 64 look-alikes, valid with identity at most `_LIMIT`."
     hits, floor = dict(subject_valid=[], subject_top1=[], subject_identity=[]), []
     for task in tasks:
         images, line_up = _draw_seen(models, task.edit, seeds), LookAlikes(task.edit.after, task.name)

@@ -110,7 +110,7 @@ def _python_lines(
         config = f"result.config.model_copy(update=dict({change}))" if change else "result.config"
         lines.append(
             "images = pipe.sample(result.embeddings, result.difference, result.images.shape[-2:], "
-            f"{span(redraw['seeds'])!r}, {config})"
+            f"{span(redraw['seeds'])!r}, {config}, photo=(result.image, result.mask))"
         )
     return "\n".join(lines)
 
@@ -1521,9 +1521,9 @@ def draw_again(self: LayerDiffusionApp, shown: "_Shown", again: dict, job: _Job)
     "In the job's thread: other pictures of the same edit."
     result, seeds = shown.result, span(again["seeds"])
     config = shown.order.config(self.card).model_copy(update={k: v for k, v in again.items() if k != "seeds"})
-    images = self.method.sample(
-        result.embeddings, result.difference, result.images.shape[-2:], seeds, config, self.watch(job)
-    )
+    learnt, photo = (result.embeddings, result.difference), (result.image, result.mask)
+    size = result.images.shape[-2:]
+    images = self.method.sample(*learnt, size, seeds, config, self.watch(job), photo=photo)
     result = replace(result, images=images, seeds=list(seeds), config=config)
     return replace(
         shown,

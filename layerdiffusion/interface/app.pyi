@@ -194,7 +194,7 @@ def _png(picture, note: dict) -> bytes:
     """A picture (tensor) as a PNG file with a note."""
     ...
 _TEXTS = dict(dog='a brown dog jumping in a forest', cat='an orange cat lying on a beach', rabbit='a grey rabbit sitting in the snow')
-_QUICK = dict(target_draws=16, embedding_steps=0, tuning_steps=40, sampling_steps=20)
+_QUICK = dict(embedding_steps=20, tuning_steps=5, sampling_steps=15)
 _LOOKS = {'best': 'Best', 'paper': "The paper's", 'quick': 'Quick look'}
 
 class LayerDiffusionApp:

@@ -39,6 +39,7 @@ from layerdiffusion.base.core import (
     write_json,
 )
 from ..words import Split
+from ..identity import subject_name
 from ..fine_tuning import apply_difference, changed, check_rank, left_out, low_rank, thin
 from ..readings import turns
 from ..base.masks import dilate, overlay
@@ -620,6 +621,11 @@ def same_model(
             f"{what} was made with the model {record['model']!r} ({record['model_hash']}); this one is {models.name!r} "
             f"({models.hash})."
         )
+    if record.get("adapter", "") not in ("", subject_name(models)):
+        raise BadInput(
+            f"{what} saw its photo through an IP-Adapter ({record['adapter']}) that {models.name!r} does not have; "
+            "give the model with that one (--ip-adapter)."
+        )
 
 # %% ../../nbs/interface/09_saving.ipynb #069348d8
 def _portable(scheduler):
@@ -698,6 +704,11 @@ def export(
             "method, folder)."
         )
     same_model(result.record, models, "The edit")
+    if result.config.subject_scale:
+        raise BadInput(
+            f"The edit sees its photo in every step (subject_scale {result.config.subject_scale:g}), which a U-Net or "
+            "LoRA alone cannot do; draw it with load_edit, or make it with subject_scale=0."
+        )
     models, folder = with_scheduler(models, result.config.scheduler), check_export(folder)
     with _whole_folder(folder) as inside, quiet():
         if kind == "unet":
