@@ -77,7 +77,7 @@ def test_written_adapter_is_read(written):
     from safetensors import safe_open
     from layerdiffusion.base.core import to_pil
     from layerdiffusion.base.sd import ddim_sample, encode_text, initial_latents, load_models
-    from layerdiffusion.identity import _in_sight, _portrait
+    from layerdiffusion.identity import portrait, see_subject
     from layerdiffusion.mini.world import render
 
     out, made = written[0], written[1]["adapter"]
@@ -96,11 +96,11 @@ def test_written_adapter_is_read(written):
     (image,), (mask,), _ = render(scenes_of(1))
     models, mask = load_models(out), (mask > 0.5).float()
     noise, plain = initial_latents(models, [0]), [encode_text(models, words) for words in ("a dog", "")]
-    sees, embeds = _in_sight(models, image, mask, 1.0, plain)
-    ours, blind = ddim_sample(sees, *embeds, noise, 2, 3.0), ddim_sample(models, *plain, noise, 2, 3.0)
+    sees = see_subject(models, image, mask)
+    ours, blind = (ddim_sample(m, *plain, noise, 2, 3.0) for m in (sees, models))
     pipe.scheduler = models.scheduler
     how = dict(num_inference_steps=2, guidance_scale=3.0, output_type="latent", latents=noise)
-    theirs = pipe("a dog", ip_adapter_image=to_pil(_portrait(image, mask)), **how).images
+    theirs = pipe("a dog", ip_adapter_image=to_pil(portrait(image, mask)), **how).images
     assert (ours - theirs).abs().max() < 1e-4 < 1e-2 < (ours - blind).abs().mean()
 
 
@@ -207,10 +207,10 @@ def test_a_run_goes_on_as_it_began(tmp_path):
 
 
 def test_portraits_of_a_batch():
-    "What `_portrait` cuts out, one by one, brought to 64 px as Pillow does it; what is beside the subject is nothing."
+    "What `portrait` cuts out, one by one, brought to 64 px as Pillow does it; what is beside the subject is nothing."
     import torch
     from torch.nn.functional import interpolate
-    from layerdiffusion.identity import _portrait
+    from layerdiffusion.identity import portrait
     from layerdiffusion.mini.training import _portraits
     from layerdiffusion.mini.world import render
 
@@ -219,7 +219,7 @@ def test_portraits_of_a_batch():
     wide[..., 2:5, :] = wide[..., 60:63, 3:] = 1
     x, mask = torch.cat([x, x[:1]]), torch.cat([mask, wide])
     one = [
-        interpolate(_portrait(*xm)[None], (64, 64), mode="bicubic", antialias=True) for xm in zip(x, mask, strict=True)
+        interpolate(portrait(*xm)[None], (64, 64), mode="bicubic", antialias=True) for xm in zip(x, mask, strict=True)
     ]
     cut = _portraits(x, mask)
     assert (cut - torch.cat(one).clamp(0, 1)).abs().max() < 1e-5
