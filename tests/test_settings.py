@@ -88,7 +88,7 @@ def test_what_is_resolved_stays(method):
         == method.settings(preset("best", alpha=0.5))
         == method.settings(preset("best"), alpha=0.5)
     )
-    assert (done.guidance_scale, done.tuning_lr) == (1.0, 1e-3) and method.settings().guidance_scale == 2.0
+    assert (done.tuning_steps, done.tuning_lr) == (120, 1e-4) and method.settings().tuning_lr == 1e-5
     assert done.change(alpha=0.2) == method.settings(preset="best", alpha=0.2)
 
 
@@ -296,7 +296,7 @@ def test_it_is_kept(method, plain, tmp_path):
     "given, words",
     [
         (dict(negative_prompt="a hat", guidance_scale=1), "guidance_scale is 1"),
-        (dict(negative_prompt="a hat", preset="best"), "guidance_scale is 1"),
+        (dict(negative_prompt="a hat", preset="best", guidance_scale=1), "guidance_scale is 1"),
         (dict(negative_prompt="a zebra"), "zebra"),
         (dict(negative_prompt="(hat:1.3)"), "(hat:1.3)"),
         (dict(negative_prompt=5), "negative_prompt is 5"),
@@ -336,7 +336,7 @@ def test_negative_prompt_on_the_command_line(method, tmp_path, monkeypatch, caps
     for wrong in (
         ["--negative-prompt", "a hat", "--guidance-scale", "1"],
         ["--negative-prompt", "a (hat)"],
-        ["--preset", "best", "--negative-prompt", "a hat"],
+        ["--preset", "best", "--guidance-scale", "1", "--negative-prompt", "a hat"],
     ):
         before = sorted(p.name for p in Path().rglob("*"))
         capsys.readouterr()
