@@ -649,7 +649,7 @@ class Scene:
     def size(self): return tuple(self.image.shape[-2:])
 
     @property
-    def photo(self): return self.image, self.mask
+    def photo(self) -> tuple: return self.image, self.mask
 
 # %% ../nbs/method/10_pipeline.ipynb #86d6da7a
 def cover(image,  # anything `load_image` reads
@@ -661,10 +661,15 @@ def cover(image,  # anything `load_image` reads
 
 # %% ../nbs/method/10_pipeline.ipynb #4fea5322
 @patch
-def seeing(self: LayerDiffusion, image, mask, config: EditConfig) -> Models:  # (3, H, W) the photo; (1, H, W)
+def seeing(
+    self: LayerDiffusion,
+    photo: tuple,  # (3, H, W) and its subject's mask (1, H, W); each may be None where it is not looked at
+    config: EditConfig,
+) -> Models:
     "The model that Eq. 2 to 8 speak of: with `subject_scale` one that sees the photo's subject, else the loaded one."
     if not config.subject_scale:
         return self.models
+    image, mask = photo
     if image is None or mask is None:
         raise BadInput(
             f"With subject_scale {config.subject_scale:g} the model looks at the photo and its subject, and the edit "
@@ -686,7 +691,7 @@ def draw(
     self: LayerDiffusion, text: str, size: tuple, config: EditConfig, stage: str, callback=None, photo: tuple = ()
 ) -> torch.Tensor:  # photo: (3, H, W) and its mask, to be seen
     "A picture (3, H, W) of a text, by the untouched model."
-    models = with_scheduler(self.seeing(*photo, config) if photo else self.models, config.scheduler)
+    models = with_scheduler(self.seeing(photo, config) if photo else self.models, config.scheduler)
     settings = [
         text,
         size,
@@ -1006,7 +1011,7 @@ def embed(
         asked = conditions_of(mask, config.eq2_conditioning, config.eq2_region, config.alpha)
         how = config.embedding_steps, config.embedding_lr, config.seed, asked, config.loss_scale
         with self.checkpoint("embeddings", key, folder, scene.text) as point:
-            run, models = self._kept_run(point, callback, losses), self.seeing(*scene.photo, config)
+            run, models = self._kept_run(point, callback, losses), self.seeing(scene.photo, config)
             words = fit_embeddings(models.unet, models.scheduler, scene.e_a, scene.e_b, latents, mask, *how, run)
         return *words, losses
 
@@ -1031,7 +1036,7 @@ def learn(
 
     def compute(key):
         vectors, losses = first_vectors(self.models, text, config.learnt_words).requires_grad_(), []
-        seeing = self.seeing(*scene.photo, config)
+        seeing = self.seeing(scene.photo, config)
         loss = word_objective(seeing, text, vectors, latents, mask, config.loss_scale)
         with self.checkpoint("words", key, folder, scene.text) as point, on_device(self.models, "text_encoder"):
             run = self._kept_run(point, callback, losses)
@@ -1077,7 +1082,7 @@ def prior(
         "prior",
         [texts, config.seed, *drawn.values(), *_sight(scene, config)],
         lambda _: prior_pictures(
-            self.seeing(*scene.photo, config), texts, config.seed, **drawn, callback=callback
+            self.seeing(scene.photo, config), texts, config.seed, **drawn, callback=callback
         ),
     )
 
@@ -1142,7 +1147,7 @@ def tune(
 ) -> tuple:
     "Stage 3, Eq. 3-6: what changes in the U-Net (see `weight_difference`), and the losses."
     config = self.settings(config)
-    layers, models = self.layers(scene, config), self.seeing(*scene.photo, config)
+    layers, models = self.layers(scene, config), self.seeing(scene.photo, config)
     embeds = _tuning_words(self, scene, words, config, callback, folder)
     prior = self.prior(scene, config, callback)
     settings: dict[str, Any] = {short: getattr(config, name) for name, short in _TUNING.items()}
@@ -1188,7 +1193,7 @@ def sample(
 ) -> torch.Tensor:  # (B, 3, H, W), 0-1
     "Stage 4, Eq. 7-8: draw with the tuned U-Net, the two embeddings taking turns."
     config, seeds = self.settings(config), check_seeds(seeds)
-    unet = apply_difference(self.seeing(*photo, config).unet, difference)
+    unet = apply_difference(self.seeing(photo, config).unet, difference)
     return torch.cat(
         [
             self.paint(unet, words, size, seeds[i : i + batch], config, callback, callback_on_step_end)

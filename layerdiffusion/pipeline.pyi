@@ -130,7 +130,7 @@ class LayerDiffusion:
         """Write what the stages learnt that are done, where a run ends before its results are saved."""
         ...
 
-    def seeing(self, image, mask, config: EditConfig) -> Models:
+    def seeing(self, photo: tuple, config: EditConfig) -> Models:
         """The model that Eq. 2 to 8 speak of: with `subject_scale` one that sees the photo's subject, else the loaded one."""
         ...
 
@@ -355,7 +355,7 @@ class Scene:
         ...
 
     @property
-    def photo(self):
+    def photo(self) -> tuple:
         ...
 
 def cover(image, height: int, width: int) -> torch.Tensor:

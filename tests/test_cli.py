@@ -584,7 +584,7 @@ def test_the_help_fits_on_one_screen(run, monkeypatch):
     places = [whole.index(f" {panel} ─") for panel in _GROUPED] + [len(whole)]
     for (panel, opts), start, end in zip(_GROUPED.items(), places, places[1:], strict=False):
         assert not [o.flag for o in opts if o.flag not in whole[start:end]], panel
-    assert len(_METHOD) > 40 and "--eq8-index" not in short
+    assert len(_METHOD) > 30 and "--eq8-index" not in short
 
 
 @pytest.mark.parametrize(

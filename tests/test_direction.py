@@ -480,7 +480,7 @@ def test_without_a_strength_nothing_is_seen(watched, scene, monkeypatch):
 
     monkeypatch.setattr(pipeline, "see_subject", look)
     config = short().resolve(watched.models.card)
-    assert watched.seeing(scene.image, scene.mask, config) is watched.seeing(None, None, config) is watched.models
+    assert watched.seeing(scene.photo, config) is watched.seeing((None, None), config) is watched.models
     assert all(x.isfinite().all() for x in seen_by(watched, scene, subject_scale=0.0).values())
 
 

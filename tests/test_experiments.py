@@ -427,7 +427,7 @@ def test_the_operating_point_is_the_cards():
     assert {k: numbers[k] for k in point} == point | own
     best = method.models.card["presets"]["best"]
     numbers = experiments.numbers_of(method, _Setting("mine", "best"))
-    assert numbers["tuning_lr"] == best["tuning_lr"] != point["tuning_lr"]
+    assert numbers["tuning_steps"] == best["tuning_steps"] != point["tuning_steps"]
 
 
 @pytest.mark.skipif(os.name == "nt", reason="signals")

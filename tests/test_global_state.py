@@ -209,10 +209,10 @@ def test_set_before_the_first_import(photo):
     code = """
 import torch
 {}
-from layerdiffusion import identity
+from layerdiffusion.evidence import scores
 from layerdiffusion.mini import world
 torch.set_default_device(None), torch.set_default_dtype(torch.float32)
-tables = identity._DIRECTIONS, world._POSE_TABLE, world._SWING
+tables = scores._DIRECTIONS, world._POSE_TABLE, world._SWING
 print([(str(x.dtype), str(x.device), x.is_inference(), round(x.double().sum().item(), 6)) for x in tables])"""
     set_first = (
         "torch.set_default_dtype(torch.float64); torch.set_default_device('meta'); torch.inference_mode().__enter__()"

@@ -123,7 +123,7 @@ def test_written_card(written):
 
     shipped, models = load_models("mini").card, load_models(written[0])
     assert {k: models.card[k] for k in CARD} == {k: shipped[k] for k in CARD} | dict(level=0.5, tuning_lr=0.5)
-    assert preset("best", models.card).guidance_scale == preset("best", shipped).guidance_scale == 1.0
+    assert preset("best", models.card).tuning_steps == preset("best", shipped).tuning_steps == 120
     assert "gates" not in models.card
     assert (written[0] / "labels.png").read_bytes() == (load_models("mini").folder / "labels.png").read_bytes()
 
