@@ -174,7 +174,7 @@ class LayerDiffusion:
             self._sam = sam if isinstance(sam, (str, Path)) else load_sam(sam, device=str(models.device))
         self.offline, self.cache, self.unfinished = False, _Kept(), _Kept()
         self.learnt: dict = {}  # what stages learnt that are done, by their names
-        self.seen: tuple = "", None  # the last model that saw a subject, behind its key
+        self.seen: tuple = "", None  # the last U-Net that saw a subject, behind its key
         self.say = print  # is told what SAM took for the subject
 
     @classmethod
@@ -672,18 +672,20 @@ def seeing(
     image, mask = photo
     if image is None or mask is None:
         raise BadInput(
-            f"With subject_scale {config.subject_scale:g} the model looks at the photo and its subject, and the edit "
-            "came without; input.png and mask.png must lie beside its edit.safetensors."
+            f"With subject_scale {config.subject_scale:g} the model looks at the photo and its subject, and here is "
+            f"no {'photo' if image is None else 'mask'}; lay input.png and mask.png beside the edit.safetensors, or "
+            "give photo=(image, mask)."
         )
-    key = content_hash(image, mask, config.subject_scale, self.models.hash, str(self.models.device))
+    how = str(self.models.device), str(self.models.dtype)
+    key = content_hash(image, mask, config.subject_scale, self.models.hash, *how)
     if self.seen[0] != key:
-        self.seen = key, see_subject(self.models, image, mask, config.subject_scale)
-    return self.seen[1]
+        self.seen = key, see_subject(self.models, image, mask, config.subject_scale).unet
+    return replace(self.models, unet=self.seen[1])
 
 
-def _sight(scene: Scene, config: EditConfig) -> list:
-    "What the U-Net sees beside its words, for the key of what is computed with it."
-    return [scene.image, scene.mask, config.subject_scale] if config.subject_scale else []
+def _sight(method: LayerDiffusion, photo: tuple, config: EditConfig) -> list:
+    "What the U-Net sees beside its words, and through what, for the key of what is computed with it."
+    return [*photo, config.subject_scale, subject_name(method.models)] if photo and config.subject_scale else []
 
 
 @patch
@@ -700,7 +702,7 @@ def draw(
         config.guidance_scale,
         config.scheduler,
         *([config.negative_prompt] if config.negative_prompt else []),
-        *([*photo, config.subject_scale] if photo and config.subject_scale else []),
+        *_sight(self, photo, config),
     ]
 
     def compute(key):
@@ -1015,7 +1017,8 @@ def embed(
             words = fit_embeddings(models.unet, models.scheduler, scene.e_a, scene.e_b, latents, mask, *how, run)
         return *words, losses
 
-    return self.cached("embed", [scene.e_a, scene.e_b, latents, mask, settings, *_sight(scene, config)], compute)
+    sight = _sight(self, scene.photo, config)
+    return self.cached("embed", [scene.e_a, scene.e_b, latents, mask, settings, *sight], compute)
 
 # %% ../nbs/method/10_pipeline.ipynb #f3f5609c
 @patch
@@ -1043,7 +1046,7 @@ def learn(
             run(loss, [vectors], config.embedding_steps, config.word_lr, "words", seed=config.seed)
         return vectors.detach(), losses
 
-    return self.cached("embed", [text, latents, mask, settings, *_sight(scene, config)], compute)
+    return self.cached("embed", [text, latents, mask, settings, *_sight(self, scene.photo, config)], compute)
 
 # %% ../nbs/method/10_pipeline.ipynb #f1a2e0cc
 @patch
@@ -1080,7 +1083,7 @@ def prior(
     )
     return self.cached(
         "prior",
-        [texts, config.seed, *drawn.values(), *_sight(scene, config)],
+        [texts, config.seed, *drawn.values(), *_sight(self, scene.photo, config)],
         lambda _: prior_pictures(
             self.seeing(scene.photo, config), texts, config.seed, **drawn, callback=callback
         ),
@@ -1174,7 +1177,7 @@ def tune(
             self.learnt["tuning"] = key, scene.text, kept, dict(done="yes")
         return change, losses
 
-    return self.cached("tune", [embeds, layers, prior, settings, start, *_sight(scene, config)], compute)
+    return self.cached("tune", [embeds, layers, prior, settings, start, *_sight(self, scene.photo, config)], compute)
 
 # %% ../nbs/method/10_pipeline.ipynb #7a2ba07f
 @patch

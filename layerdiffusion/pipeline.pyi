@@ -362,8 +362,8 @@ def cover(image, height: int, width: int) -> torch.Tensor:
     """The middle of a picture, scaled until it covers height × width."""
     ...
 
-def _sight(scene: Scene, config: EditConfig) -> list:
-    """What the U-Net sees beside its words, for the key of what is computed with it."""
+def _sight(method: LayerDiffusion, photo: tuple, config: EditConfig) -> list:
+    """What the U-Net sees beside its words, and through what, for the key of what is computed with it."""
     ...
 
 def _read_mask(mask, height: int, width: int, whole: tuple | None=None) -> torch.Tensor:

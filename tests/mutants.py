@@ -314,18 +314,18 @@ MUTANTS = [
     way(
         "a result of another photo",
         "pipeline",
-        "[scene.image, scene.mask, config.subject_scale] if config.subject_scale",
-        "[] if config.subject_scale",
+        "[*photo, config.subject_scale, subject_name(method.models)] if photo",
+        "[] if photo",
         "every_stage",
     ),
     way(
         "a result of another strength",
         "pipeline",
-        "[scene.image, scene.mask, config.subject_scale] if config.subject_scale",
-        "[scene.image, scene.mask] if config.subject_scale",
+        "[*photo, config.subject_scale, subject_name(method.models)] if photo",
+        "[*photo] if photo",
         "every_stage",
     ),
-    way("O_t of another photo", "pipeline", "[*photo, config.subject_scale] if photo", "[] if photo", "every_stage"),
+    way("O_t of another photo", "pipeline", "*_sight(self, photo, config),", "", "every_stage"),
     way(
         "Eq. 2 blind",
         "pipeline",
