@@ -722,3 +722,34 @@ def test_the_command_takes_an_ip_adapter(adapter, tmp_path, capsys, monkeypatch)
     assert "--subject-scale" in capsys.readouterr().err and not Path("out").exists()
     assert main([*words, "--ip-adapter", str(adapter), "--subject-scale", "0.1"]) == 0, capsys.readouterr().err
     assert "mini-" in json.loads(Path("out/edit.json").read_text())["model"] and Path("out/seed-0.png").is_file()
+
+
+def test_an_edit_that_sees_belongs_to_its_adapter(adapter, tmp_path):
+    "Drawn again only with the one it saw through, under another name than with another, and not exported."
+    from layerdiffusion.interface.saving import export
+    from layerdiffusion.pipeline import LayerDiffusion, _sight, load_edit
+
+    names = str(model_folder("mini", ip_adapter=adapter)), "mini"
+    ours, other = (LayerDiffusion.from_pretrained(name, "cpu") for name in names)
+    few = dict(embedding_steps=1, tuning_steps=1, sampling_steps=2, seeds=[0])
+    edit = ours.edit("example:dog", "a dog lying in the snow", subject_scale=1.0, **few)
+    assert edit.record["adapter"] and torch.equal(load_edit(edit.save(tmp_path / "edit"), ours).images, edit.images)
+    assert "--ip-adapter" in (wrong := said(load_edit, tmp_path / "edit", other)) and edit.record["adapter"] in wrong
+    assert "subject_scale 1" in said(export, edit, ours, tmp_path / "out") and not (tmp_path / "out").exists()
+    photo = edit.image, edit.mask
+    assert _sight(ours, photo, edit.config) != _sight(other, photo, edit.config)
+    blind = ours.edit("example:dog", "a dog lying in the snow", **few)
+    assert not blind.record["adapter"] and export(blind, ours, tmp_path / "blind").is_dir()
+    assert len(load_edit(blind.save(tmp_path / "plain"), other).images) == 1
+
+
+def test_what_sees_follows_the_precision(adapter, photo):
+    "A model that is rounded after it saw a photo sees it in its new precision."
+    from layerdiffusion.pipeline import LayerDiffusion
+    from layerdiffusion.settings import EditConfig
+
+    method, config = LayerDiffusion.from_pretrained("mini", "cpu"), EditConfig(subject_scale=1.0)
+    before = method.seeing(photo, config)
+    assert method.seeing(photo, config).unet is before.unet
+    seen = [next(m.unet.parameters()).dtype for m in (before, method.to(torch.bfloat16).seeing(photo, config))]
+    assert seen == [torch.float32, torch.bfloat16]
