@@ -174,7 +174,7 @@ def test_an_edit_that_saw_its_photo_is_drawn_again_with_it(method, tmp_path):
         other.save(folder / name)
         assert not torch.equal(load_edit(folder, anew).images, edit.images), name
         (folder / name).unlink()
-        with pytest.raises(BadInput, match="subject_scale 0.8.*input.png and mask.png must lie beside"):
+        with pytest.raises(BadInput, match="subject_scale 0.8.*lay input.png and mask.png beside"):
             load_edit(folder, anew)
         assert load_edit(folder, anew, draw=False).difference.keys() == edit.difference.keys()
         with pytest.raises(BadInput, match=r"input.png and mask.png must lie beside"):
