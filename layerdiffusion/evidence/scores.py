@@ -37,18 +37,18 @@ class Task:
 _KINDS = {"pose and place": (6, 12), "colour and place": (2, 2), "pose": (2, 4), "colour": (1, 2), "place": (1, 4)}
 _SETS = {
     "development": {kind: n for kind, (n, _) in _KINDS.items()},
-    **{name: {kind: n for kind, (_, n) in _KINDS.items()} for name in ("held-out", "fresh", "unseen")},
+    **{name: {kind: n for kind, (_, n) in _KINDS.items()} for name in ("held-out", "fresh", "unseen", "unseen 2")},
     "joint": {"pose and place": 15},
 }
 
 
 def edit_set(
-    name: str,  # "development", "held-out", "fresh", "unseen" or "joint"
+    name: str,  # "development", "held-out", "fresh", "unseen", "unseen 2" or "joint"
     size: int = 64,  # px
 ) -> list:  # of `Task`
     """The edits of a set.
 
-    They are 12 to choose settings with, 24 others to measure on, three times, or 15 that change pose and place, for
+    They are 12 to choose settings with, 24 others to measure on, four times, or 15 that change pose and place, for
     comparisons.
     """
     if name not in _SETS:
