@@ -20,6 +20,7 @@ from layerdiffusion.evidence.benchmark import (
     _read_tasks,
     _recorded_rows,
     _run_benchmark,
+    _score_joint,
     score_folder,
 )
 from layerdiffusion.base.core import BadInput, to_pil
@@ -246,17 +247,26 @@ def test_an_image_encoder_that_is_given(asked, tmp_path):
 
 
 def test_the_command_scores(asked, tmp_path, capsys):
-    "A file of tasks; and those of our own that a folder has, the true answer first."
+    "Says the table and writes the row."
     from layerdiffusion.interface.cli import main
 
     few = ["--tasks", str(asked / "tedbench.json"), "--photos", str(asked / "photos"), "--clip", "mini"]
     assert main(["score", str(asked / "true"), *few, "--name", "truth", "--out", str(tmp_path / "row.json")]) == 0
     assert "| truth | pictures | clip |" in capsys.readouterr().out
     assert json.loads((tmp_path / "row.json").read_text())["method"] == "truth"
-    (tmp_path / "mine" / "joint-0").mkdir(parents=True)
-    to_pil(_benchmark_tasks()[0].edit.answer).save(tmp_path / "mine" / "joint-0" / "3.png")
-    assert main(["score", str(tmp_path / "mine")]) == 0
-    assert "| mine (1 of 15 tasks) | 1.00" in capsys.readouterr().out
+
+
+def test_those_of_our_tasks_that_a_folder_has(method, tmp_path):
+    "With the seeds it has; a seed that one task lacks is missed."
+    answer = to_pil(_benchmark_tasks()[0].edit.answer)
+    (tmp_path / "joint-0").mkdir()
+    answer.save(tmp_path / "joint-0" / "3.png")
+    row = _score_joint(tmp_path, "truth", method)
+    assert (row["tasks"], row["seeds"], row["valid"][0]) == (1, [3], 1)
+    (tmp_path / "joint-1").mkdir()
+    answer.save(tmp_path / "joint-1" / "4.png")
+    with pytest.raises(BadInput, match="joint-0/4.png is not there"):
+        _score_joint(tmp_path, "truth", method)
 
 
 def test_what_cannot_be_scored(asked, tmp_path, capsys):

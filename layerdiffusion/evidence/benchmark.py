@@ -305,7 +305,7 @@ def _score_file(file: Path, folder: Path, name: str, clip: str, features: Path |
         for kind, rows in kinds.items()
     }
     asked = content_hash([[t["key"], t["photo"].name, t["text"], t["kind"], t["parts"]] for t in tasks])[:16]
-    told = dict(tasks=Path(file).name, hash=asked, method=name, clip=clip, features=str(features or clip))
+    told = dict(tasks=Path(file).name, hash=asked, method=name, clip=clip, features=Path(features or clip).name)
     return told | dict(n={k: len(rows) for k, rows in kinds.items()}, scores=scores, environment=environment("cpu"))
 
 
