@@ -362,7 +362,7 @@ def test_the_unet_that_sees_is_counted():
     models, sam = load_models("mini"), torch.nn.Linear(8, 8)
     sam.image_encoder = torch.nn.Identity()
     sam.image_encoder.img_size = 8
-    there, counted = replace(models, device=torch.device("cuda")), {}
+    there, counted = replace(models, device=torch.device("cuda")), dict.fromkeys(("find", "draw", "decode"), 0)
     blind, sees = (predict(there, "spare", EditConfig(subject_scale=s), sam=sam, counted=counted) for s in (0.0, 1.0))
     mine = {p.data_ptr() for p in models.unet.parameters()}
     mask = torch.ones(1, 64, 64)
