@@ -17,8 +17,11 @@ from layerdiffusion.evidence.benchmark import (
     _from_folder,
     given,
     _leaderboard,
+    _read_tasks,
     _recorded_rows,
     _run_benchmark,
+    _score_joint,
+    score_folder,
 )
 from layerdiffusion.base.core import BadInput, to_pil
 from layerdiffusion.pipeline import LayerDiffusion
@@ -183,6 +186,115 @@ def test_a_run_without_tasks_and_with_odd_seeds(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(BadInput, match="cannot be written"):
         _export_tasks(tmp_path / "file")
+
+
+@pytest.fixture(scope="module")
+def asked(tmp_path_factory):
+    """Three tasks in both forms, and pictures of three methods: the photos back, the true answers, and those in another
+    order."""
+    place, edits = tmp_path_factory.mktemp("asked"), [t.edit for t in _benchmark_tasks()[:3]]
+    for name in ("photos", "back", "true", "mixed"):
+        (place / name).mkdir()
+    for i, e in enumerate(edits):
+        to_pil(e.image).save(place / "photos" / f"{i}.jpg", quality=100)
+        to_pil(e.image).save(place / "back" / f"{i}.png")
+        to_pil(e.answer).save(place / "true" / f"{i}.png")
+        to_pil(e.answer).save(place / "mixed" / f"{(i + 1) % 3}.png")
+    kinds = ["action", "action", "background"]
+    imgedit = {str(i): dict(id=f"{i}.jpg", prompt=e.text, edit_type=kinds[i]) for i, e in enumerate(edits)}
+    captions = [*(e.text for e in edits[:2]), "a dog lying"]  # the last names no place
+    tedbench = [dict(original_image=f"{i}.jpg", caption=text) for i, text in enumerate(captions)]
+    (place / "imgedit.json").write_text(json.dumps(imgedit))
+    (place / "tedbench.json").write_text(json.dumps(tedbench))
+    return place
+
+
+def scored(asked, name, tasks="imgedit.json", **more):
+    return score_folder(asked / name, name, asked / tasks, photos=asked / "photos", **more)
+
+
+def test_a_file_of_tasks(asked):
+    "Answers go better with their texts than photos or other answers do; photos are likest to themselves."
+    back, true, mixed = (scored(asked, name)[0] for name in ("back", "true", "mixed"))
+    assert back["n"] == {"action": 2, "background": 1, "all": 3} and back["hash"] == true["hash"]
+    said = {row["method"]: {f: m for f, (m, *_) in row["scores"]["all"].items()} for row in (back, true, mixed)}
+    assert said["true"]["clip"] > max(said["back"]["clip"], said["mixed"]["clip"])
+    assert said["true"]["own text"] > said["mixed"]["own text"]
+    assert said["back"]["photo"] > 0.99 > said["true"]["photo"] and said["back"]["own photo"] == 1
+    assert "| background | 1 |" in scored(asked, "back")[1]
+
+
+def test_tedbench_with_our_rule(asked):
+    "T_a and T_b of the two captions that name a place; other captions are other tasks."
+    row = scored(asked, "true", "tedbench.json")[0]
+    assert set(row["scores"]["all"]) == {"clip", "own text", "photo", "own photo", "T_a", "T_b"}
+    assert row["hash"] != scored(asked, "true")[0]["hash"]
+    tasks = _read_tasks(asked / "tedbench.json", asked / "photos")
+    assert [len(t["parts"]) for t in tasks] == [2, 2, 0] and tasks[0]["parts"][1] in tasks[0]["text"]
+
+
+def test_an_image_encoder_that_is_given(asked, tmp_path):
+    "It says how alike pictures are, and not CLIP."
+    from transformers import BitImageProcessor, Dinov2Config, Dinov2Model
+
+    size = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14)
+    Dinov2Model(Dinov2Config(**size)).save_pretrained(tmp_path / "dino")
+    look = dict(size=dict(shortest_edge=28), crop_size=dict(height=28, width=28))
+    BitImageProcessor(**look).save_pretrained(tmp_path / "dino")
+    (row, _), (clip, _) = scored(asked, "true", features=tmp_path / "dino"), scored(asked, "true")
+    mine, theirs = row["scores"]["all"], clip["scores"]["all"]
+    assert mine["clip"] == theirs["clip"] and mine["photo"] != theirs["photo"] and row["features"].endswith("dino")
+
+
+def test_the_command_scores(asked, tmp_path, capsys):
+    "Says the table and writes the row."
+    from layerdiffusion.interface.cli import main
+
+    few = ["--tasks", str(asked / "tedbench.json"), "--photos", str(asked / "photos"), "--clip", "mini"]
+    assert main(["score", str(asked / "true"), *few, "--name", "truth", "--out", str(tmp_path / "row.json")]) == 0
+    assert "| truth | pictures | clip |" in capsys.readouterr().out
+    assert json.loads((tmp_path / "row.json").read_text())["method"] == "truth"
+
+
+def test_those_of_our_tasks_that_a_folder_has(method, tmp_path):
+    "With the seeds it has; a seed that one task lacks is missed."
+    answer = to_pil(_benchmark_tasks()[0].edit.answer)
+    (tmp_path / "joint-0").mkdir()
+    answer.save(tmp_path / "joint-0" / "3.png")
+    row = _score_joint(tmp_path, "truth", method)
+    assert (row["tasks"], row["seeds"], row["valid"][0]) == (1, [3], 1)
+    (tmp_path / "joint-1").mkdir()
+    answer.save(tmp_path / "joint-1" / "4.png")
+    with pytest.raises(BadInput, match="joint-0/4.png is not there"):
+        _score_joint(tmp_path, "truth", method)
+
+
+def test_what_cannot_be_scored(asked, tmp_path, capsys):
+    "One sentence each, with the way out."
+    from layerdiffusion.interface.cli import main
+
+    files = dict(text="no JSON", list="[1]", empty="{}", half='{"0": {"id": "0.jpg", "prompt": "a dog"}}', number="7")
+    for name, photo, text in (("words", "0.jpg", 5), ("photo", "x", "a")):
+        files[name] = json.dumps([dict(original_image=photo, caption=text)])
+    for name, text in files.items():
+        (tmp_path / f"{name}.json").write_text(text)
+    (tmp_path / "folder").mkdir()
+    photos = ["--photos", str(asked / "photos"), "--clip", "mini"]
+    for args, words in (
+        ([str(tmp_path / "folder")], ["folder", "joint-0/0.png"]),
+        (["nowhere", *photos], ["--tasks FILE"]),
+        *([["nowhere", "--tasks", f"{tmp_path}/{n}.json", *photos], ["neither form", n]] for n in files if n not in
+          ("empty", "photo")),
+        (["nowhere", "--tasks", f"{tmp_path}/empty.json"], ["holds no task"]),
+        (["nowhere", "--tasks", f"{tmp_path}/photo.json"], ["--photos"]),
+        (["nowhere", "--tasks", "none.json"], ["none.json", "cannot be read"]),
+        (["nowhere", "--tasks", f"{asked}/imgedit.json", *photos], ["3 of 3", "nowhere/0.png"]),
+        ([f"{asked}/true", "--tasks", f"{asked}/imgedit.json", *photos, "--features", str(asked)], ["image encoder"]),
+        ([f"{asked}/true", "--tasks", f"{asked}/imgedit.json", *photos[:2], "--clip", "none"], ["none"]),
+    ):
+        assert main(["score", *args]) == 2, args
+        said = capsys.readouterr().err
+        assert said.count("\n") == 1 and not [w for w in words if w not in said], said
 
 
 def test_metrics_refuse_what_is_not_a_batch():

@@ -8,8 +8,8 @@ from diffusers import StableDiffusionPipeline
 
 from layerdiffusion import LayerDiffusion, method
 from layerdiffusion.base import families, memory
-from layerdiffusion.base.core import BadInput, package_folder
-from layerdiffusion.base.families import FAMILIES, LowRank, edit_with, _family_of, _random_pipe
+from layerdiffusion.base.core import BadInput, package_folder, to_pil
+from layerdiffusion.base.families import FAMILIES, LowRank, edit_with, _family_of, _random_adapter, _random_pipe, _see
 
 NAMES = ["sd", "sdxl", "flux2-klein", "sd3"]
 SIZE = 32, 48  # px, and not square: height and width are told apart
@@ -215,6 +215,70 @@ def test_it_is_the_papers_edit(photo, pipes, name):
         assert (edit_with(pipe, *photo, **few | other) - papers).abs().max() > 1e-4
     with pytest.raises(TypeError, match="'lambda_object'"):
         edit_with(pipe, *photo, lambda_object=1.0)
+
+
+# In sight of a picture
+
+
+@pytest.fixture(scope="module", params=["sd", "sdxl"])
+def sighted(request, tmp_path_factory):
+    pipe = _random_pipe(request.param)
+    _random_adapter(pipe, tmp_path_factory.mktemp("adapter") / "IP-Adapter")
+    return pipe
+
+
+def test_in_sight_it_draws_what_the_pipeline_draws(sighted, photo):
+    "With `load_ip_adapter`, guided away from the empty text and a blank picture; another picture or strength does not."
+    picture, drawings = photo[0][:, :, :32], {}
+    for name, (seen, scale) in dict(whole=(picture, 0.6), turned=(picture.flip(1), 0.6), off=(picture, 0.0)).items():
+        sighted.set_ip_adapter_scale(scale)
+        model = _family_of(sighted)(sighted, *SIZE)
+        _see(sighted, model, seen)
+        drawings[name] = drawn(model)
+        size = dict(height=SIZE[0], width=SIZE[1], num_inference_steps=2, guidance_scale=4.0, output_type="pt")
+        given = dict(prompt=T_A, latents=start_of(model), ip_adapter_image=to_pil(seen))
+        assert (drawings[name] - sighted(**given, **size).images).abs().max() < 1e-5
+    assert all((drawings["whole"] - drawings[name]).abs().max() > 1e-3 for name in ("turned", "off"))
+
+
+def test_in_sight_the_network_learns_and_the_adapter_does_not(sighted, photo):
+    "Eq. 6's gradient reaches each layer that learns through what is seen, and no factor lies beside the adapter's own."
+    sighted.set_ip_adapter_scale(0.6)
+    model, thin = _family_of(sighted)(sighted, *SIZE), LowRank(sighted.unet, 2)
+    _see(sighted, model, photo[0])
+    with torch.no_grad():
+        words, x = model.embed([T_A]), model.to_latents(photo[0][None])
+    noise, t = method.sample_noise_and_t(model.scheduler, x.shape, torch.Generator().manual_seed(0))
+    loss = method.layered_loss(model.unet, model.scheduler, x, torch.ones_like(x[:, :1]), noise, t, words)
+    method.gradients(loss, thin.parameters())
+    thin.remove()
+    assert all(up.grad.any() for _, up in thin.factors.values()) and not [n for n in thin.factors if "_ip" in n]
+    assert len(thin.factors) == len([n for n in sighted.unet.attn_processors]) * 4
+
+
+def test_a_whole_edit_in_sight(sighted, photo, tmp_path):
+    "What is seen changes the edit; without Eq. 2 and with α = 1, diffusers draws it with adapter and LoRA."
+    sighted.set_ip_adapter_scale(0.6)
+    few = FEW | dict(embedding_steps=0, alpha=1.0, guidance_scale=4.0, tuning_lr=2e-2, rank=2)
+    first = edit_with(sighted, *photo, ip_adapter_image=photo[0], save=tmp_path, **few)
+    assert (edit_with(sighted, *photo, ip_adapter_image=photo[4], **few) - first).abs().max() > 1e-3
+    sighted.load_lora_weights(tmp_path)
+    size = dict(height=SIZE[0], width=SIZE[1], num_inference_steps=2, guidance_scale=4.0, output_type="pt")
+    given = dict(latents=start_of(_family_of(sighted)(sighted, *SIZE)), ip_adapter_image=to_pil(photo[0]))
+    theirs = sighted(prompt=T_A, **given, **size).images
+    sighted.unload_lora_weights()
+    assert (theirs - first).abs().max() < 1e-5
+
+
+def test_sight_that_is_refused(sighted, pipes, photo):
+    for pipe, given, sentence in (
+        (sighted, {}, "has an IP-Adapter; give ip_adapter_image"),
+        (sighted, dict(ip_adapter_image=photo[0], rank=None), "give rank=16"),
+        (pipes["sdxl"], dict(ip_adapter_image=photo[0]), "has 0 IP-Adapters"),
+        (pipes["flux2-klein"], dict(ip_adapter_image=photo[0]), "of Stable Diffusion or SDXL"),
+    ):
+        with pytest.raises(BadInput, match=sentence):
+            edit_with(pipe, *photo, **FEW | dict(rank=2) | given)
 
 
 def test_half_precision(photo):

@@ -347,3 +347,27 @@ def test_learnt_words_where_parts_wait(monkeypatch):
     tiny = preset("paper", embedding_steps=3, tuning_steps=1, sampling_steps=1, learnt_words=2)
     method.edit("example:dog", TEXT, point=(32, 36), seeds=[0], config=tiny, source="a brown dog standing in a meadow")
     assert any(moved[i : i + 3] == ["asked"] * 3 for i in range(len(moved)))
+
+
+def test_the_unet_that_sees_is_counted():
+    "It stays beside the loaded one in every stage but the search for the mask, as large as it really is."
+    from dataclasses import replace
+
+    import torch
+    from layerdiffusion import EditConfig
+    from layerdiffusion.base.memory import predict
+    from layerdiffusion.base.sd import load_models
+    from layerdiffusion.identity import see_subject
+
+    models, sam = load_models("mini"), torch.nn.Linear(8, 8)
+    sam.image_encoder = torch.nn.Identity()
+    sam.image_encoder.img_size = 8
+    there, counted = replace(models, device=torch.device("cuda")), dict.fromkeys(("find", "draw", "decode"), 0)
+    blind, sees = (predict(there, "spare", EditConfig(subject_scale=s), sam=sam, counted=counted) for s in (0.0, 1.0))
+    mine = {p.data_ptr() for p in models.unet.parameters()}
+    mask = torch.ones(1, 64, 64)
+    new = [p for p in see_subject(models, torch.rand(3, 64, 64), mask).unet.parameters() if p.data_ptr() not in mine]
+    kept = sum(p.numel() * p.element_size() for p in new)
+    more = {stage: sees[stage] - blind[stage] for stage in blind}
+    assert all(abs(n / kept - 1) < 0.15 for stage, n in more.items() if stage != "find"), (more, kept)
+    assert more["find"] == 0

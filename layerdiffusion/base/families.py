@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad, pixel_shuffle, pixel_unshuffle
 
 from .. import method
-from .core import BadInput, package_folder
+from .core import BadInput, package_folder, to_pil
 
 # %% ../../nbs/base/07_families.ipynb #2eaa5393
 _AT_A_TIME = 2  # pictures that go through a network together where nothing is learnt
@@ -62,8 +62,8 @@ class StableDiffusion:
         return method.embed_text(self.pipe.tokenizer, self.pipe.text_encoder, texts)
 
     @staticmethod
-    def predict(net, x, t, e):
-        return net(x, t, e).sample
+    def predict(net, x, t, e, **seen):
+        return net(x, t, e, added_cond_kwargs=seen).sample
 
     def to_latents(self, pictures):
         return method.to_latents(self.pipe.vae, pictures.to(self.pipe.vae.dtype))
@@ -100,10 +100,10 @@ class StableDiffusionXL(StableDiffusion):
         return torch.stack([said[i] if text else free[i] for i, text in enumerate(texts)])
 
     @staticmethod
-    def predict(net, x, t, e, size, **words):
-        tokens, pooled = _unpack(e, **words)
-        more = dict(text_embeds=pooled, time_ids=x.new_tensor(size).expand(len(x), -1))
-        return net(x, t, tokens, added_cond_kwargs=more).sample
+    def predict(net, x, t, e, size, length, pooled, **seen):
+        tokens, pooled = _unpack(e, length, pooled)
+        seen |= dict(text_embeds=pooled, time_ids=x.new_tensor(size).expand(len(x), -1))
+        return net(x, t, tokens, added_cond_kwargs=seen).sample
 
 # %% ../../nbs/base/07_families.ipynb #da97257b
 def _sampler(config, tokens: int | None = None):  # of the pipeline's scheduler; latents that a picture has
@@ -325,7 +325,7 @@ class LowRank:
     ):
         g, self.factors, self.hooks = torch.Generator().manual_seed(seed), {}, []
         for name, m in net.named_modules():
-            if ".attn" in name and isinstance(m, nn.Linear):
+            if ".attn" in name and ".processor" not in name and isinstance(m, nn.Linear):  # not an IP-Adapter's own
                 down = torch.randn(rank, m.in_features, generator=g) / m.in_features**0.5
                 pair = [x.to(m.weight.device).requires_grad_() for x in (down, torch.zeros(m.out_features, rank))]
                 self.factors[name] = pair
@@ -362,6 +362,18 @@ def _check(pipe, kind, image: Tensor, rank: int | None):
     if any(hasattr(part, "_hf_hook") for part in (net, pipe.vae)):
         raise BadInput("This pipeline moves its parts by itself; call remove_all_hooks(), then move them by hand.")
 
+
+def _check_sight(net, picture: Tensor | None, rank: int | None):
+    "Refuse a picture that nothing would see, and an IP-Adapter without a picture."
+    eyes = len(getattr(getattr(net, "encoder_hid_proj", None), "image_projection_layers", []))
+    if picture is None and eyes:
+        raise BadInput("This pipeline has an IP-Adapter; give ip_adapter_image, or call unload_ip_adapter() before.")
+    if picture is not None and eyes != 1:
+        raise BadInput(f"This pipeline has {eyes} IP-Adapters, and ip_adapter_image is seen through one; "
+                       "call load_ip_adapter with one, of Stable Diffusion or SDXL, before.")
+    if picture is not None and rank is None:
+        raise BadInput("With ip_adapter_image all weights would be the IP-Adapter's too; give rank=16.")
+
 # %% ../../nbs/base/07_families.ipynb #e4eded39
 def edit_with(
     pipe,  # loaded, of a class in `FAMILIES`; its parts are frozen, and stay where they are
@@ -372,13 +384,15 @@ def edit_with(
     reference: Tensor,  # (3, H, W), 0-1: the new place, O_r
     rank: int | None = None,  # thickness of the factors that Eq. 6 learns; None: a copy of all weights, in float32
     checkpointing: bool = False,  # less memory for learning, and a third more time
+    ip_adapter_image: Tensor | None = None,  # (3, H, W), 0-1: what the pipeline's IP-Adapter lets the network see
     save: str | Path | None = None,  # folder for what Eq. 6 learnt, as diffusers loads it
     **settings,  # as in `method.edit`
 ) -> Tensor:  # (B, 3, H, W), 0-1
     "The paper's edit with any family."
     kind = _family_of(pipe)
-    _check(pipe, kind, image, rank)
     net, usual = getattr(pipe, kind.part), dict(guidance_scale=kind.guidance_scale)
+    _check(pipe, kind, image, rank)
+    _check_sight(net, ip_adapter_image, rank)
     for part in pipe.components.values():
         if isinstance(part, nn.Module):
             part.requires_grad_(False)
@@ -386,12 +400,15 @@ def edit_with(
         usual["tuning_lr"] = 1e-4  # thin factors that start at zero need larger steps than weights
     given = signature(method.edit).bind(pipe, image, mask, object, background, reference, **usual | settings)
     given.apply_defaults()
+    model = kind(pipe, *image.shape[-2:])
+    if ip_adapter_image is not None:
+        _see(pipe, model, ip_adapter_image)
     with ExitStack() as undo:
         if checkpointing:
             net.enable_gradient_checkpointing()
             undo.callback(net.disable_gradient_checkpointing)
         tune = functools.partial(_tune, pipe=pipe, kind=kind, rank=rank, save=save, undo=undo)
-        return _draw(kind(pipe, *image.shape[-2:]), tune, SimpleNamespace(**given.arguments))
+        return _draw(model, tune, SimpleNamespace(**given.arguments))
 
 
 def _draw(model, tune, given):  # an adapter; Eq. 6; what `method.edit` would be called with
@@ -431,3 +448,40 @@ def _tune(unet, scheduler, e_opt, layers, steps, learning_rate, seed, pipe, kind
     if save:
         type(pipe).save_lora_weights(save, **{f"{kind.part}_lora_layers": thin.state()})
     return unet
+
+# %% ../../nbs/base/07_families.ipynb #e6565827
+def _see(pipe, model, picture: Tensor):  # an adapter of a family, which sees from now on; (3, H, W), 0-1
+    "Let a network see a picture through its pipeline's IP-Adapter, under all words but the empty text."
+    with torch.no_grad():
+        (both,) = pipe.prepare_ip_adapter_image_embeds([to_pil(picture)], None, pipe.image_encoder.device, 1, True)
+        nothing = model.embed([""])
+    (unsaid, said), predict = both.split(1), model.unet.predict
+
+    def predict_in_sight(net, x, t, e):
+        free = (e[:, : nothing.shape[1]] == nothing.to(e)).flatten(1).all(1).tolist()
+        return predict(net, x, t, e, image_embeds=[torch.cat([(said, unsaid)[f] for f in free]).to(e)])
+
+    model.unet.predict = predict_in_sight
+
+# %% ../../nbs/base/07_families.ipynb #97e35fef
+def _random_adapter(pipe, folder: Path, seed: int = 0):
+    "Give a small Stable Diffusion or SDXL an IP-Adapter with random weights, through files as h94/IP-Adapter has them."
+    from safetensors.torch import save_file
+    from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+
+    size, g = pipe.unet.config.cross_attention_dim, torch.Generator().manual_seed(seed)
+    shapes = {"proj.weight": (4 * size, 24), "proj.bias": (4 * size,), "norm.weight": (size,), "norm.bias": (size,)}
+    shapes = {f"image_proj.{name}": shape for name, shape in shapes.items()}
+    for i, name in enumerate(pipe.unet.attn_processors):
+        if "attn2" in name:
+            like = pipe.unet.get_submodule(name.removesuffix(".processor")).to_k.weight.shape
+            shapes |= {f"ip_adapter.{i}.to_{k}_ip.weight": tuple(like) for k in "kv"}
+    (Path(folder) / "models").mkdir(parents=True)
+    weights = {name: torch.randn(shape, generator=g) / shape[-1] ** 0.5 for name, shape in shapes.items()}
+    save_file(weights, Path(folder) / "models" / "ip-adapter.safetensors")
+    size = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, projection_dim=24)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        encoder = CLIPVisionModelWithProjection(CLIPVisionConfig(image_size=32, patch_size=8, **size))
+    encoder.save_pretrained(Path(folder) / "models" / "image_encoder")
+    pipe.load_ip_adapter(str(folder), subfolder="models", weight_name="ip-adapter.safetensors")

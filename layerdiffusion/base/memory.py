@@ -247,12 +247,13 @@ def predict(
         if name not in counted:
             counted[name] = count()
     change = 2 * _count_moving(models, config) if cpu else 0
+    seeing = unet if config.subject_scale else 0  # beside the loaded one, see `LayerDiffusion.seeing`
     stages = dict(find=standing(eyes) + counted["find"]) if sam is not None else {}
     return stages | dict(
-        embed=standing(unet) + _count_embed(models, how, height, width, cpu),
-        tune=standing() + _count_tune(models, how, config, height, width, cpu),
-        draw=standing(unet) + unet + change + counted["draw"],
-        decode=standing(unet, vae) + unet + change + counted["decode"],
+        embed=standing(unet) + seeing + _count_embed(models, how, height, width, cpu),
+        tune=standing() + seeing + _count_tune(models, how, config, height, width, cpu),
+        draw=standing(unet) + seeing + unet + change + counted["draw"],
+        decode=standing(unet, vae) + seeing + unet + change + counted["decode"],
     )
 
 # %% ../../nbs/base/21_memory.ipynb #846a1c54

@@ -6,6 +6,7 @@
 __all__ = []
 
 # %% ../../nbs/evidence/24_benchmark.ipynb #281abe88
+import json
 import time
 from dataclasses import fields
 from pathlib import Path
@@ -14,10 +15,13 @@ from collections.abc import Callable, Sequence
 import torch
 
 # %% ../../nbs/evidence/24_benchmark.ipynb #47fe36e2
-from ..base.core import BadInput, content_hash, environment, fit_image, load_image, to_pil, write_json
+from ..base.core import BadInput, content_hash, environment, fit_image, load_image, quiet, to_pil, write_json
 from .experiments import SCORES, score_cell
+from .metrics import Clip
 from .scores import Task, edit_set, interval
+from ..interface.saving import pixels
 from ..mini.world import Scenes
+from ..words import split_text
 
 # %% ../../nbs/evidence/24_benchmark.ipynb #a898c288
 _NAME, VERSION = "layerdiffusion-joint-15", 1
@@ -202,3 +206,132 @@ def _from_folder(
         return [load_image(p) for p in paths]
 
     return edit
+
+
+def _score_joint(folder: Path, name: str, method=None) -> dict:  # a row of `_leaderboard`
+    "Score TASK/SEED.png of those tasks that a folder has, with all seeds that any of them has."
+    tasks = [t for t in _benchmark_tasks() if (Path(folder) / t.name.replace(" ", "-")).is_dir()]
+    found = [p.stem for t in tasks for p in (Path(folder) / t.name.replace(" ", "-")).glob("*.png")]
+    seeds = sorted({int(stem) for stem in found if stem.isdigit()})
+    if not seeds:
+        raise BadInput(f"The folder {str(folder)!r} has no picture such as joint-0/0.png, a task's name and a seed.")
+    return _run_benchmark(_from_folder(folder), name, seeds, tasks=tasks, method=method)
+
+# %% ../../nbs/evidence/24_benchmark.ipynb #91060530
+_FORMS = "ImgEdit's {key: {id, prompt, edit_type}} or TEdBench's [{original_image, caption}]"
+
+
+def _parts(row: dict) -> tuple:  # T_a, T_b; (): the rule finds no place in the text
+    "The two texts of a row in TEdBench's form."
+    try:
+        split = split_text(row["caption"], row.get("object"), row.get("background"))
+    except BadInput:
+        return ()
+    return split.object, split.background
+
+
+def _read_tasks(file: Path, photos: Path | None = None) -> list:  # photos: their folder; None: the file's
+    "The tasks of a file in ImgEdit's or TEdBench's form."
+    try:
+        said = json.loads(Path(file).read_text(encoding="utf-8"))
+        if isinstance(said, dict):
+            rows = [(k, v["id"], v["prompt"], v["edit_type"], ()) for k, v in said.items()]
+        else:
+            rows = [(str(i), v["original_image"], v["caption"], "all", _parts(v)) for i, v in enumerate(said)]
+        if odd := [x for row in rows for x in row[:4] if not isinstance(x, str)]:
+            raise TypeError(f"{odd[0]!r} is no text")
+    except OSError as e:
+        raise BadInput(f"The file of tasks {str(file)!r} cannot be read: {e.strerror or e}.") from None
+    except (ValueError, TypeError, KeyError, AttributeError) as e:
+        raise BadInput(f"{str(file)!r} has neither form of tasks ({e!r:.60}); it must be {_FORMS}.") from None
+    if not rows:
+        raise BadInput(f"{str(file)!r} holds no task.")
+    folder, names = Path(photos or Path(file).parent), ("key", "photo", "text", "kind", "parts")
+    rows = [dict(zip(names, (key, folder / photo, *more), strict=True)) for key, photo, *more in rows]
+    if missing := next((r["photo"] for r in rows if not r["photo"].is_file()), None):
+        raise BadInput(f"The photo {str(missing)!r} is not there; --photos names the folder of the photos.")
+    return rows
+
+# %% ../../nbs/evidence/24_benchmark.ipynb #25ed4176
+def _load_features(folder: Path) -> Callable:  # pictures (B, 3, H, W), 0-1 -> unit vectors (B, D)
+    "An image encoder that transformers reads, such as DINOv2."
+    from transformers import AutoImageProcessor, AutoModel
+
+    @torch.no_grad()
+    def encode(images):
+        seen = look(images=[to_pil(x) for x in images], return_tensors="pt").pixel_values
+        return torch.nn.functional.normalize(model(seen).pooler_output, dim=1)
+
+    try:
+        with quiet():
+            look = AutoImageProcessor.from_pretrained(folder, local_files_only=True)
+            model = AutoModel.from_pretrained(folder, local_files_only=True).eval()
+        encode(torch.zeros(1, 3, 32, 32))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+        why = " ".join(str(e).split())[:150]
+        raise BadInput(f"{str(folder)!r} holds no image encoder ({why}); give a folder such as DINOv2's.") from None
+    return encode
+
+# %% ../../nbs/evidence/24_benchmark.ipynb #a6fc8da5
+def _score_tasks(tasks: list, folder: Path, clip: Clip, encode: Callable | None = None) -> list:  # a dict for each
+    "Score FOLDER/KEY.png of each of the tasks of `_read_tasks`."
+    files = {t["key"]: Path(folder) / f"{t['key']}.png" for t in tasks}
+    if missing := [p for p in files.values() if not p.is_file()]:
+        raise BadInput(f"{len(missing)} of {len(tasks)} pictures are not there, such as {str(missing[0])!r}.")
+    encode, flat = encode or clip.pictures, []
+    texts, photos = (list(dict.fromkeys(t[name] for t in tasks)) for name in ("text", "photo"))
+    said, originals = clip.words(texts), torch.cat([encode(pixels(p)[None]) for p in photos])
+    for t in tasks:
+        image = pixels(files[t["key"]])[None]
+        seen = clip.pictures(image)[0]
+        near, like = said @ seen, originals @ encode(image)[0]
+        own, first = texts.index(t["text"]), photos.index(t["photo"])
+        row = {"clip": near[own].item(), "own text": float(near.argmax() == own)}
+        row |= {"photo": like[first].item(), "own photo": float(like.argmax() == first)}
+        row |= dict(zip(("T_a", "T_b"), (clip.words(t["parts"]) @ seen).tolist(), strict=True)) if t["parts"] else {}
+        flat.append(dict(edit=t["key"], kind=t["kind"], **row))
+    return flat
+
+# %% ../../nbs/evidence/24_benchmark.ipynb #1a6e5ca7
+def _score_file(file: Path, folder: Path, name: str, clip: str, features: Path | None = None, photos=None) -> dict:
+    "A method's row on a file of tasks, for each kind of edit and for all: mean and 95 % interval."
+    tasks = _read_tasks(file, photos)
+    flat = _score_tasks(tasks, folder, Clip(clip), _load_features(features) if features else None)
+    names = sorted({r["kind"] for r in flat} - {"all"}) + ["all"]
+    kinds = {name: [r for r in flat if name in ("all", r["kind"])] for name in names}
+    fields = list(dict.fromkeys(f for r in flat for f in r if f not in ("edit", "kind")))
+    scores = {
+        kind: {f: [round(x, 3) for x in interval(having, f)] for f in fields if (having := [r for r in rows if f in r])}
+        for kind, rows in kinds.items()
+    }
+    asked = content_hash([[t["key"], t["photo"].name, t["text"], t["kind"], t["parts"]] for t in tasks])[:16]
+    told = dict(tasks=Path(file).name, hash=asked, method=name, clip=clip, features=Path(features or clip).name)
+    return told | dict(n={k: len(rows) for k, rows in kinds.items()}, scores=scores, environment=environment("cpu"))
+
+
+def _show_scores(row: dict) -> str:
+    "A row of `_score_file` as a Markdown table."
+    fields = list(row["scores"]["all"])
+    lines = [f"| {row['method']} | pictures | {' | '.join(fields)} |", "|" + " --- |" * (len(fields) + 2)]
+    for kind, said in row["scores"].items():
+        cells = ["{:.2f} [{:.2f}, {:.2f}]".format(*said[f]) if f in said else "" for f in fields]
+        lines.append(f"| {kind} | {row['n'][kind]} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def score_folder(
+    folder: Path,  # TASK/SEED.png for our tasks, KEY.png for those of a file
+    name: str,  # of the method
+    tasks: str = "joint",  # or a file in ImgEdit's or TEdBench's form
+    clip: str = "mini",  # for a file, see `Clip`
+    features: Path | None = None,  # for a file: an image encoder's folder; None: CLIP's
+    photos: Path | None = None,  # for a file: their folder; None: the file's
+) -> tuple:  # the row, and it as a Markdown table
+    "Score pictures that a method has left in a folder."
+    if tasks != "joint":
+        row = _score_file(Path(tasks), folder, name, clip, features, photos)
+        return row, _show_scores(row)
+    if photos or features:
+        raise BadInput("Photos and features are for a file of tasks, and these are our own; give --tasks FILE.")
+    row = _score_joint(folder, name)
+    return row, _leaderboard([row])

@@ -1121,6 +1121,41 @@ def experiment(
         ) from None
     _announce("\n\n".join(f"{told(r)}\n{show_experiment(r)}" for r in records.values()))
 
+# %% ../../nbs/interface/30_cli.ipynb #c09b1091
+@app.command(
+    no_args_is_help=True,
+    epilog="Other tasks:  layerdiffusion score FOLDER --tasks basic_edit.json --photos DIR",
+)
+def score(
+    folder: Annotated[Path, typer.Argument(help="The pictures: TASK/SEED.png for joint, KEY.png for a file of tasks.")],
+    tasks: Annotated[
+        str,
+        typer.Option(help="joint: our fifteen edits. Or a JSON in ImgEdit's or TEdBench's form.", metavar="FILE"),
+    ] = "joint",
+    photos: Annotated[
+        Path | None, typer.Option(help="Of a file of tasks. Unset: they lie beside it.", metavar="DIR")
+    ] = None,
+    clip: Annotated[
+        str, typer.Option(help="For a file of tasks: mini, a folder, or a name of open_clip.", metavar="NAME")
+    ] = "ViT-B-32-quickgelu:openai",
+    features: Annotated[
+        Path | None,
+        typer.Option(help="An image encoder of transformers, such as DINOv2, to compare with photos. Unset: CLIP.",
+                     metavar="DIR"),
+    ] = None,
+    name: Annotated[str, typer.Option(help="Of the method, for the table.", metavar="NAME")] = "mine",
+    out: Annotated[Path | None, typer.Option(help="Write the row as JSON, to send it in.", metavar="FILE")] = None,
+    debug: Annotated[bool, typer.Option("--debug", help=_RUN[-1].help)] = False,
+):
+    "Score any method's pictures: on edits whose true answer is known, or on a file of tasks."
+    _check_file(out)
+    from layerdiffusion.evidence.benchmark import score_folder
+
+    row, table = score_folder(folder, name, tasks, clip, features, photos)
+    _announce(table)
+    if out:
+        write_json(out, row)
+
 # %% ../../nbs/interface/30_cli.ipynb #9b08c27c
 @app.command("docs")
 def _docs(
