@@ -676,7 +676,7 @@ def seeing(
             f"no {'photo' if image is None else 'mask'}; lay input.png and mask.png beside the edit.safetensors, or "
             "give photo=(image, mask)."
         )
-    how = str(self.models.device), str(self.models.dtype)
+    how = str(self.models.device), str(self.models.dtype), repr(self.models.how)
     key = content_hash(image, mask, config.subject_scale, self.models.hash, *how)
     if self.seen[0] != key:
         self.seen = key, see_subject(self.models, image, mask, config.subject_scale).unet

@@ -744,12 +744,16 @@ def test_an_edit_that_sees_belongs_to_its_adapter(adapter, tmp_path):
 
 
 def test_what_sees_follows_the_precision(adapter, photo):
-    "A model that is rounded after it saw a photo sees it in its new precision."
+    "A model that is rounded, or spares memory, after it saw a photo sees it in its new way."
+    from dataclasses import replace
+    from layerdiffusion.base.sd import How
     from layerdiffusion.pipeline import LayerDiffusion
     from layerdiffusion.settings import EditConfig
 
     method, config = LayerDiffusion.from_pretrained("mini", "cpu"), EditConfig(subject_scale=1.0)
     before = method.seeing(photo, config)
     assert method.seeing(photo, config).unet is before.unet
+    method.models = replace(method.models, how=How(checkpointing=True))
+    assert method.seeing(photo, config).unet is not before.unet
     seen = [next(m.unet.parameters()).dtype for m in (before, method.to(torch.bfloat16).seeing(photo, config))]
     assert seen == [torch.float32, torch.bfloat16]
