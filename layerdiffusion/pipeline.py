@@ -38,7 +38,8 @@ from layerdiffusion.base.core import (
 from .base.core import live_preview, load_image, one_writer, pick_device, shielded, to_pil, write_atomic
 from .base.families import FAMILIES
 from .base.folders import read_json, resolve_model
-from .fine_tuning import apply_difference, fine_tune, weight_difference
+from .differences import apply_difference, weight_difference
+from .fine_tuning import fine_tune
 from layerdiffusion.identity import (
     ACTIONS,
     SCENERY,

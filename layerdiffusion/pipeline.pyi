@@ -20,7 +20,8 @@ from layerdiffusion.base.core import BadInput, Event, Notice, as_path, check_cal
 from .base.core import live_preview, load_image, one_writer, pick_device, shielded, to_pil, write_atomic
 from .base.families import FAMILIES
 from .base.folders import read_json, resolve_model
-from .fine_tuning import apply_difference, fine_tune, weight_difference
+from .differences import apply_difference, weight_difference
+from .fine_tuning import fine_tune
 from layerdiffusion.identity import ACTIONS, SCENERY, encode_with, first_vectors, known, load_clip, prior_pictures, prior_texts, propose_source, see_subject, subject_name, with_words, word_objective
 from layerdiffusion.base.masks import check_labels, check_mask, composite, find_mask, load_sam, mask_from_file, move_subject, to_latent
 from .method import fit_embeddings, interpolate
