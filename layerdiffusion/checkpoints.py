@@ -21,7 +21,7 @@ from .base.sd import Models, optimise
 from .interface.saving import patch
 
 # %% ../nbs/method/10_checkpoints.ipynb #faa65454
-def snapshot(params, optimizer, losses, copy: bool = True) -> dict:
+def _snapshot(params, optimizer, losses, copy: bool = True) -> dict:
     "Everything a stage needs to go on, as one flat dict of tensors."
     out = {f"param.{i}": p.detach() for i, p in enumerate(params)} | {
         "losses": torch.tensor([float(x) for x in losses], dtype=torch.float64)
@@ -32,7 +32,7 @@ def snapshot(params, optimizer, losses, copy: bool = True) -> dict:
 
 
 def _restore(saved: dict, params, optimizer, losses):
-    "Put a `snapshot` back."
+    "Put a `_snapshot` back."
     with torch.no_grad():
         for i, p in enumerate(params):
             p.copy_(saved[f"param.{i}"])
@@ -54,7 +54,7 @@ def _restore(saved: dict, params, optimizer, losses):
     losses[:] = saved["losses"].tolist()
 
 # %% ../nbs/method/10_checkpoints.ipynb #01c2a988
-class Checkpoint:
+class _Checkpoint:
     "Keeps a training stage that may be interrupted: in memory, and in a file where a folder is given."
 
     share = 0.05  # of the stage's time that goes into writing the file, at most
@@ -109,21 +109,21 @@ class Checkpoint:
 
 # %% ../nbs/method/10_checkpoints.ipynb #28a87458
 @patch
-def write(self: Checkpoint, tensors: dict | None = None, **note):  # None: the live stage
+def write(self: _Checkpoint, tensors: dict | None = None, **note):  # None: the live stage
     "Write the live stage, or a result, to its file."
     from safetensors.torch import save_file
 
     begin = self.now()
     if tensors is None:
         params, optimizer, losses = self.live
-        tensors = snapshot(params, optimizer, losses, copy=False)
+        tensors = _snapshot(params, optimizer, losses, copy=False)
     tensors = {name: x.contiguous() for name, x in tensors.items()}
     write_atomic(self.path, lambda p: save_file(tensors, p, {"key": self.key, "text": self.text} | note))
     self.paid(begin)
 
 
 @patch
-def keep(self: Checkpoint, tensors: dict | None = None, **note):
+def keep(self: _Checkpoint, tensors: dict | None = None, **note):
     "Write the file; where that fails, say so once: a full disk stops the checkpoints, not the run."
     try:
         self.write(tensors, **note)
@@ -133,7 +133,7 @@ def keep(self: Checkpoint, tensors: dict | None = None, **note):
 
 
 @patch
-def read(self: Checkpoint, done: bool = False) -> dict | None:  # done: the result, not a stage that is half done
+def read(self: _Checkpoint, done: bool = False) -> dict | None:  # done: the result, not a stage that is half done
     "What the file holds of this very stage; nothing where it is damaged."
     from safetensors import SafetensorError, safe_open
 
@@ -151,7 +151,7 @@ def read(self: Checkpoint, done: bool = False) -> dict | None:  # done: the resu
 
 
 @patch
-def whole(self: Checkpoint) -> bool:
+def whole(self: _Checkpoint) -> bool:
     "Whether the live stage is between two steps: Adam counts a step before it is made, the losses after."
     if self.live is None or not self.live[2]:
         return False
@@ -163,7 +163,7 @@ class Resumable:
     "An object whose training stages may be stopped and gone on with, as `LayerDiffusion` is."
 
     models: Models
-    unfinished: dict  # the `snapshot` of each stage that was stopped, by the name of its inputs
+    unfinished: dict  # the `_snapshot` of each stage that was stopped, by the name of its inputs
     learnt: dict  # what stages learnt that are done, by their names
     say: Callable  # is told of the file
 
@@ -174,7 +174,7 @@ def checkpoint(
     self: Resumable, stage: str, key: str, folder=None, text: str = ""
 ):  # text: what the edit shall show, for people
     "Around a training stage: keeps what was done when it is interrupted, and says how to go on."
-    point = Checkpoint(stage, key, self.unfinished, folder, text, self.say if stage == "tuning" else None)
+    point = _Checkpoint(stage, key, self.unfinished, folder, text, self.say if stage == "tuning" else None)
     try:
         yield point
         self.unfinished.pop(key, None)
@@ -197,7 +197,7 @@ def checkpoint(
 
 # %% ../nbs/method/10_checkpoints.ipynb #30095585
 @patch
-def leave(self: Resumable, point: Checkpoint, remember: bool = False) -> str:  # remember: in memory too
+def leave(self: Resumable, point: _Checkpoint, remember: bool = False) -> str:  # remember: in memory too
     """Keep a stage that ends before its last step, in its file or else in memory.
 
     Says where, empty where there is nothing to keep.
@@ -208,7 +208,7 @@ def leave(self: Resumable, point: Checkpoint, remember: bool = False) -> str:  #
         if point.path:
             point.keep()
         if not point.path or remember:
-            self.unfinished[point.key] = snapshot(*point.live)
+            self.unfinished[point.key] = _snapshot(*point.live)
         return (
             f"the same command with --resume goes on from {point.path}"
             if point.path
@@ -218,12 +218,12 @@ def leave(self: Resumable, point: Checkpoint, remember: bool = False) -> str:  #
 
 # %% ../nbs/method/10_checkpoints.ipynb #bb6bd5e7
 @patch
-def follow(self: Resumable, point: Checkpoint):
+def follow(self: Resumable, point: _Checkpoint):
     """A stage is done that others follow: its small result goes into the file where the stage was long.
 
     Else only if those are stopped.
     """
-    self.learnt[point.stage] = point.key, point.text, snapshot(*point.live), {}
+    self.learnt[point.stage] = point.key, point.text, _snapshot(*point.live), {}
     if point.now() - point.begun >= point.every:
         point.keep()
 
@@ -232,12 +232,12 @@ def follow(self: Resumable, point: Checkpoint):
 def keep_learnt(self: Resumable, folder):
     "Write what the stages learnt that are done, where a run ends before its results are saved."
     for stage, (key, text, tensors, note) in self.learnt.items():
-        Checkpoint(stage, key, {}, folder, text).keep(tensors, **note)
+        _Checkpoint(stage, key, {}, folder, text).keep(tensors, **note)
     self.learnt = {}
 
 # %% ../nbs/method/10_checkpoints.ipynb #bd715db5
 @patch
-def _kept_run(self: Resumable, point: Checkpoint, callback: Callable | None, losses: list) -> Callable:
+def _kept_run(self: Resumable, point: _Checkpoint, callback: Callable | None, losses: list) -> Callable:
     "The loop of Eq. 2, `optimise`, with a checkpoint that it goes on from and tells of each step."
     both = join_callbacks(point, callback)
     return functools.partial(

@@ -13,15 +13,15 @@ from .base.core import BadInput, Event, join_callbacks, write_atomic
 from .base.sd import Models, optimise
 from .interface.saving import patch
 
-def snapshot(params, optimizer, losses, copy: bool=True) -> dict:
+def _snapshot(params, optimizer, losses, copy: bool=True) -> dict:
     """Everything a stage needs to go on, as one flat dict of tensors."""
     ...
 
 def _restore(saved: dict, params, optimizer, losses):
-    """Put a `snapshot` back."""
+    """Put a `_snapshot` back."""
     ...
 
-class Checkpoint:
+class _Checkpoint:
     """Keeps a training stage that may be interrupted: in memory, and in a file where a folder is given."""
     share = 0.05
     every = 5.0
@@ -79,14 +79,14 @@ class Resumable:
         """Around a training stage: keeps what was done when it is interrupted, and says how to go on."""
         ...
 
-    def leave(self, point: Checkpoint, remember: bool=False) -> str:
+    def leave(self, point: _Checkpoint, remember: bool=False) -> str:
         """Keep a stage that ends before its last step, in its file or else in memory.
 
     Says where, empty where there is nothing to keep.
     """
         ...
 
-    def follow(self, point: Checkpoint):
+    def follow(self, point: _Checkpoint):
         """A stage is done that others follow: its small result goes into the file where the stage was long.
 
     Else only if those are stopped.
@@ -97,6 +97,6 @@ class Resumable:
         """Write what the stages learnt that are done, where a run ends before its results are saved."""
         ...
 
-    def _kept_run(self, point: Checkpoint, callback: Callable | None, losses: list) -> Callable:
+    def _kept_run(self, point: _Checkpoint, callback: Callable | None, losses: list) -> Callable:
         """The loop of Eq. 2, `optimise`, with a checkpoint that it goes on from and tells of each step."""
         ...

@@ -126,7 +126,7 @@ def run(args, folder, at=None, send=signal.SIGKILL):
     from layerdiffusion import checkpoints
     from layerdiffusion.interface.cli import main
 
-    checkpoints.Checkpoint.every = 0.2
+    checkpoints._Checkpoint.every = 0.2
     if isinstance(at, tuple):
         sys.stderr = Watch(sys.stderr, *at, send)
     touched = []

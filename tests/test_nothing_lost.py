@@ -23,7 +23,7 @@ from safetensors import safe_open
 from layerdiffusion.base import core
 from layerdiffusion.interface.cli import main
 from layerdiffusion.base.core import _LOCK, BadInput, one_writer
-from layerdiffusion.checkpoints import Checkpoint
+from layerdiffusion.checkpoints import _Checkpoint
 from layerdiffusion.pipeline import LayerDiffusion
 from layerdiffusion.settings import EditConfig
 
@@ -75,7 +75,7 @@ def place(loaded, tmp_path, monkeypatch):
     "An empty folder with a mask; every command finds the model loaded, and computes everything anew."
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(LayerDiffusion, "from_pretrained", classmethod(lambda cls, *a, **k: cls(*loaded)))
-    monkeypatch.setattr(Checkpoint, "every", 1e9)  # nothing is written but what an end writes
+    monkeypatch.setattr(_Checkpoint, "every", 1e9)  # nothing is written but what an end writes
     mask = Image.new("L", (64, 64))
     ImageDraw.Draw(mask).ellipse((16, 16, 48, 56), fill=255)
     mask.save("mask.png")
@@ -207,8 +207,8 @@ def test_an_unknown_error_after_the_drawing(place, whole, capsys, monkeypatch, w
 
 def test_an_error_inside_a_step_keeps_whole_steps_only(place, whole, monkeypatch):
     "Half of an optimiser's step is no step: what was written before stays."
-    monkeypatch.setattr(Checkpoint, "every", 0.0)
-    monkeypatch.setattr(Checkpoint, "share", 1.0)
+    monkeypatch.setattr(_Checkpoint, "every", 0.0)
+    monkeypatch.setattr(_Checkpoint, "share", 1.0)
     step, count = torch.optim.Adam.step, []
 
     def half(self, *args, **kwargs):
@@ -286,8 +286,8 @@ def dies():
 )
 def test_killed(place, whole, monkeypatch, stage, step):
     "Nothing can be written any more: what the checkpoints hold is there. The lock of the dead is no lock."
-    monkeypatch.setattr(Checkpoint, "every", 0.0)
-    monkeypatch.setattr(Checkpoint, "share", 1.0)
+    monkeypatch.setattr(_Checkpoint, "every", 0.0)
+    monkeypatch.setattr(_Checkpoint, "share", 1.0)
 
     def work():
         with at(stage, step, dies):
@@ -303,8 +303,8 @@ def test_killed(place, whole, monkeypatch, stage, step):
 @pytest.mark.parametrize("name", ["seed-0.png", "edit.safetensors", "edit.json"])
 def test_killed_while_saving(place, whole, monkeypatch, name):
     "Half of the results are in a hidden folder, which the next run takes away."
-    monkeypatch.setattr(Checkpoint, "every", 0.0)
-    monkeypatch.setattr(Checkpoint, "share", 1.0)
+    monkeypatch.setattr(_Checkpoint, "every", 0.0)
+    monkeypatch.setattr(_Checkpoint, "share", 1.0)
 
     def work():
         replace = os.replace
@@ -327,8 +327,8 @@ def test_killed_while_saving(place, whole, monkeypatch, name):
 def test_a_full_disk_costs_the_checkpoints_and_not_the_edit(place, whole, monkeypatch, capsys, stage):
     import safetensors.torch
 
-    monkeypatch.setattr(Checkpoint, "every", 0.0)
-    monkeypatch.setattr(Checkpoint, "share", 1.0)
+    monkeypatch.setattr(_Checkpoint, "every", 0.0)
+    monkeypatch.setattr(_Checkpoint, "share", 1.0)
     save = safetensors.torch.save_file
 
     def full(tensors, path, *args):
@@ -587,7 +587,7 @@ def test_the_lock_of_a_dead_process(place):
 
 def writes(seconds, bytes, steps):
     "The seconds at which a file is written that takes so long, steps being one second each, and the share of all time."
-    point, clock, found = Checkpoint("tuning", "", {}, "anywhere"), [0.0], []
+    point, clock, found = _Checkpoint("tuning", "", {}, "anywhere"), [0.0], []
     point.every, point.now, point.begun, point.last, point.cost = 5.0, lambda: clock[0], 0.0, 0.0, bytes / point.speed
 
     def keep():
@@ -619,7 +619,7 @@ def test_the_size_is_said_and_an_uninterrupted_run_writes_none(place, whole, mon
     written = []
     monkeypatch.undo()
     monkeypatch.chdir(place)
-    monkeypatch.setattr(Checkpoint, "write", lambda self, *a, **k: written.append(self.stage))
+    monkeypatch.setattr(_Checkpoint, "write", lambda self, *a, **k: written.append(self.stage))
     assert main(COMMAND) == 0 and not written
     out = capsys.readouterr().out
     assert out.count("MB") == 1 and re.search(r"checkpoint-tuning\.safetensors .*--resume: about [\d,]+ MB", out)
@@ -631,7 +631,7 @@ def test_the_size_is_that_of_the_file(loaded, tmp_path):
     adam = torch.optim.Adam(params)
     params[0].sum().backward()
     adam.step()
-    point = Checkpoint("tuning", "key", {}, tmp_path)
+    point = _Checkpoint("tuning", "key", {}, tmp_path)
     point.begin(params, adam, [1.0])
     point.write()
     assert abs(point.path.stat().st_size / point.size - 1) < 0.01
