@@ -7,7 +7,6 @@ __all__ = []
 
 # %% ../nbs/method/05_fine_tuning.ipynb #172ec5de
 import importlib
-import math
 from collections.abc import Callable
 
 import torch
@@ -15,6 +14,7 @@ import torch.nn as nn
 from torch.nn.utils import parametrize
 
 from .base.core import BadInput, Event, one_loader, shielded
+from .differences import apply_difference
 from .method import stack_layers, tune_unet
 from .readings import trainable
 from .base.sd import Models, half, optimise, unet_on_cpu, copy_unet
@@ -138,145 +138,3 @@ def _settled(
         parametrize.remove_parametrizations(m, "weight")
     unet.factors = begun
     return unet.eval().requires_grad_(False)
-
-# %% ../nbs/method/05_fine_tuning.ipynb #24d8712f
-def weight_difference(
-    unet: nn.Module,  # before
-    tuned: nn.Module,  # after
-) -> dict:  # name -> float16 tensor, only of weights that moved; "name.up" and "name.down" of a LoRA
-    "What tuning changed, in half precision."
-    base, learnt, out = unet.state_dict(), getattr(tuned, "factors", {}), {}
-    for name, weight in tuned.state_dict().items():
-        change, (up, down) = weight - base[name], learnt.get(name, (None, None))
-        if not change.half().any():
-            continue
-        if up is not None and _is_product(change, up.to(weight), down.to(weight), weight):
-            out |= {f"{name}.up": up.half(), f"{name}.down": down.half()}
-        else:
-            out[name] = change.half()
-    return out
-
-
-def _is_product(change, up, down, weight) -> bool:
-    "Whether a change is `up @ down` and nothing more, but for the rounding of the weights that hold it."
-    return ((change - up @ down).abs().max() <= 1e-6 * weight.abs().max()).item() and up.shape[1] * sum(
-        change.shape
-    ) < change.numel()
-
-# %% ../nbs/method/05_fine_tuning.ipynb #76af07d2
-def _dithered(
-    numbers: torch.Tensor,  # float32
-    dtype: torch.dtype,  # float32, bfloat16 or float16
-) -> torch.Tensor:  # in `dtype`
-    "Numbers in a coarser precision, each rounded up or down so that the mean of many is kept; always the same way."
-    bits = 23 + round(math.log2(torch.finfo(dtype).eps))  # binary digits of a float32 that are too fine
-    place = torch.arange(numbers.numel(), dtype=torch.int32, device=numbers.device) & 65535
-    threshold = (place * 25033 & 65535) >> (
-        16 - bits
-    )  # 25033 / 65536 is the golden section: all heights come equally often
-    return (
-        ((numbers.contiguous().view(torch.int32) + threshold.view_as(numbers)) & -(1 << bits))
-        .view(torch.float32)
-        .to(dtype)
-    )
-
-# %% ../nbs/method/05_fine_tuning.ipynb #de5a3c8c
-def changed(
-    difference: dict,  # from `weight_difference` or `low_rank`
-) -> list:  # of names
-    "The weights that a difference changes."
-    return [name.removesuffix(".up") for name in difference if not name.endswith(".down")]
-
-
-def _change_of(difference: dict, name: str) -> torch.Tensor:  # as it is kept, or (rows, columns) in float32
-    "What a difference adds to one weight."
-    return (
-        difference[name]
-        if name in difference
-        else difference[f"{name}.up"].float() @ difference[f"{name}.down"].float()
-    )
-
-# %% ../nbs/method/05_fine_tuning.ipynb #dd322cbf
-def apply_difference(
-    unet: nn.Module,  # it is not changed
-    difference: dict,  # from `weight_difference` or `low_rank`
-    dtype: torch.dtype | None = None,  # of the copy; None: as the U-Net
-) -> nn.Module:
-    "A copy of a U-Net with a difference added, in the same precision (see `_dithered`)."
-    tuned = copy_unet(unet)
-    for p in tuned.parameters() if dtype else ():
-        p.data = p.data.to(dtype)
-    weights = tuned.state_dict()
-    with torch.no_grad():
-        for name in changed(difference):
-            weight = weights[name]
-            change = _change_of(difference, name).to(weight.device).float().view_as(weight)
-            weight.copy_(_dithered(weight.float() + change, weight.dtype))
-    return tuned
-
-# %% ../nbs/method/05_fine_tuning.ipynb #11085562
-def check_rank(rank):
-    "Refuse a rank that is no whole number from 1."
-    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
-        raise BadInput(f"rank is {rank!r}; it must be a whole number, at least 1.")
-
-
-def factors(
-    matrix: torch.Tensor,  # (rows, columns)
-    rank: int,  # directions kept
-) -> tuple:  # up (rows, rank), down (rank, columns)
-    "The best `up @ down` of a rank; zeros fill up where the matrix has fewer directions."
-    check_rank(rank)
-    u, s, v = torch.linalg.svd(matrix.float(), full_matrices=False)
-    root, missing = s[:rank].sqrt(), max(0, rank - len(s))
-    return nn.functional.pad(u[:, :rank] * root, (0, missing)), nn.functional.pad(
-        root[:, None] * v[:rank], (0, 0, 0, missing)
-    )
-
-# %% ../nbs/method/05_fine_tuning.ipynb #0626127f
-def thin(difference: dict, name: str, rank: int) -> tuple:  # up (rows, r), down (r, columns), float32
-    "The best two factors for the change of one weight; what has no more than `rank` directions already stays as it is."
-    if name in difference:
-        return factors(difference[name].flatten(1), rank)
-    up, down = (difference[f"{name}.{end}"].float() for end in ("up", "down"))
-    if up.shape[1] <= rank:
-        return up, down
-    (left, tall), (right, wide) = torch.linalg.qr(up), torch.linalg.qr(down.T)
-    small = factors(tall @ wide.T, rank)
-    return left @ small[0], small[1] @ right.T
-
-
-def low_rank(
-    difference: dict,  # from `weight_difference`, or a low-rank one
-    rank: int,  # directions kept for each matrix
-) -> dict:  # matrices as two thin factors, "name.down" and "name.up"
-    "The best approximation of a difference with matrices of the given rank."
-    check_rank(rank)
-    out = {}
-    for name in changed(difference):
-        whole = difference.get(name)
-        if whole is not None and (whole.ndim < 2 or rank * sum(whole.flatten(1).shape) >= whole.numel()):
-            out[name] = whole.half()
-        else:
-            out |= {
-                f"{name}.{end}": x.half().contiguous()
-                for end, x in zip(("up", "down"), thin(difference, name, rank), strict=True)
-            }
-    return out
-
-
-def _full_rank(difference: dict) -> dict:
-    "Multiply the factors of `low_rank` out; a full difference passes through."
-    return {name: _change_of(difference, name) for name in changed(difference)}
-
-# %% ../nbs/method/05_fine_tuning.ipynb #2237a119
-def left_out(difference: dict,  # from `weight_difference`
-             small: dict  # from `low_rank`
-            ) -> float:  # 0-1
-    "How much of a difference its low-rank form leaves out: the norm of what is missing, as a share of the norm of all."
-    lost = whole = 0.
-    for name in changed(difference):
-        change = _change_of(difference, name).float().flatten()
-        lost += (change - _change_of(small, name).float().flatten()).square().sum().item()
-        whole += change.square().sum().item()
-    return (lost / whole) ** .5 if whole else 0.

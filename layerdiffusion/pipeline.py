@@ -35,10 +35,12 @@ from layerdiffusion.base.core import (
     fit_points,
     join_callbacks,
 )
-from .base.core import live_preview, load_image, one_writer, pick_device, shielded, to_pil, write_atomic
+from .base.core import live_preview, load_image, one_writer, pick_device, shielded, to_pil
 from .base.families import FAMILIES
 from .base.folders import read_json, resolve_model
-from .fine_tuning import apply_difference, fine_tune, weight_difference
+from .checkpoints import Resumable
+from .differences import apply_difference, weight_difference
+from .fine_tuning import fine_tune
 from layerdiffusion.identity import (
     ACTIONS,
     SCENERY,
@@ -89,7 +91,6 @@ from layerdiffusion.base.sd import (
     half,
     initial_latents,
     load_models,
-    optimise,
     unet_on_cpu,
     pick_precision,
     quiet,
@@ -153,7 +154,7 @@ def _precision_name(dtype: torch.dtype) -> str:  # torch.float32, torch.bfloat16
     raise BadInput(f"The torch_dtype {dtype!r} is unknown; give {', '.join(map(str, PRECISIONS.values()))}.")
 
 
-class LayerDiffusion:
+class LayerDiffusion(Resumable):
     "Edits pictures: one loaded model, and what was already computed with it."
 
     def __init__(
@@ -416,212 +417,6 @@ def cached(
         _give_back()
     self.cache.move_to_end(key)
     return self.cache[key]
-
-# %% ../nbs/method/10_pipeline.ipynb #01c2a988
-class _Checkpoint:
-    "Keeps a training stage that may be interrupted: in memory, and in a file where a folder is given."
-
-    share = 0.05  # of the stage's time that goes into writing the file, at most
-    every = 5.0  # seconds between two writes, at least
-    speed = 5e8  # bytes a second that a disk takes, before it is known
-    now = staticmethod(time.monotonic)
-
-    def __init__(self, stage: str, key: str, kept: dict, folder=None, text: str = "", say: Callable | None = None):
-        self.stage, self.key, self.kept, self.text, self.say = stage, key, kept, text, say
-        self.path: Any = Path(folder) / f"checkpoint-{stage}.safetensors" if folder else None
-        self.live: Any = None  # parameters, optimizer and losses, while the stage runs
-        self.spent, self.cost = 0.0, 0.0
-        self.begun = self.last = self.now()
-
-    def begin(self, params, optimizer, losses) -> int:
-        "Restore what was kept of this very stage, if anything; gives the step to go on from."
-        saved = self.kept.get(self.key) or self.read()
-        if saved:
-            restore(saved, params, optimizer, losses)
-        self.live = params, optimizer, losses
-        self.cost = self.size / self.speed
-        if self.path and self.say:
-            self.say(
-                f"Keeps    {self.path} while it runs, for --resume: about {self.size / 1e6:,.0f} MB, "
-                "twice that while it is replaced"
-            )
-        return len(losses)
-
-    @property
-    def size(self) -> int:
-        "Bytes of the file, about: each parameter, and the two numbers that Adam keeps of it."
-        params, optimizer, _ = self.live
-        return round(
-            (3 if isinstance(optimizer, torch.optim.Adam) else 1.5) * sum(p.numel() * p.element_size() for p in params)
-        )
-
-    def due(self) -> bool:
-        "Whether the file may be written now."
-        now = self.now()
-        rested = now - self.last >= max(self.every, self.cost * (1 / self.share - 1))
-        return rested and self.spent + self.cost <= self.share * (now - self.begun + self.cost)
-
-    def paid(self, begin: float):
-        "Note what a write has taken."
-        self.last = self.now()
-        self.cost = self.last - begin
-        self.spent += self.cost
-
-    def __call__(self, event: Event):
-        if self.path and self.due():
-            self.keep()
-
-# %% ../nbs/method/10_pipeline.ipynb #faa65454
-def _snapshot(params, optimizer, losses, copy: bool = True) -> dict:
-    "Everything a stage needs to go on, as one flat dict of tensors."
-    out = {f"param.{i}": p.detach() for i, p in enumerate(params)} | {
-        "losses": torch.tensor([float(x) for x in losses], dtype=torch.float64)
-    }
-    for i, p in enumerate(params):
-        out |= {f"adam.{i}.{k}": torch.as_tensor(v) for k, v in optimizer.state.get(p, {}).items()}
-    return {k: (v.detach().cpu().clone() if copy else v.detach().cpu()).contiguous() for k, v in out.items()}
-
-
-def restore(saved: dict, params, optimizer, losses):
-    "Put a `_snapshot` back."
-    with torch.no_grad():
-        for i, p in enumerate(params):
-            p.copy_(saved[f"param.{i}"])
-    state: dict = {}
-    for name, v in saved.items():
-        if name.startswith("adam."):
-            _, i, k = name.split(".")
-            state.setdefault(int(i), {})[k] = v
-    plain, kept_plain = isinstance(optimizer, torch.optim.Adam), not any("state1" in s for s in state.values())
-    if plain and kept_plain:
-        optimizer.load_state_dict(dict(optimizer.state_dict(), state=state))
-    elif not plain and not kept_plain:
-        optimizer.state.update(
-            {
-                params[i]: {k: int(v) if k == "step" else v.to(params[i].device) for k, v in s.items()}
-                for i, s in state.items()
-            }
-        )
-    losses[:] = saved["losses"].tolist()
-
-# %% ../nbs/method/10_pipeline.ipynb #28a87458
-@patch
-def write(self: _Checkpoint, tensors: dict | None = None, **note):  # None: the live stage
-    "Write the live stage, or a result, to its file."
-    from safetensors.torch import save_file
-
-    begin = self.now()
-    if tensors is None:
-        params, optimizer, losses = self.live
-        tensors = _snapshot(params, optimizer, losses, copy=False)
-    tensors = {name: x.contiguous() for name, x in tensors.items()}
-    write_atomic(self.path, lambda p: save_file(tensors, p, {"key": self.key, "text": self.text} | note))
-    self.paid(begin)
-
-
-@patch
-def keep(self: _Checkpoint, tensors: dict | None = None, **note):
-    "Write the file; where that fails, say so once: a full disk stops the checkpoints, not the run."
-    try:
-        self.write(tensors, **note)
-    except BadInput as error:
-        self.path = None
-        warnings.warn(f"{error} The run goes on without checkpoints.", stacklevel=1)
-
-
-@patch
-def read(self: _Checkpoint, done: bool = False) -> dict | None:  # done: the result, not a stage that is half done
-    "What the file holds of this very stage; nothing where it is damaged."
-    from safetensors import SafetensorError, safe_open
-
-    if not self.path or not self.path.exists():
-        return None
-    try:
-        with safe_open(str(self.path), "pt") as f:
-            note = f.metadata() or {}
-            if note.get("key") == self.key and ("done" in note) == done:
-                names = f.keys()  # the file itself is no iterable
-                return {k: f.get_tensor(k) for k in names}
-    except (OSError, SafetensorError):
-        pass
-    return None
-
-
-@patch
-def whole(self: _Checkpoint) -> bool:
-    "Whether the live stage is between two steps: Adam counts a step before it is made, the losses after."
-    if self.live is None or not self.live[2]:
-        return False
-    _, optimizer, losses = self.live
-    return all(int(state["step"]) <= len(losses) for state in optimizer.state.values() if "step" in state)
-
-# %% ../nbs/method/10_pipeline.ipynb #03dd5318
-@patch
-@contextmanager
-def checkpoint(
-    self: LayerDiffusion, stage: str, key: str, folder=None, text: str = ""
-):  # text: what the edit shall show, for people
-    "Around a training stage: keeps what was done when it is interrupted, and says how to go on."
-    point = _Checkpoint(stage, key, self.unfinished, folder, text, self.say if stage == "tuning" else None)
-    try:
-        yield point
-        self.unfinished.pop(key, None)
-        if point.path and stage != "tuning":
-            self.follow(point)
-    except BadInput:
-        raise  # what the stage refuses now it would refuse again
-    except KeyboardInterrupt:
-        where = self.leave(point)
-        if not where:
-            raise
-        raise KeyboardInterrupt(
-            f"Stopped after step {len(point.live[2])} of the stage {stage!r}; {where} there."
-        ) from None
-    except BaseException as error:
-        self.leave(point, isinstance(error, torch.OutOfMemoryError))
-        raise
-    finally:
-        point.live = None
-
-
-@patch
-def leave(self: LayerDiffusion, point: _Checkpoint, remember: bool = False) -> str:  # remember: in memory too
-    """Keep a stage that ends before its last step, in its file or else in memory.
-
-    Says where, empty where there is nothing to keep.
-    """
-    if not point.whole():
-        return ""
-    with suppress(RuntimeError):  # of a device that does not answer any more
-        if point.path:
-            point.keep()
-        if not point.path or remember:
-            self.unfinished[point.key] = _snapshot(*point.live)
-        return (
-            f"the same command with --resume goes on from {point.path}"
-            if point.path
-            else "the same call on this object goes on"
-        )
-    return ""
-
-
-@patch
-def follow(self: LayerDiffusion, point: _Checkpoint):
-    """A stage is done that others follow: its small result goes into the file where the stage was long.
-
-    Else only if those are stopped.
-    """
-    self.learnt[point.stage] = point.key, point.text, _snapshot(*point.live), {}
-    if point.now() - point.begun >= point.every:
-        point.keep()
-
-
-@patch
-def keep_learnt(self: LayerDiffusion, folder):
-    "Write what the stages learnt that are done, where a run ends before its results are saved."
-    for stage, (key, text, tensors, note) in self.learnt.items():
-        _Checkpoint(stage, key, {}, folder, text).keep(tensors, **note)
-    self.learnt = {}
 
 # %% ../nbs/method/10_pipeline.ipynb #8b2fa30f
 @dataclass
@@ -980,15 +775,6 @@ def small(self: LayerDiffusion, mask: torch.Tensor, config: EditConfig) -> torch
     )
 
 # %% ../nbs/method/10_pipeline.ipynb #754a69d5
-@patch
-def _kept_run(self: LayerDiffusion, point: _Checkpoint, callback: Callable | None, losses: list) -> Callable:
-    "The loop of Eq. 2, `optimise`, with a checkpoint that it goes on from and tells of each step."
-    both = join_callbacks(point, callback)
-    return functools.partial(
-        optimise, callback=both, losses=losses, scale=self.models.gradient_scale, begin=point.begin
-    )
-
-
 @patch
 @shielded
 def embed(

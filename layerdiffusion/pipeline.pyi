@@ -17,16 +17,18 @@ from typing import Any, cast
 from collections.abc import Callable, Sequence
 import torch
 from layerdiffusion.base.core import BadInput, Event, Notice, as_path, check_callback, content_hash, environment, fit_image, fit_points, join_callbacks
-from .base.core import live_preview, load_image, one_writer, pick_device, shielded, to_pil, write_atomic
+from .base.core import live_preview, load_image, one_writer, pick_device, shielded, to_pil
 from .base.families import FAMILIES
 from .base.folders import read_json, resolve_model
-from .fine_tuning import apply_difference, fine_tune, weight_difference
+from .checkpoints import Resumable
+from .differences import apply_difference, weight_difference
+from .fine_tuning import fine_tune
 from layerdiffusion.identity import ACTIONS, SCENERY, encode_with, first_vectors, known, load_clip, prior_pictures, prior_texts, propose_source, see_subject, subject_name, with_words, word_objective
 from layerdiffusion.base.masks import check_labels, check_mask, composite, find_mask, load_sam, mask_from_file, move_subject, to_latent
 from .method import fit_embeddings, interpolate
 from layerdiffusion.interface.saving import EditResult, pictures_beside, check_tensors, clear_checkpoints, patch, photo_info, pixels, read_edit
 from .interface.saving import same_model
-from layerdiffusion.base.sd import PRECISIONS, PREDICTIONS, Models, on_device, check_text, ddim_sample, decode_latents, encode_image, encode_text, half, initial_latents, load_models, optimise, unet_on_cpu, pick_precision, quiet, speak_float32, use, vae_psnr, with_scheduler
+from layerdiffusion.base.sd import PRECISIONS, PREDICTIONS, Models, on_device, check_text, ddim_sample, decode_latents, encode_image, encode_text, half, initial_latents, load_models, unet_on_cpu, pick_precision, quiet, speak_float32, use, vae_psnr, with_scheduler
 from .readings import conditions_of, trainable, turns, union
 from .settings import EditConfig, near
 from .words import Split, plain_words, split_text, subject_phrase
@@ -49,7 +51,7 @@ def _precision_name(dtype: torch.dtype) -> str:
     """The name of a precision, such as fp32; `BadInput` for another type of number."""
     ...
 
-class LayerDiffusion:
+class LayerDiffusion(Resumable):
     """Edits pictures: one loaded model, and what was already computed with it."""
 
     def __init__(self, models: Models, sam: Any=None):
@@ -107,29 +109,6 @@ class LayerDiffusion:
         """The result of `compute`, kept by the content of `parts`."""
         ...
 
-    @contextmanager
-    def checkpoint(self, stage: str, key: str, folder=None, text: str=''):
-        """Around a training stage: keeps what was done when it is interrupted, and says how to go on."""
-        ...
-
-    def leave(self, point: _Checkpoint, remember: bool=False) -> str:
-        """Keep a stage that ends before its last step, in its file or else in memory.
-
-    Says where, empty where there is nothing to keep.
-    """
-        ...
-
-    def follow(self, point: _Checkpoint):
-        """A stage is done that others follow: its small result goes into the file where the stage was long.
-
-    Else only if those are stopped.
-    """
-        ...
-
-    def keep_learnt(self, folder):
-        """Write what the stages learnt that are done, where a run ends before its results are saved."""
-        ...
-
     def seeing(self, photo: tuple, config: EditConfig) -> Models:
         """The model that Eq. 2 to 8 speak of: with `subject_scale` one that sees the photo's subject, else the loaded one."""
         ...
@@ -171,10 +150,6 @@ class LayerDiffusion:
 
     def small(self, mask: torch.Tensor, config: EditConfig) -> torch.Tensor:
         """A mask (1, 1, h, w) at latent size."""
-        ...
-
-    def _kept_run(self, point: _Checkpoint, callback: Callable | None, losses: list) -> Callable:
-        """The loop of Eq. 2, `optimise`, with a checkpoint that it goes on from and tells of each step."""
         ...
 
     def embed(self, scene: Scene, config: EditConfig | None=None, callback: Callable | None=None, folder=None) -> tuple:
@@ -273,60 +248,6 @@ def _models_of(pipe) -> Models:
 
 def _give_back():
     """Hand memory that is free back to the computer, where the C library is glibc; elsewhere nothing happens."""
-    ...
-
-class _Checkpoint:
-    """Keeps a training stage that may be interrupted: in memory, and in a file where a folder is given."""
-    share = 0.05
-    every = 5.0
-    speed = 500000000.0
-    now = staticmethod(time.monotonic)
-
-    def __init__(self, stage: str, key: str, kept: dict, folder=None, text: str='', say: Callable | None=None):
-        ...
-
-    def begin(self, params, optimizer, losses) -> int:
-        """Restore what was kept of this very stage, if anything; gives the step to go on from."""
-        ...
-
-    @property
-    def size(self) -> int:
-        """Bytes of the file, about: each parameter, and the two numbers that Adam keeps of it."""
-        ...
-
-    def due(self) -> bool:
-        """Whether the file may be written now."""
-        ...
-
-    def paid(self, begin: float):
-        """Note what a write has taken."""
-        ...
-
-    def __call__(self, event: Event):
-        ...
-
-    def write(self, tensors: dict | None=None, **note):
-        """Write the live stage, or a result, to its file."""
-        ...
-
-    def keep(self, tensors: dict | None=None, **note):
-        """Write the file; where that fails, say so once: a full disk stops the checkpoints, not the run."""
-        ...
-
-    def read(self, done: bool=False) -> dict | None:
-        """What the file holds of this very stage; nothing where it is damaged."""
-        ...
-
-    def whole(self) -> bool:
-        """Whether the live stage is between two steps: Adam counts a step before it is made, the losses after."""
-        ...
-
-def _snapshot(params, optimizer, losses, copy: bool=True) -> dict:
-    """Everything a stage needs to go on, as one flat dict of tensors."""
-    ...
-
-def restore(saved: dict, params, optimizer, losses):
-    """Put a `_snapshot` back."""
     ...
 
 @dataclass

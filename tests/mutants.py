@@ -196,8 +196,8 @@ MUTANTS = [
         "setting_seed",
     ),
     way("half of the attention", "readings", 'if ".attn" in name', 'if ".attn1" in name', "weights_move"),
-    way("the change taken off", "fine_tuning", ".float() + change", ".float() - change", "begin_with"),
-    loop("the change's sign", "fine_tuning", "weight - base[name]", "base[name] - weight", "default"),
+    way("the change taken off", "differences", ".float() + change", ".float() - change", "begin_with"),
+    loop("the change's sign", "differences", "weight - base[name]", "base[name] - weight", "default"),
     way(
         "no start",
         "fine_tuning",

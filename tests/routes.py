@@ -77,16 +77,26 @@ def put(nb: dict, id: str, text: str) -> str:
     cell["source"] = text.splitlines(True)
     if id == FOOT:
         nb["cells"] = [c for c in nb["cells"] if c is not cell] + [cell]
+    return written(nb)
+
+
+def written(nb: dict) -> str:
+    "A page as its file's text."
     return json.dumps(nb, indent=1, ensure_ascii=False, sort_keys=True) + "\n"
 
 
+def without_foot(href: str) -> str:
+    "The file of a page that stands in no route."
+    nb = read(href)
+    return written(nb | dict(cells=[c for c in nb["cells"] if c.get("id") != FOOT]))
+
+
 def wanted() -> dict:
-    "href -> what the file should be: the pages of the routes and the index. Reference has tables, and no feet."
+    "href -> what the file should be: the pages and the index. Reference has tables, and no feet."
     routes = sections()
     found = {
-        href: put(read(href), FOOT, foot(href, pages))
+        href: without_foot(href) if name == "Reference" else put(read(href), FOOT, foot(href, pages))
         for name, pages in routes.items()
-        if name != "Reference"
         for href in pages
     }
     index = read("index.ipynb")

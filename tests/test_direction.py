@@ -135,7 +135,7 @@ def test_the_finished_picture_as_predicted_on_the_way(method, plain, scene):
 def test_descent_goes_down(method, scene):
     "More steps, a smaller loss on the same draws, in both trainings."
     from layerdiffusion.readings import _evaluate_embedding
-    from layerdiffusion.fine_tuning import apply_difference
+    from layerdiffusion.differences import apply_difference
 
     config = short(embedding_steps=12, embedding_lr=3e-3, tuning_steps=6, tuning_lr=2e-4)
     words = method.embed(scene, config)
@@ -625,7 +625,8 @@ def test_which_weights_move(method, scene):
 
 def test_a_tuning_can_begin_with_a_difference(models, scene):
     "It is added, not taken off, and the loaded model stays."
-    from layerdiffusion.fine_tuning import apply_difference, fine_tune, weight_difference
+    from layerdiffusion.differences import apply_difference, weight_difference
+    from layerdiffusion.fine_tuning import fine_tune
 
     name, base = "conv_in.weight", models.unet.state_dict()
     start = {name: torch.full_like(base[name], 0.25).half()}

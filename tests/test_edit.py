@@ -123,10 +123,10 @@ def run(args, folder, at=None, send=signal.SIGKILL):
     out = os.open("said", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     for fd in (1, 2):
         os.dup2(out, fd)
-    from layerdiffusion import pipeline
+    from layerdiffusion import checkpoints
     from layerdiffusion.interface.cli import main
 
-    pipeline._Checkpoint.every = 0.2
+    checkpoints._Checkpoint.every = 0.2
     if isinstance(at, tuple):
         sys.stderr = Watch(sys.stderr, *at, send)
     touched = []

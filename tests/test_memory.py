@@ -268,7 +268,7 @@ def test_a_small_change_is_not_rounded_away():
     """What 2e-6 a step changes is less than half a step of bfloat16 in most weights. Over many weights the whole of it
     arrives, in the model's own precision."""
     import torch
-    from layerdiffusion.fine_tuning import apply_difference
+    from layerdiffusion.differences import apply_difference
     from layerdiffusion.base.sd import load_models
 
     models = load_models("mini", "cpu", torch.bfloat16)

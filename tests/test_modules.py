@@ -250,8 +250,8 @@ for name in {rooms}: importlib.import_module("layerdiffusion." + name)
 print(sorted(n for n in sys.modules if n.startswith("layerdiffusion.") and n.rpartition(".")[2] in {toys}))
 """
 PAPER_ROOMS = (
-    "core folders sd method masks words readings fine_tuning identity settings saving pipeline memory "
-    "canvas app cli"
+    "core folders sd method masks words readings differences fine_tuning identity settings saving checkpoints "
+    "pipeline memory canvas app cli"
 )
 
 

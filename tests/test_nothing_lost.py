@@ -23,7 +23,8 @@ from safetensors import safe_open
 from layerdiffusion.base import core
 from layerdiffusion.interface.cli import main
 from layerdiffusion.base.core import _LOCK, BadInput, one_writer
-from layerdiffusion.pipeline import _Checkpoint, LayerDiffusion
+from layerdiffusion.checkpoints import _Checkpoint
+from layerdiffusion.pipeline import LayerDiffusion
 from layerdiffusion.settings import EditConfig
 
 TEXT = "a dog jumping in a forest"

@@ -3,7 +3,7 @@
 import re
 
 import pytest
-from routes import FOOT, TABLES, foot, put, read, sections, source, stale, tables, wanted
+from routes import FOOT, TABLES, foot, put, read, sections, source, stale, tables, wanted, without_foot
 
 PAGES = {"a/1_x.ipynb": "X", "b/2_y.ipynb": "Y"}
 
@@ -29,6 +29,12 @@ def test_the_foot_is_the_last_cell():
     cells = [dict(id=FOOT, source=["old"]), dict(id="new", source=["x"])]
     written = put(dict(cells=cells), FOOT, "Next")
     assert written.index('"new"') < written.index('"Next"') and "old" not in written
+
+
+def test_a_page_that_leaves_its_route_loses_its_foot():
+    "Reference is for looking up: no page leads to the next."
+    href = next(iter(sections()["Edit my photo"]))
+    assert FOOT in put(read(href), FOOT, "Next") and FOOT not in without_foot(href)
 
 
 def test_every_page_has_a_question_and_a_title_of_its_own():

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from layerdiffusion.base.core import BadInput, Event, to_pil
-from layerdiffusion.fine_tuning import low_rank
+from layerdiffusion.differences import low_rank
 from layerdiffusion.pipeline import EditConfig, LayerDiffusion, load_edit
 from layerdiffusion.interface.saving import export, pixels
 from layerdiffusion.settings import preset

@@ -232,7 +232,7 @@ def test_what_is_written_down():
 
 def test_the_negative_prompt_is_the_unconditional_text(method, plain):
     "One step of drawing by hand: free + scale · (said − free), where free is under the negative prompt."
-    from layerdiffusion.fine_tuning import apply_difference
+    from layerdiffusion.differences import apply_difference
     from layerdiffusion.base.sd import ddim_sample, decode_latents, encode_text, initial_latents
     from dataclasses import replace
 

@@ -12,17 +12,17 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from layerdiffusion.base.core import refusal
-from layerdiffusion.fine_tuning import (
+from layerdiffusion.differences import (
     apply_difference,
     _change_of,
     changed,
     _dithered,
-    fine_tune,
     _full_rank,
     left_out,
     low_rank,
     weight_difference,
 )
+from layerdiffusion.fine_tuning import fine_tune
 from layerdiffusion.pipeline import EditConfig, LayerDiffusion, load_edit
 from layerdiffusion.interface.saving import export
 

@@ -28,7 +28,7 @@ from layerdiffusion.evidence.web import (
     _unet_and_decoder,
     export_web,
 )
-from layerdiffusion.fine_tuning import apply_difference
+from layerdiffusion.differences import apply_difference
 
 ROOT = Path(__file__).resolve().parents[1]
 TEXT = "a brown dog jumping in the snow"

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..base.core import BadInput, to_pil
 from ..base.sd import encode_text
-from ..fine_tuning import apply_difference
+from ..differences import apply_difference
 from ..interface.saving import EditResult
 from ..method import denoise, initial_noise, interpolate, take_turns, to_pictures
 from ..pipeline import LayerDiffusion

@@ -40,7 +40,7 @@ from layerdiffusion.base.core import (
 )
 from ..words import Split
 from ..identity import subject_name
-from ..fine_tuning import apply_difference, changed, check_rank, left_out, low_rank, thin
+from ..differences import apply_difference, changed, check_rank, left_out, low_rank, thin
 from ..readings import turns
 from ..base.masks import dilate, overlay
 from ..method import interpolate

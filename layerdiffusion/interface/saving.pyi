@@ -20,7 +20,7 @@ import torch.nn as nn
 from layerdiffusion.base.core import UNREADABLE, BadInput, Notice, as_path, content_hash, load_image, make_sheet, one_writer, pack_exif, shielded, to_pil, write_json
 from ..words import Split
 from ..identity import subject_name
-from ..fine_tuning import apply_difference, changed, check_rank, left_out, low_rank, thin
+from ..differences import apply_difference, changed, check_rank, left_out, low_rank, thin
 from ..readings import turns
 from ..base.masks import dilate, overlay
 from ..method import interpolate
