@@ -22,6 +22,7 @@ from typing import Any, cast
 from collections.abc import Callable, Sequence
 
 import torch
+import torch.nn.functional as F
 
 from layerdiffusion.base.core import (
     BadInput,
@@ -64,9 +65,10 @@ from layerdiffusion.base.masks import (
     load_sam,
     mask_from_file,
     move_subject,
+    propose_subject,
     to_latent,
 )
-from .method import fit_embeddings, interpolate
+from .method import add_noise, fit_embeddings, interpolate
 from layerdiffusion.interface.saving import (
     EditResult,
     pictures_beside,
@@ -965,6 +967,42 @@ def tune(
 
     return self.cached("tune", [embeds, layers, prior, settings, start, *_sight(self, scene.photo, config)], compute)
 
+# %% ../nbs/method/10_pipeline.ipynb #e4518385
+class _Place:
+    "A callback of the drawing that finds its subject; `keep` lets all else be the reference's in the last steps."
+
+    def __init__(self, method: LayerDiffusion, reference: torch.Tensor, noise: torch.Tensor, config: EditConfig):
+        self.method, self.noise, self.inside = method, noise, None
+        self.latents = method.latents((reference * 255).round() / 255)  # as its file will hold it
+        self.scheduler = copy.deepcopy(with_scheduler(method.models, config.scheduler).scheduler)
+        self.scheduler.set_timesteps(config.sampling_steps)
+        self.total = len(self.scheduler.timesteps)
+        self.begin = self.total - max(1, round(config.keep_place * self.total))
+
+    def __call__(self, event: Event):
+        if self.inside is None and event.step > self.begin:
+            images = decode_latents(self.method.models, cast(torch.Tensor, event.x0)).cpu()
+            self.inside = torch.cat([self.around(x) for x in images]).to(self.noise)
+
+    def around(self, image: torch.Tensor) -> torch.Tensor:  # (3, H, W); (1, 1, h, w), 0-1
+        "Where the subject of a picture is, and a little more; everywhere, where SAM finds nobody."
+        factor, grow = self.method.models.factor, 3 * self.method.models.factor // 2
+        try:
+            mask = propose_subject(self.method.sam, image).mask[None].float()
+        except BadInput:
+            return torch.ones(1, 1, *self.noise.shape[-2:])
+        return F.avg_pool2d(F.max_pool2d(mask, 2 * grow + 1, 1, grow), factor)
+
+    def keep(self, i: int, latents: torch.Tensor) -> torch.Tensor:
+        "The latents after step i, with the reference's around the subject."
+        if i < self.begin:
+            return latents
+        place = self.latents.to(latents).expand_as(latents)
+        if i + 1 < self.total:
+            place = add_noise(self.scheduler, place, self.noise, self.scheduler.timesteps[i + 1])
+        return self.inside * latents + (1 - self.inside) * place
+
+
 # %% ../nbs/method/10_pipeline.ipynb #7a2ba07f
 @patch
 @shielded
@@ -979,13 +1017,19 @@ def sample(
     batch: int = 8,  # pictures drawn at a time
     callback_on_step_end: Callable | None = None,  # as in diffusers, see `LayerDiffusion.__call__`
     photo: tuple = (None, None),  # (3, H, W) and its subject's mask (1, H, W), which `subject_scale` lets it see
+    reference: torch.Tensor | None = None,  # (3, H, W), 0-1: the place, which `keep_place` keeps
 ) -> torch.Tensor:  # (B, 3, H, W), 0-1
     "Stage 4, Eq. 7-8: draw with the tuned U-Net, the two embeddings taking turns."
     config, seeds = self.settings(config), check_seeds(seeds)
+    if config.keep_place and reference is None:
+        raise BadInput(
+            f"With keep_place {config.keep_place:g} the place is kept from its picture, and here is none; lay "
+            "reference.png beside the edit.safetensors, or give reference=."
+        )
     unet = apply_difference(self.seeing(photo, config).unet, difference)
     return torch.cat(
         [
-            self.paint(unet, words, size, seeds[i : i + batch], config, callback, callback_on_step_end)
+            self.paint(unet, words, size, seeds[i : i + batch], config, callback, callback_on_step_end, reference)
             for i in range(0, len(seeds), batch)
         ]
     )
@@ -1015,23 +1059,23 @@ def paint(
     config: EditConfig,
     callback: Callable | None = None,
     callback_on_step_end: Callable | None = None,
+    reference: torch.Tensor | None = None,  # None: no place is kept
 ) -> torch.Tensor:
     "One batch of pictures (B, 3, H, W) by any U-Net."
     models = with_scheduler(replace(self.models, unet=unet), config.scheduler)
     e_a, e_opt = words[0], interpolate(words[0], words[1], config.alpha)
     nothing = encode_text(models, config.negative_prompt)
     condition = turns(e_a, e_opt, config.eq8_index, config.eq8_first) if config.iterative_guidance else None
-    latents = ddim_sample(
-        models,
-        e_opt,
-        nothing,
-        initial_latents(models, seeds, *size),
-        config.sampling_steps,
-        cast(float, config.guidance_scale),
-        condition,
-        callback,
-        on_step_end=callback_on_step_end and functools.partial(_step_end, self, callback_on_step_end),
-    )
+    noise = initial_latents(models, seeds, *size)
+    place = _Place(self, reference, noise, config) if config.keep_place and reference is not None else None
+
+    def step_end(i, t, latents):
+        latents = place.keep(i, latents) if place else latents
+        return _step_end(self, callback_on_step_end, i, t, latents) if callback_on_step_end else latents
+
+    numbers = config.sampling_steps, cast(float, config.guidance_scale)
+    watch = join_callbacks(callback, place) if place else callback
+    latents = ddim_sample(models, e_opt, nothing, noise, *numbers, condition, watch, on_step_end=step_end)
     return decode_latents(models, latents).cpu()
 
 # %% ../nbs/method/10_pipeline.ipynb #aad63391
@@ -1165,6 +1209,8 @@ def edit(
         clear_checkpoints(folder)
     if self.models.how.offload and not isinstance(self._sam, (str, Path)):
         self._sam.to("cpu")
+    if config.keep_place:
+        _check_sam(self)
     times = dict(scene.times)
     with clock(times, "embed"):
         e_a, e_b, embed_losses = self.embed(scene, config, callback, folder)
@@ -1172,9 +1218,8 @@ def edit(
     with clock(times, "tune"):
         difference, tune_losses = self.tune(scene, words, config, callback, folder, look_every, seeds[0])
     with clock(times, "sample"):
-        images = self.sample(
-            words, difference, scene.size, seeds, config, callback, 8, callback_on_step_end, scene.photo
-        )
+        beside = scene.photo, scene.reference
+        images = self.sample(words, difference, scene.size, seeds, config, callback, 8, callback_on_step_end, *beside)
     losses = dict(embed=embed_losses, tune=tune_losses)
     return self.pack(scene, words, difference, images, seeds, config, times, losses)
 
@@ -1184,6 +1229,14 @@ def _check_calls(callback, callback_on_step_end):
     check_callback(callback)
     if callback_on_step_end is not None and not callable(callback_on_step_end):
         raise BadInput(f"callback_on_step_end is {callback_on_step_end!r:.60}; give a function.")
+
+
+def _check_sam(method: LayerDiffusion):
+    "Load SAM, which `keep_place` needs at the end, before anything slow begins."
+    try:
+        _ = method.sam
+    except BadInput as e:
+        raise BadInput(f"{e} (keep_place looks for the drawn subject with it; keep_place=0 does without.)") from None
 
 
 def _check_given(image, text):
@@ -1372,6 +1425,7 @@ DRAWN = (
     "sampling_steps",
     "guidance_scale",
     "negative_prompt",
+    "keep_place",
 )  # settings that the drawing reads
 
 
@@ -1422,9 +1476,9 @@ def load_edit(
     words = tuple(tensors[k].to(method.models.device) for k in ("e_a", "e_b"))
     change = {k[5:]: v for k, v in tensors.items() if k.startswith("unet.")}
     seeds, beside = check_seeds(settings["seeds"] if seeds is None else seeds), pictures_beside(path)
-    photo = beside.get("image"), beside.get("mask")
+    shown = dict(photo=(beside.get("image"), beside.get("mask")), reference=beside.get("reference"))
     images = (
-        method.sample(words, change, tuple(settings["size"]), seeds, config, callback, photo=photo)
+        method.sample(words, change, tuple(settings["size"]), seeds, config, callback, **shown)
         if draw
         else torch.zeros(0, 3, *settings["size"])
     )
@@ -1518,7 +1572,8 @@ def reuse(
     with clock(times, "tune"):
         difference, losses = self.tune(scene, words, config, callback, None, look_every, seeds[0], start)
     with clock(times, "sample"):
-        images = self.sample(words, difference, scene.size, seeds, config, callback, photo=scene.photo)
+        beside = dict(photo=scene.photo, reference=scene.reference)
+        images = self.sample(words, difference, scene.size, seeds, config, callback, **beside)
     losses, reused = dict(embed=[], tune=losses), dict(text=result.text, keep=keep)
     return self.pack(scene, words, difference, images, seeds, config, times, losses, reused=reused)
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, cast
 from collections.abc import Callable, Sequence
 import torch
+import torch.nn.functional as F
 from layerdiffusion.base.core import BadInput, Event, Notice, as_path, check_callback, content_hash, environment, fit_image, fit_points, join_callbacks
 from .base.core import live_preview, load_image, one_writer, pick_device, shielded, to_pil
 from .base.families import FAMILIES
@@ -24,8 +25,8 @@ from .checkpoints import Resumable
 from .differences import apply_difference, weight_difference
 from .fine_tuning import fine_tune
 from layerdiffusion.identity import ACTIONS, SCENERY, encode_with, first_vectors, known, load_clip, prior_pictures, prior_texts, propose_source, see_subject, subject_name, with_words, word_objective
-from layerdiffusion.base.masks import check_labels, check_mask, composite, find_mask, load_sam, mask_from_file, move_subject, to_latent
-from .method import fit_embeddings, interpolate
+from layerdiffusion.base.masks import check_labels, check_mask, composite, find_mask, load_sam, mask_from_file, move_subject, propose_subject, to_latent
+from .method import add_noise, fit_embeddings, interpolate
 from layerdiffusion.interface.saving import EditResult, pictures_beside, check_tensors, clear_checkpoints, patch, photo_info, pixels, read_edit
 from .interface.saving import same_model
 from layerdiffusion.base.sd import PRECISIONS, PREDICTIONS, Models, on_device, check_text, ddim_sample, decode_latents, encode_image, encode_text, half, initial_latents, load_models, unet_on_cpu, pick_precision, quiet, speak_float32, use, vae_psnr, with_scheduler
@@ -180,11 +181,11 @@ class LayerDiffusion(Resumable):
         """Stage 3, Eq. 3-6: what changes in the U-Net (see `weight_difference`), and the losses."""
         ...
 
-    def sample(self, words: tuple, difference: dict, size: tuple, seeds: Sequence[int]=range(8), config: EditConfig | None=None, callback: Callable | None=None, batch: int=8, callback_on_step_end: Callable | None=None, photo: tuple=(None, None)) -> torch.Tensor:
+    def sample(self, words: tuple, difference: dict, size: tuple, seeds: Sequence[int]=range(8), config: EditConfig | None=None, callback: Callable | None=None, batch: int=8, callback_on_step_end: Callable | None=None, photo: tuple=(None, None), reference: torch.Tensor | None=None) -> torch.Tensor:
         """Stage 4, Eq. 7-8: draw with the tuned U-Net, the two embeddings taking turns."""
         ...
 
-    def paint(self, unet, words: tuple, size: tuple, seeds: list, config: EditConfig, callback: Callable | None=None, callback_on_step_end: Callable | None=None) -> torch.Tensor:
+    def paint(self, unet, words: tuple, size: tuple, seeds: list, config: EditConfig, callback: Callable | None=None, callback_on_step_end: Callable | None=None, reference: torch.Tensor | None=None) -> torch.Tensor:
         """One batch of pictures (B, 3, H, W) by any U-Net."""
         ...
 
@@ -321,6 +322,23 @@ def _tuning_words(method: LayerDiffusion, scene: Scene, words: tuple, config: Ed
     """e_opt (1, L, D), or the words (2, L, D) of Eq. 4 and of Eq. 5 where a setting asks for others."""
     ...
 
+class _Place:
+    """A callback of the drawing that finds its subject; `keep` lets all else be the reference's in the last steps."""
+
+    def __init__(self, method: LayerDiffusion, reference: torch.Tensor, noise: torch.Tensor, config: EditConfig):
+        ...
+
+    def __call__(self, event: Event):
+        ...
+
+    def around(self, image: torch.Tensor) -> torch.Tensor:
+        """Where the subject of a picture is, and a little more; everywhere, where SAM finds nobody."""
+        ...
+
+    def keep(self, i: int, latents: torch.Tensor) -> torch.Tensor:
+        """The latents after step i, with the reference's around the subject."""
+        ...
+
 def _step_end(pipe: LayerDiffusion, callback: Callable, step: int, t, latents: torch.Tensor) -> torch.Tensor:
     """The latents (B, C, h, w) to go on with: the same ones, or those that diffusers' `callback_on_step_end` gives."""
     ...
@@ -350,6 +368,10 @@ def _check_calls(callback, callback_on_step_end):
     """Refuse what cannot be called."""
     ...
 
+def _check_sam(method: LayerDiffusion):
+    """Load SAM, which `keep_place` needs at the end, before anything slow begins."""
+    ...
+
 def _check_given(image, text):
     """Refuse an edit of nothing."""
     ...
@@ -372,7 +394,7 @@ def _drawn_seed(generator: torch.Generator) -> int:
 def _seeds_of(seeds, generator, count: int | None) -> list:
     """The seeds that a call means by seeds, generators and a number of pictures; eight where it says nothing."""
     ...
-DRAWN = ('alpha', 'iterative_guidance', 'eq8_index', 'eq8_first', 'scheduler', 'sampling_steps', 'guidance_scale', 'negative_prompt')
+DRAWN = ('alpha', 'iterative_guidance', 'eq8_index', 'eq8_first', 'scheduler', 'sampling_steps', 'guidance_scale', 'negative_prompt', 'keep_place')
 
 def _method_for(method: Any, settings: dict) -> LayerDiffusion:
     """The model to draw a saved edit with: the given one, or the one its file names, in the precision it names."""

@@ -204,6 +204,13 @@ class EditConfig(BaseModel):
     eq5_words: Literal["opt", "background"] = _beyond(
         "opt", "Eq. 5 under e_opt, as in the paper, or under the place's words alone. With eq45_pictures each."
     )
+    keep_place: float = _beyond(
+        0.0,
+        "The last share of the drawing in which all that is not the subject is the reference's. 0: none, as in the "
+        "paper; SAM finds the subject in what is drawn by then.",
+        ge=0,
+        le=1,
+    )
     prior_batch: int = _beyond(
         0,
         "So many of the model's own pictures in every step of Eq. 6, in other poses and places. 0: as in the paper.",
@@ -365,6 +372,7 @@ PRESETS = dict(
         eq5_words="background",
         eq5_region="reference",
         alpha=0.5,
+        keep_place=0.1,
     ),
 )
 

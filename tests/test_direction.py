@@ -15,9 +15,11 @@ import torch.nn.functional as F
 from test_equations import Plain, draws
 
 from layerdiffusion import EditConfig, LayerDiffusion, identity, pipeline, preset
-from layerdiffusion.base.masks import iou
+from layerdiffusion.base.core import BadInput
+from layerdiffusion.base.masks import iou, propose_subject
 from layerdiffusion.evidence.scores import edit_set
-from layerdiffusion.base.sd import load_models
+from layerdiffusion.base.sd import decode_latents, load_models
+from layerdiffusion.pipeline import _Place
 
 PHOTO_WORDS = "a pink dog lying in a city at night"
 
@@ -705,9 +707,47 @@ def test_the_presets():
         eq4_words="opt",
         eq5_words="opt",
         prior_batch=0,
+        keep_place=0.0,
     )
     assert {name: getattr(paper, name) for name in off} == off
     assert best.subject_scale > 0 and best.iterative_guidance
+
+
+def test_the_place_is_kept_around_the_subject(method, scene):
+    """In the last steps, and only there, what is outside of the drawn subject is the reference's; the subject stays,
+    and before these steps nothing differs. Another reference is another place, and without one nothing is drawn."""
+    config, kept = short(sampling_steps=10).resolve(method.models.card), {}
+    words = scene.e_a, scene.e_b
+
+    def draw(share, reference=scene.reference, name=""):
+        def end(pipe, i, t, tensors):
+            kept.setdefault(name, []).append(tensors["latents"])
+            return tensors
+
+        changed = config.change(keep_place=share)
+        return method.sample(words, {}, scene.size, [1, 2], changed, None, 8, end, reference=reference)
+
+    free, ours, other = draw(0.0, name="free"), draw(0.4, name="ours"), draw(0.4, scene.image)
+    for x, y, z in zip(free, ours, other, strict=True):
+        found = propose_subject(method.sam, y).mask[None]
+        inside, outside = found, 1 - F.max_pool2d(found, 25, 1, 12)
+        true = decode_latents(method.models, method.latents(scene.reference))[0]
+        assert ((y - true).abs() * outside).sum() < 0.5 * ((x - true).abs() * outside).sum()
+        assert ((y - x).abs() * inside).sum() < 0.5 * ((y - true).abs() * inside).sum()
+        assert ((z - scene.image).abs() * outside).sum() < ((z - true).abs() * outside).sum()
+    same = [torch.equal(a, b) for a, b in zip(kept["free"], kept["ours"], strict=True)]
+    assert same == [True] * 6 + [False] * 4
+    with pytest.raises(BadInput, match="With keep_place 0.4 the place is kept from its picture, and here is none"):
+        draw(0.4, None)
+
+
+def test_where_nobody_is_found_no_place_is_kept(method, scene):
+    "Everything counts as the subject then."
+    place = _Place(method, scene.reference, torch.zeros(1, 4, 16, 16), short(keep_place=0.5).resolve({}))
+    assert torch.equal(place.around(scene.reference), torch.ones(1, 1, 16, 16))
+    around = place.around(scene.image)
+    assert (around >= F.avg_pool2d(scene.mask[None], 4) - 0.3).all() and 0.1 < around.mean() < 0.7
+    assert place.begin == 1 and torch.equal(place.keep(0, place.latents), place.latents)
 
 
 # What trains the mini models

@@ -182,6 +182,22 @@ def test_an_edit_that_saw_its_photo_is_drawn_again_with_it(method, tmp_path):
         (folder / name).write_bytes(kept)
 
 
+def test_an_edit_that_keeps_its_place_is_drawn_again_with_it(method, tmp_path):
+    "The same pictures from its folder; without keeping it, or without reference.png, others or none; no export keeps it."
+    config = preset("paper", embedding_steps=1, tuning_steps=1, sampling_steps=4, keep_place=0.5)
+    edit = method.edit("example:dog", "a dog jumping in a forest", point=(32, 36), seeds=[1], config=config)
+    folder = edit.save(tmp_path / "dog")
+    assert (load_edit(folder, method).images - edit.images).abs().max() < 1e-6
+    free = load_edit(folder, method, keep_place=0.0)
+    assert not torch.equal(free.images, edit.images)
+    with pytest.raises(BadInput, match="The edit keeps its place .keep_place 0.5.*keep_place=0"):
+        export(edit, method, tmp_path / "out")
+    assert export(free, method, tmp_path / "out").is_dir()
+    (folder / "reference.png").unlink()
+    with pytest.raises(BadInput, match="With keep_place 0.5 .*lay reference.png beside"):
+        load_edit(folder, method)
+
+
 def test_a_checkpoint_that_cannot_be_written_does_not_end_the_run(method, tmp_path):
     (tmp_path / "file").write_text("")
     with (

@@ -268,7 +268,8 @@ def _warm_up(method, job: dict, config):
     other = type(method)(method.models, method.sam)
     scene = _find_and_prepare(other, job, one_step)
     *words, _ = other.embed(scene, one_step)
-    other.sample(words, other.tune(scene, words, one_step)[0], scene.size, job["seeds"], one_step, photo=scene.photo)
+    beside = dict(photo=scene.photo, reference=scene.reference)
+    other.sample(words, other.tune(scene, words, one_step)[0], scene.size, job["seeds"], one_step, **beside)
 
 # %% ../../nbs/evidence/20_bench.ipynb #a2bd1360
 def _bare_edit(
@@ -326,7 +327,8 @@ def _library_edit(
     with watch("tune"):
         difference, _ = method.tune(scene, words, config)
     with watch("sample"):
-        return method.sample(words, difference, scene.size, job["seeds"], config, photo=scene.photo)
+        beside = dict(photo=scene.photo, reference=scene.reference)
+        return method.sample(words, difference, scene.size, job["seeds"], config, **beside)
 
 # %% ../../nbs/evidence/20_bench.ipynb #45be6f34
 def _measure_stages(

@@ -179,7 +179,8 @@ def _draw_cell(
     scene = method.prepare(to_pil(e.image), e.text, **given, config=tuned)
     words = method.embed(scene, tuned)[:2]
     difference = method.tune(scene, words, tuned)[0]
-    return method.sample(words, difference, scene.size, seeds, EditConfig(**drawn), photo=scene.photo)
+    beside = dict(photo=scene.photo, reference=scene.reference)
+    return method.sample(words, difference, scene.size, seeds, EditConfig(**drawn), **beside)
 
 
 def _save_strip(images: torch.Tensor, path: Path):

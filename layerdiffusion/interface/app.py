@@ -110,7 +110,7 @@ def _python_lines(
         config = f"result.config.model_copy(update=dict({change}))" if change else "result.config"
         lines.append(
             "images = pipe.sample(result.embeddings, result.difference, result.images.shape[-2:], "
-            f"{span(redraw['seeds'])!r}, {config}, photo=(result.image, result.mask))"
+            f"{span(redraw['seeds'])!r}, {config}, photo=(result.image, result.mask), reference=result.reference)"
         )
     return "\n".join(lines)
 
@@ -1523,7 +1523,7 @@ def draw_again(self: LayerDiffusionApp, shown: "_Shown", again: dict, job: _Job)
     config = shown.order.config(self.card).model_copy(update={k: v for k, v in again.items() if k != "seeds"})
     learnt, photo = (result.embeddings, result.difference), (result.image, result.mask)
     size = result.images.shape[-2:]
-    images = self.method.sample(*learnt, size, seeds, config, self.watch(job), photo=photo)
+    images = self.method.sample(*learnt, size, seeds, config, self.watch(job), photo=photo, reference=result.reference)
     result = replace(result, images=images, seeds=list(seeds), config=config)
     return replace(
         shown,

@@ -709,6 +709,11 @@ def export(
             f"The edit sees its photo in every step (subject_scale {result.config.subject_scale:g}), which a U-Net or "
             "LoRA alone cannot do; draw it with load_edit, or make it with subject_scale=0."
         )
+    if result.config.keep_place:
+        raise BadInput(
+            f"The edit keeps its place (keep_place {result.config.keep_place:g}), which a U-Net or LoRA alone cannot "
+            "do; export what load_edit(path, keep_place=0) gives."
+        )
     models, folder = with_scheduler(models, result.config.scheduler), check_export(folder)
     with _whole_folder(folder) as inside, quiet():
         if kind == "unet":
