@@ -972,7 +972,8 @@ class _Place:
     "A callback of the drawing that finds its subject; `keep` lets all else be the reference's in the last steps."
 
     def __init__(self, method: LayerDiffusion, reference: torch.Tensor, noise: torch.Tensor, config: EditConfig):
-        self.method, self.noise, self.inside = method, noise, None
+        self.method, self.noise = method, noise
+        self.inside: Any = None  # (B, 1, h, w), 0-1, from the step on that finds it
         self.latents = method.latents((reference * 255).round() / 255)  # as its file will hold it
         self.scheduler = copy.deepcopy(with_scheduler(method.models, config.scheduler).scheduler)
         self.scheduler.set_timesteps(config.sampling_steps)
@@ -1476,7 +1477,7 @@ def load_edit(
     words = tuple(tensors[k].to(method.models.device) for k in ("e_a", "e_b"))
     change = {k[5:]: v for k, v in tensors.items() if k.startswith("unet.")}
     seeds, beside = check_seeds(settings["seeds"] if seeds is None else seeds), pictures_beside(path)
-    shown = dict(photo=(beside.get("image"), beside.get("mask")), reference=beside.get("reference"))
+    shown: dict[str, Any] = dict(photo=(beside.get("image"), beside.get("mask")), reference=beside.get("reference"))
     images = (
         method.sample(words, change, tuple(settings["size"]), seeds, config, callback, **shown)
         if draw
@@ -1572,7 +1573,7 @@ def reuse(
     with clock(times, "tune"):
         difference, losses = self.tune(scene, words, config, callback, None, look_every, seeds[0], start)
     with clock(times, "sample"):
-        beside = dict(photo=scene.photo, reference=scene.reference)
+        beside: dict[str, Any] = dict(photo=scene.photo, reference=scene.reference)
         images = self.sample(words, difference, scene.size, seeds, config, callback, **beside)
     losses, reused = dict(embed=[], tune=losses), dict(text=result.text, keep=keep)
     return self.pack(scene, words, difference, images, seeds, config, times, losses, reused=reused)

@@ -183,7 +183,7 @@ def test_an_edit_that_saw_its_photo_is_drawn_again_with_it(method, tmp_path):
 
 
 def test_an_edit_that_keeps_its_place_is_drawn_again_with_it(method, tmp_path):
-    "The same pictures from its folder; without keeping it, or without reference.png, others or none; no export keeps it."
+    "The same pictures from its folder; others without keeping it, none without reference.png; no export keeps it."
     config = preset("paper", embedding_steps=1, tuning_steps=1, sampling_steps=4, keep_place=0.5)
     edit = method.edit("example:dog", "a dog jumping in a forest", point=(32, 36), seeds=[1], config=config)
     folder = edit.save(tmp_path / "dog")

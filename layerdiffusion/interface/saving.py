@@ -680,6 +680,20 @@ def _save_lora(
     )
 
 
+def _check_alone_draws(config):
+    "Refuse settings that a U-Net or a LoRA by itself cannot follow."
+    if config.subject_scale:
+        raise BadInput(
+            f"The edit sees its photo in every step (subject_scale {config.subject_scale:g}), which a U-Net or "
+            "LoRA alone cannot do; draw it with load_edit, or make it with subject_scale=0."
+        )
+    if config.keep_place:
+        raise BadInput(
+            f"The edit keeps its place (keep_place {config.keep_place:g}), which a U-Net or LoRA alone cannot "
+            "do; export what load_edit(path, keep_place=0) gives."
+        )
+
+
 @shielded
 def export(
     result: EditResult,
@@ -704,16 +718,7 @@ def export(
             "method, folder)."
         )
     same_model(result.record, models, "The edit")
-    if result.config.subject_scale:
-        raise BadInput(
-            f"The edit sees its photo in every step (subject_scale {result.config.subject_scale:g}), which a U-Net or "
-            "LoRA alone cannot do; draw it with load_edit, or make it with subject_scale=0."
-        )
-    if result.config.keep_place:
-        raise BadInput(
-            f"The edit keeps its place (keep_place {result.config.keep_place:g}), which a U-Net or LoRA alone cannot "
-            "do; export what load_edit(path, keep_place=0) gives."
-        )
+    _check_alone_draws(result.config)
     models, folder = with_scheduler(models, result.config.scheduler), check_export(folder)
     with _whole_folder(folder) as inside, quiet():
         if kind == "unet":

@@ -243,6 +243,10 @@ def _save_lora(factors: dict, folder: Path):
     """Write a LoRA with its rank and alpha, under the name by which diffusers finds it in a folder."""
     ...
 
+def _check_alone_draws(config):
+    """Refuse settings that a U-Net or a LoRA by itself cannot follow."""
+    ...
+
 def export(result: EditResult, models, folder: str | Path, kind: Literal['unet', 'lora']='unet', rank: int | None=None) -> Path:
     """Write an edit so that diffusers alone can draw it.
 
