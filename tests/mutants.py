@@ -350,7 +350,7 @@ MUTANTS = [
     way("the subject is kept", "pipeline", "self.inside * latents + (", "(1 - self.inside) * latents + (",
         "place_is_kept"),
     way("the place from the first step", "pipeline", "if i < self.begin", "if i < 0", "place_is_kept"),
-    way("no noise on the place", "pipeline", "if i + 1 < self.total", "if i + 1 < 0", "place_is_kept"),
+    way("no noise on the place", "pipeline", "if i + 1 < self.total", "if i + 1 < 0", "nobody_is_found"),
     way("nobody found, all kept", "pipeline", "torch.ones(1, 1, *self", "torch.zeros(1, 1, *self", "nobody_is_found"),
     way("Eq. 7 blind", "pipeline", "self.seeing(photo, config).unet", "self.models.unet", "every_stage"),
     way("O_t blind", "pipeline", '"target", callback, (photo, found))', '"target", callback)', "every_stage"),

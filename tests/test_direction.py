@@ -748,6 +748,12 @@ def test_where_nobody_is_found_no_place_is_kept(method, scene):
     around = place.around(scene.image)
     assert (around >= F.avg_pool2d(scene.mask[None], 4) - 0.3).all() and 0.1 < around.mean() < 0.7
     assert place.begin == 1 and torch.equal(place.keep(0, place.latents), place.latents)
+    whole = _Place(method, scene.reference, torch.ones(1, 4, 16, 16), short(keep_place=1.0).resolve({}))
+    whole.inside, t = torch.zeros(1, 1, 16, 16), int(whole.scheduler.timesteps[1])
+    noisy, clean = (whole.keep(i, torch.full((1, 4, 16, 16), 9.0)) for i in (0, 1))
+    assert torch.equal(clean, whole.latents)
+    share = method.models.scheduler.alphas_cumprod[t]
+    assert torch.allclose(noisy, share.sqrt() * whole.latents + (1 - share).sqrt(), atol=1e-5)
 
 
 # What trains the mini models
