@@ -34,7 +34,7 @@ def frames(seeds=range(3), **changes):
 
     result = method.edit("example:dog", TEXT, seeds=seeds, config=config)
     method.sample(result.embeddings, result.difference, tuple(result.image.shape[-2:]), seeds, config, watch,
-                  photo=(result.image, result.mask))
+                  photo=(result.image, result.mask), reference=result.reference)
     still = [result.image, overlay(result.image, result.mask)]
     return [strip(*still, *images) for images in drawn] + [strip(*still, *result.images)]
 
