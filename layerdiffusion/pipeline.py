@@ -1202,16 +1202,16 @@ def edit(
     if scene is None:
         _check_given(image, text)
         config = self.settings(config, preset, **settings)
+        _check_sam(self, config)
         scene = self.prepare(image, text, **parts, config=config, callback=callback)
     else:
         _check_alone(dict(image=image, text=text, **parts))
         config = self.settings_for(scene, config, preset, settings)
+        _check_sam(self, config)
     if folder and not resume:
         clear_checkpoints(folder)
     if self.models.how.offload and not isinstance(self._sam, (str, Path)):
         self._sam.to("cpu")
-    if config.keep_place:
-        _check_sam(self)
     times = dict(scene.times)
     with clock(times, "embed"):
         e_a, e_b, embed_losses = self.embed(scene, config, callback, folder)
@@ -1232,12 +1232,15 @@ def _check_calls(callback, callback_on_step_end):
         raise BadInput(f"callback_on_step_end is {callback_on_step_end!r:.60}; give a function.")
 
 
-def _check_sam(method: LayerDiffusion):
-    "Load SAM, which `keep_place` needs at the end, before anything slow begins."
+def _check_sam(method: LayerDiffusion, config: EditConfig):
+    "Load SAM before anything slow begins, where `keep_place` needs it at the end."
+    if not config.keep_place:
+        return
     try:
         _ = method.sam
     except BadInput as e:
-        raise BadInput(f"{e} (keep_place looks for the drawn subject with it; keep_place=0 does without.)") from None
+        how = f"keep_place {config.keep_place:g} looks for the drawn subject with it; keep_place=0 does without"
+        raise BadInput(f"{e} ({how}.)") from None
 
 
 def _check_given(image, text):

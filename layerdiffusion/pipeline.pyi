@@ -368,8 +368,8 @@ def _check_calls(callback, callback_on_step_end):
     """Refuse what cannot be called."""
     ...
 
-def _check_sam(method: LayerDiffusion):
-    """Load SAM, which `keep_place` needs at the end, before anything slow begins."""
+def _check_sam(method: LayerDiffusion, config: EditConfig):
+    """Load SAM before anything slow begins, where `keep_place` needs it at the end."""
     ...
 
 def _check_given(image, text):

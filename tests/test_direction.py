@@ -18,7 +18,7 @@ from layerdiffusion import EditConfig, LayerDiffusion, identity, pipeline, prese
 from layerdiffusion.base.core import BadInput
 from layerdiffusion.base.masks import iou, propose_subject
 from layerdiffusion.evidence.scores import edit_set
-from layerdiffusion.base.sd import decode_latents, load_models
+from layerdiffusion.base.sd import How, decode_latents, load_models
 from layerdiffusion.pipeline import _Place
 
 PHOTO_WORDS = "a pink dog lying in a city at night"
@@ -710,7 +710,7 @@ def test_the_presets():
         keep_place=0.0,
     )
     assert {name: getattr(paper, name) for name in off} == off
-    assert best.subject_scale > 0 and best.iterative_guidance
+    assert best.subject_scale > 0 and best.iterative_guidance and best.keep_place > 0
 
 
 def test_the_place_is_kept_around_the_subject(method, scene):
@@ -754,6 +754,21 @@ def test_where_nobody_is_found_no_place_is_kept(method, scene):
     assert torch.equal(clean, whole.latents)
     share = method.models.scheduler.alphas_cumprod[t]
     assert torch.allclose(noisy, share.sqrt() * whole.latents + (1 - share).sqrt(), atol=1e-5)
+
+
+def test_a_kept_place_needs_sam_from_the_start(models, scene):
+    """Where SAM's weights are not there, a sentence says so before any step; where memory is short, SAM waits on the
+    CPU while the U-Net learns."""
+    steps, config = [], short(keep_place=0.5, sampling_steps=2)
+    with pytest.raises(BadInput, match="nowhere.pth.*keep_place 0.5 looks for the drawn subject.*keep_place=0"):
+        LayerDiffusion(models, "nowhere.pth").edit(scene=scene, seeds=[0], config=config, callback=steps.append)
+    assert not steps
+    spare, moved = LayerDiffusion(replace(models, how=How(offload=True)), "mini"), []
+    to = spare.sam.to
+    spare._sam.to = lambda where: moved.append(str(where)) or to(where)
+    spare.edit(scene=scene, seeds=[0], config=config, callback=lambda e: steps.append((e.stage, len(moved))))
+    first = next(n for stage, n in steps if stage == "tuning")
+    assert moved[0] == str(models.device) and moved[first - 1] == "cpu" and len(moved) > first
 
 
 # What trains the mini models
