@@ -35,9 +35,9 @@ def method():
     return LayerDiffusion.from_pretrained("mini", "cpu")
 
 
-def test_the_tasks_are_those_of_version_1():
+def test_the_tasks_are_those_of_version_2():
     "If this fails, the tasks are others: raise VERSION and pin the new hash. No pixel goes into it."
-    assert (_NAME, VERSION, _benchmark_hash()) == ("layerdiffusion-joint-15", 1, "fa1cca1ba3bb3760")
+    assert (_NAME, VERSION, _benchmark_hash()) == ("layerdiffusion-joint-60", 2, "c17a953265da90a7")
 
 
 def small_pictures():
@@ -50,7 +50,7 @@ def small_pictures():
     return torch.nn.functional.avg_pool2d(torch.cat(rows, 1), 4)
 
 
-def test_the_tasks_look_as_in_version_1():
+def test_the_tasks_look_as_in_version_2():
     """The renderer draws the scenes as it did, to one of 255 levels in a cell's mean; what a processor rounds otherwise
     is
     a thousandth of that. The file is made by `python tests/test_benchmark.py`."""
@@ -99,14 +99,14 @@ def test_truth_beats_pasting(method, tmp_path):
     assert truth["valid"][0] == 1 and truth["right"][0] > paste["right"][0]
     assert json.loads((tmp_path / "truth.json").read_text()) == json.loads(json.dumps(truth))
     table = _leaderboard([paste, truth])
-    assert table.index("truth (1 of 15 tasks)") < table.index("paste")
+    assert table.index("truth (1 of 60 tasks)") < table.index("paste")
 
 
 def test_files_are_enough(method, tmp_path):
     _export_tasks(tmp_path / "tasks")
     about = json.loads((tmp_path / "tasks" / "tasks.json").read_text())
-    assert about["hash"] == _benchmark_hash() and len(about["tasks"]) == 15
-    for t in about["tasks"]:
+    assert about["hash"] == _benchmark_hash() and len(about["tasks"]) == 60
+    for t in about["tasks"][:3]:
         where = tmp_path / "tasks" / t["name"]
         assert {p.name for p in where.iterdir()} == {
             "photo.png",
@@ -146,15 +146,16 @@ def test_any_size_is_taken():
     assert (_as_tensors(x, 2) - x).abs().max() < 1 / 255
 
 
-def test_recorded_methods_are_rows():
-    row = dict(
-        setting="SDEdit",
-        n=4,
-        seconds=1.0,
-        **{f: [0.5, 0.4, 0.6] for f in ("right", "valid", "identity", "background", "clip")},
-    )
-    rows = _recorded_rows(dict(edits=["joint 0"], seeds=[0, 1, 2, 3], size="quick", settings=[row]))
-    assert "SDEdit (1 of 15 tasks) (a fifth of the steps)" in _leaderboard(rows)
+def test_recorded_methods_are_rows(tmp_path):
+    "Means over the record's pictures, the interval over its tasks."
+    from layerdiffusion.evidence.scores import append_line
+
+    fields, file = ("right", "valid", "identity", "background", "clip"), tmp_path / "benchmark.jsonl"
+    for k in (0, 1):
+        append_line(file, dict(method="SDEdit", edit=f"joint 2 {k}", scores=[{f: float(k) for f in fields}] * 2))
+    (row,) = _recorded_rows(file)
+    assert (row["n"], row["tasks"], row["seeds"], row["right"]) == (4, 2, [0, 1], [0.5, 0.0, 1.0])
+    assert "SDEdit (2 of 60 tasks)" in _leaderboard([row])
 
 
 @pytest.mark.parametrize(
@@ -259,13 +260,13 @@ def test_the_command_scores(asked, tmp_path, capsys):
 def test_those_of_our_tasks_that_a_folder_has(method, tmp_path):
     "With the seeds it has; a seed that one task lacks is missed."
     answer = to_pil(_benchmark_tasks()[0].edit.answer)
-    (tmp_path / "joint-0").mkdir()
-    answer.save(tmp_path / "joint-0" / "3.png")
+    (tmp_path / "joint-2-0").mkdir()
+    answer.save(tmp_path / "joint-2-0" / "3.png")
     row = _score_joint(tmp_path, "truth", method)
     assert (row["tasks"], row["seeds"], row["valid"][0]) == (1, [3], 1)
-    (tmp_path / "joint-1").mkdir()
-    answer.save(tmp_path / "joint-1" / "4.png")
-    with pytest.raises(BadInput, match="joint-0/4.png is not there"):
+    (tmp_path / "joint-2-1").mkdir()
+    answer.save(tmp_path / "joint-2-1" / "4.png")
+    with pytest.raises(BadInput, match="joint-2-0/4.png is not there"):
         _score_joint(tmp_path, "truth", method)
 
 
@@ -281,7 +282,7 @@ def test_what_cannot_be_scored(asked, tmp_path, capsys):
     (tmp_path / "folder").mkdir()
     photos = ["--photos", str(asked / "photos"), "--clip", "mini"]
     for args, words in (
-        ([str(tmp_path / "folder")], ["folder", "joint-0/0.png"]),
+        ([str(tmp_path / "folder")], ["folder", "joint-2-0/0.png"]),
         (["nowhere", *photos], ["--tasks FILE"]),
         *([["nowhere", "--tasks", f"{tmp_path}/{n}.json", *photos], ["neither form", n]] for n in files if n not in
           ("empty", "photo")),

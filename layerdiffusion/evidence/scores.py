@@ -39,17 +39,18 @@ _SETS = {
     "development": {kind: n for kind, (n, _) in _KINDS.items()},
     **{name: {kind: n for kind, (_, n) in _KINDS.items()} for name in ("held-out", "fresh", "unseen", "unseen 2")},
     "joint": {"pose and place": 15},
+    "joint 2": {"pose and place": 60},
 }
 
 
 def edit_set(
-    name: str,  # "development", "held-out", "fresh", "unseen", "unseen 2" or "joint"
+    name: str,  # "development", "held-out", "fresh", "unseen", "unseen 2", "joint" or "joint 2"
     size: int = 64,  # px
 ) -> list:  # of `Task`
     """The edits of a set.
 
     They are 12 to choose settings with, 24 others to measure on, four times, or 15 that change pose and place, for
-    comparisons.
+    comparisons, and 60 more of them, which are the benchmark.
     """
     if name not in _SETS:
         raise BadInput(f"There is no set of edits {name!r}; there are {', '.join(_SETS)}.")

@@ -1130,7 +1130,7 @@ def score(
     folder: Annotated[Path, typer.Argument(help="The pictures: TASK/SEED.png for joint, KEY.png for a file of tasks.")],
     tasks: Annotated[
         str,
-        typer.Option(help="joint: our fifteen edits. Or a JSON in ImgEdit's or TEdBench's form.", metavar="FILE"),
+        typer.Option(help="joint: our sixty edits. Or a JSON in ImgEdit's or TEdBench's form.", metavar="FILE"),
     ] = "joint",
     photos: Annotated[
         Path | None, typer.Option(help="Of a file of tasks. Unset: they lie beside it.", metavar="DIR")
