@@ -371,3 +371,27 @@ def test_the_unet_that_sees_is_counted():
     more = {stage: sees[stage] - blind[stage] for stage in blind}
     assert all(abs(n / kept - 1) < 0.15 for stage, n in more.items() if stage != "find"), (more, kept)
     assert more["find"] == 0
+
+
+def test_sam_is_counted_where_the_place_is_kept():
+    "With keep_place SAM's weights are there while it draws and decodes; a look larger than a step decides the peak."
+    from dataclasses import replace
+
+    import torch
+    from layerdiffusion import EditConfig
+    from layerdiffusion.base.masks import load_sam
+    from layerdiffusion.base.memory import _weight_bytes, predict
+    from layerdiffusion.base.sd import load_models
+
+    models, sam = replace(load_models("mini"), device=torch.device("cuda")), load_sam("mini")
+
+    def more(level, **counted):
+        free, kept = (
+            predict(models, level, EditConfig(keep_place=k), sam=sam, counted=dict(draw=0, decode=0, find=0) | counted)
+            for k in (0.0, 0.1)
+        )
+        return {stage: kept[stage] - free[stage] for stage in kept if kept[stage] != free[stage]}
+
+    eyes = _weight_bytes(sam)
+    assert more("spare") == dict(draw=eyes, decode=eyes) and more("full") == {}  # there it is counted all the time
+    assert more("full", draw=3, find=5) == dict(draw=2) and more("full", draw=5, find=3) == {}

@@ -248,12 +248,13 @@ def predict(
             counted[name] = count()
     change = 2 * _count_moving(models, config) if cpu else 0
     seeing = unet if config.subject_scale else 0  # beside the loaded one, see `LayerDiffusion.seeing`
+    staying, looking = (eyes, counted["find"]) if config.keep_place else (0, 0)  # SAM, from its look while drawing on
     stages = dict(find=standing(eyes) + counted["find"]) if sam is not None else {}
     return stages | dict(
         embed=standing(unet) + seeing + _count_embed(models, how, height, width, cpu),
         tune=standing() + seeing + _count_tune(models, how, config, height, width, cpu),
-        draw=standing(unet) + seeing + unet + change + counted["draw"],
-        decode=standing(unet, vae) + seeing + unet + change + counted["decode"],
+        draw=standing(unet, staying) + seeing + unet + change + max(counted["draw"], looking),
+        decode=standing(unet, vae, staying) + seeing + unet + change + counted["decode"],
     )
 
 # %% ../../nbs/base/21_memory.ipynb #846a1c54

@@ -729,9 +729,8 @@ def _choose_level(method, wanted: str, request: dict, config) -> str:
         return "full"
     from layerdiffusion.base.memory import plan
 
-    chosen = plan(
-        method.models, wanted, config, seeds=len(request["seeds"]), sam=None if request["mask"] else method.sam
-    )
+    sam = method.sam if config.keep_place or not request["mask"] else None
+    chosen = plan(method.models, wanted, config, seeds=len(request["seeds"]), sam=sam)
     _announce(f"Memory   {chosen}")
     return chosen.level
 
