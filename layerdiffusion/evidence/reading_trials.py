@@ -6,132 +6,139 @@
 __all__ = []
 
 # %% ../../nbs/evidence/14_readings.ipynb #cf4025d1
-import json
 from pathlib import Path
 from collections.abc import Callable, Sequence
 
 # %% ../../nbs/evidence/14_readings.ipynb #dc50f049
-from ..base.core import environment, write_json
-from .scores import edit_set, interval, measure, summary_line
-from ..settings import EditConfig
+from ..base.core import content_hash, environment, to_pil, write_json
+from layerdiffusion.evidence.scores import (
+    LookAlikes,
+    append_line,
+    edit_set,
+    find_subject,
+    interval,
+    read_record,
+    scorer_of,
+)
+from ..settings import preset
 
 # %% ../../nbs/evidence/14_readings.ipynb #388dc3fa
 _READINGS = {
     "": [{}],
     "Eq. 7-8": [
         dict(iterative_guidance=False),
-        dict(eq8_index="timestep"),
         dict(eq8_first="opt"),
         dict(scheduler="pndm"),
-        dict(guidance_scale=1.5),
-        dict(guidance_scale=5.0),
+        dict(guidance_scale=4.0),
     ],
     "Eq. 4-6": [
-        dict(object_picture="input"),
+        dict(object_picture="target"),
         dict(eq45_pictures="one"),
-        dict(eq45_pictures="composite"),
-        dict(eq5_region="reference"),
-        dict(eq5_words="background"),
-        dict(reference_mask="sam"),
-        dict(lambda_obj=3.0),
-        dict(tuned_parameters="attention"),
-        dict(tuned_parameters="lora"),
-        dict(tuning_lr=2e-6),
-        dict(tuning_steps=0),
+        dict(eq45_pictures="each"),
+        dict(eq45_pictures="each", eq5_region="reference"),
+        dict(eq45_pictures="each", eq5_words="background"),
+        dict(eq45_pictures="each", eq4_words="source"),
+        dict(eq45_pictures="each", eq5_region="reference", eq5_words="background", eq4_words="source"),
     ],
     "Eq. 2": [
         dict(eq2_region="object"),
         dict(eq2_region="none"),
         dict(eq2_region="branch", eq2_conditioning="sum"),
         dict(eq2_picture="reference"),
-        dict(eq2_conditioning="sum"),
         dict(eq2_conditioning="alternate"),
-        dict(eq2_conditioning="mix"),
-        dict(embedding_lr=1e-3),
-        dict(embedding_steps=0),
     ],
-    "Eq. 3": [dict(alpha=0.3), dict(alpha=0.5)],
+    "Eq. 3": [dict(object_words="whole")],
     "masks": [dict(loss_scale="mask"), dict(mask_resample="nearest"), dict(mask_hard=True)],
-    "none": [dict(embedding_steps=0, tuning_steps=0), dict(embedding_steps=0, tuning_steps=0, alpha=0.5)],
 }
 
-CENTRE = dict(object_picture="target", eq45_pictures="each")  # beside the defaults
 
-
-def _setting_name(changes: dict) -> str:
-    "A setting in words: what differs from the centre."
-    return ", ".join(f"{k}={v}" for k, v in changes.items()) or "the centre"
+def _reading_name(changes: dict) -> str:
+    "A reading in words: what differs from the preset."
+    return ", ".join(f"{k}={v}" for k, v in changes.items()) or "paper"
 
 
 def _reading_tasks() -> list:
-    "The first development edit of each species that changes pose and place."
-    joint = [t for t in edit_set("development") if t.kind == "pose and place"]
-    return [next(t for t in joint if t.edit.before.species == k) for k in range(3)]
+    "The development edits that change pose and place."
+    return [t for t in edit_set("development") if t.kind == "pose and place"]
 
 # %% ../../nbs/evidence/14_readings.ipynb #b0153f5c
+_READ = ("valid", "top1", "identity", "background", "right")  # the scores of each picture
+
+
+def _score_reading(method, task, line_up: LookAlikes, config, seeds: Sequence[int]) -> dict:
+    "A list of each score, one entry for each seed."
+    e = task.edit
+    given = dict(mask=e.mask, reference=to_pil(e.reference), source=e.source, seeds=seeds)
+    images = method.edit(to_pil(e.image), e.text, config=config, **given).images
+    rows = scorer_of(method, task)(images)
+    for row, x in zip(rows, images, strict=True):
+        row["top1"] = line_up.rank(x, find_subject(method.sam, x)) == 1
+    return {name: [row[name] for row in rows] for name in _READ}
+
+
 def _measure_readings(
     method,  # a `LayerDiffusion`
     folder: Path = Path("../results"),
-    seeds: Sequence[int] = range(20),
-    show: Callable = print,
-) -> dict:
-    "Measure all readings; writes readings.jsonl (every picture) and readings.json (the summary), and gives the latter."
-    found = {}
-    for group, settings in _READINGS.items():
-        for changes in settings:
-            rows = measure(
-                method,
-                _reading_tasks(),
-                EditConfig(**CENTRE | changes),
-                seeds,
-                Path(folder) / "readings.jsonl",
-                _setting_name(changes),
-            )
-            found[_setting_name(changes)] = dict(
-                group=group,
-                changes=changes,
-                n=len(rows),
-                valid_count=sum(r["valid"] for r in rows),
-                **{f: [round(v, 3) for v in interval(rows, f)] for f in ("right", "valid", "identity", "background")},
-            )
-            show(f"{_setting_name(changes):60}{summary_line(rows)}")
-    out = dict(
-        command="the slow cell of nbs/evidence/14_readings.ipynb",
-        seeds=len(seeds),
-        edits=[t.name for t in _reading_tasks()],
-        model=method.models.hash,
-        environment=environment(str(method.models.device)),
-        settings=found,
-    )
-    write_json(Path(folder) / "readings.json", out)
-    return out
+    seeds: Sequence[int] = range(8),
+    show: Callable = print,  # is given a sentence after each reading of each edit
+):
+    "Measure all readings at the card's operating point into readings.jsonl; what is there is not drawn again."
+    record, card = Path(folder) / "readings.jsonl", method.models.card
+    kept = read_record(record)
+    for task in _reading_tasks():
+        line_up = LookAlikes(task.edit.after, task.name)
+        for group, changes in ((g, c) for g, several in _READINGS.items() for c in several):
+            config = preset("paper", card, **card.get("operating_point", {}) | changes).resolve(card)
+            key = content_hash(config, task.name, list(seeds), method.models.hash)[:16]
+            if key not in kept:
+                row = dict(key=key, reading=_reading_name(changes), group=group, changes=changes, edit=task.name)
+                append_line(record, row | _score_reading(method, task, line_up, config, seeds))
+                show(f"{task.name}: {row['reading']}")
+    about = dict(model=method.models.hash, seeds=len(seeds), environment=environment(str(method.models.device)))
+    write_json(Path(folder) / "readings.json", about)
 
 # %% ../../nbs/evidence/14_readings.ipynb #1dfc905f
-def _load_readings(folder: Path = Path("../results")) -> dict:
-    "The summary of the recorded measurement."
-    return json.loads((Path(folder) / "readings.json").read_text())
+def load_readings(folder: Path = Path("../results")) -> dict:
+    "The recorded measurement: a reading's name -> its group, its changes, and a row for each picture."
+    found = {}
+    for line in read_record(Path(folder) / "readings.jsonl").values():
+        reading = found.setdefault(line["reading"], dict(group=line["group"], changes=line["changes"], rows=[]))
+        for values in zip(*(line[name] for name in _READ), strict=True):
+            row = dict(zip(_READ, values, strict=True), edit=line["edit"])
+            reading["rows"].append(row | dict(same=row["valid"] and row["top1"]))
+    whole = len(found["paper"]["rows"])
+    return {name: reading for name, reading in found.items() if len(reading["rows"]) == whole}  # measured on every edit
+
+
+def gain_of(found: dict, name: str, field: str = "same") -> tuple:
+    "How much more of a score a reading has than `paper`, on the same edits and seeds: mean, and its 95 % interval."
+    pairs = zip(found[name]["rows"], found["paper"]["rows"], strict=True)
+    return interval([dict(edit=a["edit"], gain=float(a[field]) - float(b[field])) for a, b in pairs], "gain")
+
+# %% ../../nbs/evidence/14_readings.ipynb #bf019878
+def _beside(found: dict, name: str, field: str) -> str:
+    "The gain in words, bold where its interval leaves 0 out."
+    more, low, high = gain_of(found, name, field)
+    said = f"{more:+.2f} [{low:+.2f}, {high:+.2f}]"
+    return f"**{said}**" if low > 0 or high < 0 else said
 
 
 def show_readings(
     *groups: str,  # such as "Eq. 2"; none: all
     folder: Path = Path("../results"),
-):
-    "Print the measured readings as a table; the first line is the centre that the others differ from."
-    found = _load_readings(folder)
-    about = found["environment"]
-    print(
-        f"{found['seeds']} seeds each of {len(found['edits'])} edits, {about['device_name']}, torch {about['torch']}, "
-        f"commit {about['commit']}, weights {found['model']}; 95 % intervals over edits.\n"
-        f"The first line, “the centre”: {', '.join(f'{k}={v}' for k, v in CENTRE.items())}, and otherwise the defaults "
-        "of `EditConfig`; every other line says what it changes in it.\n"
-    )
-    print(f"{'':58}{'valid':>6} {'of':>3}  {'':14}{'identity':22}{'background':22}right")
-    for name, row in found["settings"].items():
-        if groups and row["group"] not in ("", *groups):
+):  # a table
+    "The measured readings: means, and differences from `paper`; the first line is `paper`, each other says its change."
+    from IPython.display import Markdown
+
+    found = load_readings(folder)
+    lines = ["| | valid | more than `paper` | identity | more than `paper` | place | top-1 | same | right |"]
+    lines.append("| --- |" + " --- |" * 8)
+    for name, reading in found.items():
+        if groups and reading["group"] not in ("", *groups):
             continue
-        low_high = "[{:.2f}, {:.2f}]".format(*row["valid"][1:])
-        identity, background = ("{:5.2f} [{:.2f}, {:.2f}]".format(*row[f]) for f in ("identity", "background"))
-        print(
-            f"{name:58}{row['valid_count']:6} {row['n']:3}  {low_high:14}"
-            f"{identity:22}{background:22}{row['right'][0]:.2f}"
-        )
+        mean = {f: f"{interval(reading['rows'], f)[0]:.2f}" for f in (*_READ, "same")}
+        valid, identity = (_beside(found, name, f) if reading["changes"] else "" for f in ("valid", "identity"))
+        cells = [mean["valid"], valid, mean["identity"], identity]
+        cells += [mean[f] for f in ("background", "top1", "same", "right")]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return Markdown("\n".join(lines))
