@@ -110,7 +110,7 @@ def _step_sweep(of: str) -> list:
 # %% ../../nbs/evidence/18_experiments.ipynb #6b13aefa
 def comparison(of: str) -> list:
     "Figs. 4 and 7: ours beside the baselines, from the photo and from its subject pasted on the reference."
-    paste, imagic = dict(paste=True), dict(recipe="community", eta=0.7)
+    paste, imagic = dict(paste=True), dict(recipe="community")
     return [
         *(_Setting(f"ours, {name}", name) for name in PRESETS),
         _Setting("SDEdit 0.9", "sdedit", dict(strength=0.9)),
