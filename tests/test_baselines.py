@@ -24,6 +24,7 @@ from layerdiffusion.evidence.baselines import (
     sdedit,
 )
 from layerdiffusion.base.core import BadInput
+from layerdiffusion.evidence.experiments import _baseline_start
 from layerdiffusion.evidence.scores import edit_set
 from layerdiffusion.base.sd import (
     ddim_sample,
@@ -106,6 +107,37 @@ def test_sdedit_is_diffusers_img2img(models, edit, schedule, strength):
 def test_sdedit_refuses(models, edit, strength):
     with pytest.raises(BadInput, match="trength"):
         sdedit(models, edit.image, edit.text, strength=strength, num_inference_steps=10)
+
+
+def test_sdedit_changes_the_area_alone(models, edit):
+    "Outside the mask the picture stays; the other half stays with the other mask, and nothing stays without one."
+    left = torch.zeros_like(edit.mask)
+    left[..., : left.shape[-1] // 2] = 1
+    there = decode_latents(models, encode_image(models, edit.image))[0].cpu()
+
+    def off(mask):
+        x = sdedit(models, edit.image, edit.text, strength=0.9, mask=mask, seeds=[0], num_inference_steps=10)[0]
+        wide = there.shape[-1]
+        halves = (slice(0, wide // 2 - 8), slice(wide // 2 + 8, wide))
+        return [(x - there)[..., h].abs().mean().item() for h in halves]
+
+    (a, b), (c, d), whole = off(left), off(1 - left), off(None)
+    assert b < 0.03 < 3 * b < a and c < 0.03 < 3 * c < d and min(whole) > 0.06, (a, b, c, d, whole)
+    assert off(torch.ones_like(left)) == whole
+
+
+def test_what_a_baseline_begins_from(edit):
+    "The photo; or its subject on the reference, where all but the area around it is the reference."
+    other = replace(edit, reference=1 - edit.reference)
+    start, more = _baseline_start(edit, dict(strength=0.5))
+    assert torch.equal(start, edit.image) and more == dict(strength=0.5)
+    start, more = _baseline_start(edit, dict(strength=0.5, paste=True, grow=8))
+    kept, area = 1 - more.pop("mask"), (edit.mask == 1).float()  # its edge is soft
+    assert more == dict(strength=0.5) and kept.sum() > 0 and (kept * edit.mask).sum() == 0
+    assert torch.equal(start * kept, edit.reference * kept) and torch.equal(start * area, edit.image * area)
+    elsewhere = _baseline_start(other, dict(paste=True))[0]
+    assert torch.equal(elsewhere * area, start * area) and not torch.allclose(elsewhere * kept, start * kept)
+    assert not torch.equal(_baseline_start(replace(edit, mask=1 - edit.mask), dict(paste=True))[0], start)
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -20,6 +20,7 @@ import torch
 from ..base.core import BadInput, Event, content_hash, fit_image, to_pil
 from ..fine_tuning import fine_tune
 from .scores import Task, append_line, read_record, scorer_of
+from ..base.masks import to_latent
 from ..method import add_noise, noise_loss, sample_noise_and_t, stream
 from layerdiffusion.base.sd import (
     Models,
@@ -58,6 +59,7 @@ def sdedit(
     text: str,  # what the picture should show
     *,
     strength: float = 0.8,  # how far up the photo is noised, 0-1
+    mask: torch.Tensor | None = None,  # (1, H, W), 1 where the picture may change; None: everywhere
     seeds: Sequence[int] = range(4),  # one picture each
     num_inference_steps: int = 50,  # of which the share `strength` is taken
     guidance_scale: float | None = None,  # None: the model's own, else 7.5
@@ -75,18 +77,23 @@ def sdedit(
     late, generators = _last_steps(models, steps), [torch.Generator().manual_seed(int(s)) for s in seeds]
     clean = torch.cat([encode_image(models, image, g) for g in generators])
     noise = torch.cat([torch.randn(1, *clean.shape[1:], generator=g) for g in generators]).to(clean)
-    noisy = add_noise(
-        models.scheduler, clean, noise, timesteps(copy.deepcopy(late.scheduler), num_inference_steps, models.device)[0]
-    )
+    visited = timesteps(copy.deepcopy(late.scheduler), num_inference_steps, models.device)
+    area = None if mask is None else to_latent(mask, clean.shape[-2:]).to(clean)
+
+    def keep(i, t, latents):
+        known = add_noise(models.scheduler, clean, noise, visited[i + 1]) if i + 1 < steps else clean
+        return latents if area is None else area * latents + (1 - area) * known
+
     latents = ddim_sample(
         late,
         encode_text(models, text),
         None,
-        noisy,
+        add_noise(models.scheduler, clean, noise, visited[0]),
         num_inference_steps,
         _guidance_of(models, guidance_scale),
         callback=callback,
         stage="SDEdit",
+        on_step_end=keep,
     )
     return decode_latents(models, latents).cpu()
 

@@ -39,6 +39,7 @@ from layerdiffusion.base.core import (
     write_json,
 )
 from ..identity import subject_name
+from ..base.masks import composite, dilate
 from ..mini.judge import wilson
 from .metrics import Clip, clip_score
 from .scores import edit_set, interval, scorer_of
@@ -108,12 +109,17 @@ def _step_sweep(of: str) -> list:
 
 # %% ../../nbs/evidence/18_experiments.ipynb #6b13aefa
 def comparison(of: str) -> list:
-    "Figs. 4 and 7: ours beside the baselines on the same edits and seeds."
+    "Figs. 4 and 7: ours beside the baselines, from the photo and from its subject pasted on the reference."
+    paste, imagic = dict(paste=True), dict(recipe="community")
     return [
         *(_Setting(f"ours, {name}", name) for name in PRESETS),
-        *(_Setting(f"SDEdit {s:g}", "sdedit", dict(strength=s)) for s in (0.5, 0.7, 0.9)),
-        *(_Setting(f"Imagic, {r} recipe", "imagic", dict(recipe=r)) for r in ("paper", "community")),
-        _Setting("Plug-and-Play", "plug_and_play"),
+        _Setting("SDEdit 0.9", "sdedit", dict(strength=0.9)),
+        *(_Setting(f"SDEdit {s:g}, paste", "sdedit", dict(strength=s) | paste) for s in (0.5, 0.9)),
+        _Setting("SDEdit 0.9, paste, area", "sdedit", dict(strength=0.9, grow=8) | paste),
+        _Setting("Imagic", "imagic", imagic),
+        _Setting("Imagic, paste", "imagic", imagic | paste),
+        _Setting("PnP", "plug_and_play", dict(inversion_steps=100)),
+        _Setting("PnP, paste", "plug_and_play", dict(inversion_steps=100) | paste),
     ]
 
 
@@ -144,9 +150,10 @@ def numbers_of(
     share: float = 1.0,
 ) -> dict:
     "All numbers of a setting, the model's own included; `tuned` holds those that the tuning had instead."
+    card = method.models.card
+    point = card.get("operating_point", {})
     if setting.method not in _BASELINES:
-        card = method.models.card
-        point = card.get("operating_point", {}) if setting.method == "paper" else {}
+        point = point if setting.method == "paper" else {}
         numbers = preset(setting.method, card, **point | setting.options).resolve(card).model_dump()
         return _shorten(numbers, share) | (dict(tuned=setting.tuned) if setting.tuned else {})
     steps = dict(
@@ -154,7 +161,7 @@ def numbers_of(
         if setting.options.get("recipe") == "paper"
         else dict(embedding_steps=500, tuning_steps=1000)
     ).get(setting.method, {})
-    return _shorten(dict(num_inference_steps=50) | steps | setting.options, share)
+    return _shorten(dict(num_inference_steps=point.get("sampling_steps", 50)) | steps | setting.options, share)
 
 
 def cell_name(method, task, setting: _Setting, seeds: Sequence[int], numbers: dict) -> str:
@@ -164,15 +171,25 @@ def cell_name(method, task, setting: _Setting, seeds: Sequence[int], numbers: di
     return content_hash(SCORES, setting.method, key, task.name, list(seeds), method.models.hash, seen)[:16]
 
 # %% ../../nbs/evidence/18_experiments.ipynb #f7d58d63
+def _baseline_start(
+    e,  # an `Edit`
+    numbers: dict,  # of a baseline; paste: begin from the subject on the reference; grow: px around it that may change
+) -> tuple:  # the picture to begin from (3, H, W), the numbers for the baseline's function
+    "A baseline's picture: the photo, or the photo's subject pasted on the reference, and the area that may change."
+    more = {k: v for k, v in numbers.items() if k not in ("paste", "grow")}
+    start = composite(e.image, e.mask, e.reference) if numbers.get("paste") else e.image
+    return start, more | (dict(mask=dilate(e.mask, numbers["grow"])) if numbers.get("grow") else {})
+
+
 def _draw_cell(
     method, task, setting: _Setting, seeds: Sequence[int], numbers: dict
 ) -> torch.Tensor:  # (B, 3, H, W), 0-1
     "The pictures of one setting on one edit."
     e = task.edit
     if setting.method in _BASELINES:
-        return _BASELINES[setting.method](
-            method.models, fit_image(to_pil(e.image), method.models.size), e.text, seeds=seeds, **numbers
-        )
+        start, more = _baseline_start(e, numbers)
+        image = fit_image(to_pil(start), method.models.size)
+        return _BASELINES[setting.method](method.models, image, e.text, seeds=seeds, **more)
     drawn = {k: v for k, v in numbers.items() if k != "tuned"}
     tuned = EditConfig(**drawn | numbers.get("tuned", {}))
     given = dict(mask=e.mask, reference=to_pil(e.reference), source=e.source)
