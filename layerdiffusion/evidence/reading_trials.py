@@ -98,7 +98,7 @@ def _measure_readings(
     write_json(Path(folder) / "readings.json", about)
 
 # %% ../../nbs/evidence/14_readings.ipynb #1dfc905f
-def load_readings(folder: Path = Path("../results")) -> dict:
+def _load_readings(folder: Path = Path("../results")) -> dict:
     "The recorded measurement: a reading's name -> its group, its changes, and a row for each picture."
     found = {}
     for line in read_record(Path(folder) / "readings.jsonl").values():
@@ -110,7 +110,7 @@ def load_readings(folder: Path = Path("../results")) -> dict:
     return {name: reading for name, reading in found.items() if len(reading["rows"]) == whole}  # measured on every edit
 
 
-def gain_of(found: dict, name: str, field: str = "same") -> tuple:
+def _gain_of(found: dict, name: str, field: str = "same") -> tuple:
     "How much more of a score a reading has than `paper`, on the same edits and seeds: mean, and its 95 % interval."
     pairs = zip(found[name]["rows"], found["paper"]["rows"], strict=True)
     return interval([dict(edit=a["edit"], gain=float(a[field]) - float(b[field])) for a, b in pairs], "gain")
@@ -118,7 +118,7 @@ def gain_of(found: dict, name: str, field: str = "same") -> tuple:
 # %% ../../nbs/evidence/14_readings.ipynb #bf019878
 def _beside(found: dict, name: str, field: str) -> str:
     "The gain in words, bold where its interval leaves 0 out."
-    more, low, high = gain_of(found, name, field)
+    more, low, high = _gain_of(found, name, field)
     said = f"{more:+.2f} [{low:+.2f}, {high:+.2f}]"
     return f"**{said}**" if low > 0 or high < 0 else said
 
@@ -130,7 +130,7 @@ def show_readings(
     "The measured readings: means, and differences from `paper`; the first line is `paper`, each other says its change."
     from IPython.display import Markdown
 
-    found = load_readings(folder)
+    found = _load_readings(folder)
     lines = ["| | valid | more than `paper` | identity | more than `paper` | place | top-1 | same | right |"]
     lines.append("| --- |" + " --- |" * 8)
     for name, reading in found.items():
