@@ -156,6 +156,8 @@ def test_recorded_methods_are_rows(tmp_path):
     (row,) = _recorded_rows(file)
     assert (row["n"], row["tasks"], row["seeds"], row["right"]) == (4, 2, [0, 1], [0.5, 0.0, 1.0])
     assert "SDEdit (2 of 60 tasks)" in _leaderboard([row])
+    with pytest.raises(BadInput, match="'SDEdit' is of layerdiffusion-joint-15 version 1 .*draw these tasks"):
+        _leaderboard([row, row | dict(benchmark="layerdiffusion-joint-15", version=1, hash="fa1cca1ba3bb3760")])
 
 
 @pytest.mark.parametrize(

@@ -160,13 +160,15 @@ def _recorded_rows(
 
 
 def _leaderboard(rows: Sequence[dict]) -> str:
-    "The table as Markdown, most right first; a row of fewer than all tasks says so."
+    "The table as Markdown, most right first; a row of fewer than all tasks says so, one of other tasks is refused."
+    if odd := next((r for r in rows if r["hash"] != _benchmark_hash()), None):
+        raise BadInput(
+            f"The row of {odd['method']!r} is of {odd['benchmark']} version {odd['version']} ({odd['hash']}), and this "
+            f"is {_NAME} version {VERSION} ({_benchmark_hash()}); draw these tasks and score them."
+        )
     show, total = (lambda v: "{:.2f} [{:.2f}, {:.2f}]".format(*v)), len(_benchmark_tasks())
     def said(r):
-        return (
-            r["method"]
-            + (f" ({r['tasks']} of {total} tasks)" if r["tasks"] < total else "")
-        )
+        return r["method"] + (f" ({r['tasks']} of {total} tasks)" if r["tasks"] < total else "")
     lines = [
         f"| method | {' | '.join(f + (' ↓' if f in ('identity', 'background') else '') for f in SCORES)} | pictures |",
         "|" + " --- |" * (len(SCORES) + 2),
