@@ -1916,7 +1916,7 @@ def serve(
     port = _free_port(port)
     with tempfile.TemporaryDirectory() as folder:
         page = _write_page(Path(folder), dict(keep="edits", theme="auto" if theme == "auto" else "page") | options)
-        say(f"The editor is at http://127.0.0.1:{port}; it takes a few seconds to appear, and Ctrl-C ends it.")
+        say(f"The editor is at http://127.0.0.1:{port} (it takes a few seconds to appear; Ctrl-C ends it).")
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, signal.default_int_handler)  # ended like by Ctrl-C
         server = _start_voila(page, port, theme, browser)
