@@ -1,7 +1,6 @@
 """The benchmark is the same everywhere and for ever, the truth wins it, and an adapter that errs is told how."""
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -9,10 +8,12 @@ from PIL import Image
 
 from layerdiffusion.evidence.benchmark import (
     _NAME,
+    _SHEET,
     VERSION,
     _as_tensors,
     _benchmark_hash,
     _benchmark_tasks,
+    _check_world,
     _export_tasks,
     _from_folder,
     given,
@@ -21,14 +22,13 @@ from layerdiffusion.evidence.benchmark import (
     _recorded_rows,
     _run_benchmark,
     _score_joint,
+    _small_pictures,
     score_folder,
 )
+from layerdiffusion.evidence.scores import _SETS, edit_set
 from layerdiffusion.base.core import BadInput, to_pil
+from layerdiffusion.mini.world import VALUES
 from layerdiffusion.pipeline import LayerDiffusion
-from layerdiffusion.interface.saving import pixels
-
-SHEET = Path(__file__).with_name("benchmark.png")
-
 
 @pytest.fixture(scope="module")
 def method():
@@ -40,22 +40,51 @@ def test_the_tasks_are_those_of_version_2():
     assert (_NAME, VERSION, _benchmark_hash()) == ("layerdiffusion-joint-60", 2, "c17a953265da90a7")
 
 
-def small_pictures():
-    "All pictures of the tasks, each cell of four pixels by four as its mean: a row for each task."
+def test_another_world_is_refused():
+    """A picture drawn a little otherwise, another mask, two tasks in each other's place, a word: each in one sentence.
+    What a processor rounds otherwise passes. The sheet is made by `python tests/test_benchmark.py`."""
 
-    def shown(e):
-        return (e.image, e.mask, e.reference, e.answer, e.answer_mask)
+    def swap(tasks):
+        tasks[0], tasks[1] = tasks[1], tasks[0]
 
-    rows = [torch.cat([x.expand(3, -1, -1) for x in shown(t.edit)], 2) for t in _benchmark_tasks()]
-    return torch.nn.functional.avg_pool2d(torch.cat(rows, 1), 4)
+    for change in (
+        lambda tasks: tasks[7].edit.answer[:, 20:24, 20:24].mul_(0.9).add_(0.02),
+        lambda tasks: tasks[59].edit.mask.copy_(tasks[59].edit.answer_mask),
+        swap,
+        lambda tasks: setattr(tasks[3].edit, "text", tasks[3].edit.text + " "),
+    ):
+        tasks = _benchmark_tasks()
+        change(tasks)
+        with pytest.raises(BadInput, match="other tasks than those of layerdiffusion-joint-60 version 2 .*; install"):
+            _check_world(tasks)
+    tasks = _benchmark_tasks()
+    tasks[7].edit.answer.mul_(1 - 1e-6)
+    _check_world(tasks)
 
 
-def test_the_tasks_look_as_in_version_2():
-    """The renderer draws the scenes as it did, to one of 255 levels in a cell's mean; what a processor rounds otherwise
-    is
-    a thousandth of that. The file is made by `python tests/test_benchmark.py`."""
-    then = pixels(SHEET)
-    assert (small_pictures() - then).abs().max() < 1 / 255
+def test_the_tasks_are_in_no_other_set():
+    "Neither a photo nor an individual; and no two of them ask for the same."
+
+    def look(task):
+        return tuple(task.edit.before.look.flatten().tolist())
+
+    tasks = edit_set("joint 2", 8)
+    assert len({(t.edit.source, t.edit.text) for t in tasks}) == len({look(t) for t in tasks}) == len(tasks) == 60
+    others = [t for name in _SETS if name != "joint 2" for t in edit_set(name, 8)]
+    assert len(others) == 123 and not {look(t) for t in tasks} & {look(t) for t in others}
+
+
+def test_the_tasks_are_spread():
+    "Every task changes pose and place; each species in twenty, each pose asked for in fifteen, some black."
+
+    def count(values):
+        return sorted(torch.cat(values).unique(return_counts=True)[1].tolist())
+
+    before, after = zip(*((t.edit.before, t.edit.after) for t in edit_set("joint 2", 8)), strict=True)
+    assert count([s.species for s in after]) == [20] * 3 and count([s.pose for s in after]) == [15] * 4
+    assert min(count([s.place for s in after])) >= 4 and min(count([s.colour for s in after])) >= 4
+    assert all(a.pose != b.pose and a.place != b.place for a, b in zip(before, after, strict=True))
+    assert sum(int(s.colour) == VALUES["colour"].index("black") for s in before) >= 5
 
 
 def test_the_hash_sees_every_scene_and_word():
@@ -313,4 +342,4 @@ def test_metrics_refuse_what_is_not_a_batch():
 
 
 if __name__ == "__main__":
-    to_pil(small_pictures()).save(SHEET, optimize=True)
+    to_pil(_small_pictures(edit_set("joint 2"))).save(_SHEET, lossless=True, exact=True, quality=100, method=6)

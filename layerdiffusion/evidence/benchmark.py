@@ -23,6 +23,7 @@ from layerdiffusion.base.core import (
     environment,
     fit_image,
     load_image,
+    package_folder,
     quiet,
     shielded,
     to_pil,
@@ -36,12 +37,14 @@ from ..mini.world import Scenes
 from ..words import split_text
 
 # %% ../../nbs/evidence/24_benchmark.ipynb #a898c288
-_NAME, VERSION = "layerdiffusion-joint-60", 2
+_NAME, VERSION, _PIN = "layerdiffusion-joint-60", 2, "c17a953265da90a7"
 
 @lru_cache(1)
 @shielded
 def _drawn_tasks():
-    return edit_set("joint 2")
+    tasks = edit_set("joint 2")
+    _check_world(tasks)
+    return tasks
 
 def _benchmark_tasks() -> list:  # of `Task`
     "The tasks, in their order."
@@ -58,6 +61,25 @@ def _benchmark_hash(tasks: Sequence[Task] | None = None  # None: the benchmark's
 def _scene_numbers(scenes: Scenes) -> dict:
     "All that a scene is drawn from, in whole thousandths."
     return {f.name: (getattr(scenes, f.name).double() * 1000).round().int().tolist() for f in fields(scenes)}
+
+# %% ../../nbs/evidence/24_benchmark.ipynb #757d13a1
+_SHEET = package_folder() / "pictures" / "benchmark.webp"
+
+def _small_pictures(tasks: Sequence[Task]) -> torch.Tensor:  # (3, 16 a task, 80), 0-1
+    "Photo, mask, reference, answer and its mask in a row for each task, 4 × 4 pixels as their mean."
+    shown = [(t.edit.image, t.edit.mask, t.edit.reference, t.edit.answer, t.edit.answer_mask) for t in tasks]
+    rows = [torch.cat([x.expand(3, -1, -1) for x in pictures], 2) for pictures in shown]
+    return torch.nn.functional.avg_pool2d(torch.cat(rows, 1), 4)
+
+def _check_world(tasks: Sequence[Task]):
+    "Refuse tasks whose words, scenes or pictures are not those of this version."
+    unlike = (_small_pictures(tasks) - pixels(_SHEET)).abs().max().item()
+    if _benchmark_hash(tasks) != _PIN or unlike >= 1 / 255:
+        raise BadInput(
+            f"The world draws other tasks than those of {_NAME} version {VERSION} (hash {_benchmark_hash(tasks)} for "
+            f"{_PIN}, pictures up to {255 * unlike:.0f} of 255 apart); install a layerdiffusion that has this version."
+        )
+
 
 # %% ../../nbs/evidence/24_benchmark.ipynb #b710be20
 def given(task: Task) -> dict:
