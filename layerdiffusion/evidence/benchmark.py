@@ -177,7 +177,8 @@ def _recorded_rows(
     for name in dict.fromkeys(line["method"] for line in lines):
         mine = [line for line in lines if line["method"] == name]
         flat = [dict(edit=line["edit"], **s) for line in mine for s in line["scores"]]
-        rows.append(_benchmark_row(name, flat, range(len(mine[0]["scores"])), len(mine)))
+        row = _benchmark_row(name, flat, range(len(mine[0]["scores"])), len(mine))
+        rows.append(row | dict(hash=mine[0]["hash"]))
     return rows
 
 

@@ -131,14 +131,13 @@ def show_readings(
     from IPython.display import Markdown
 
     found = _load_readings(folder)
-    lines = ["| | valid | more than `paper` | identity | more than `paper` | place | top-1 | same | right |"]
-    lines.append("| --- |" + " --- |" * 8)
+    lines = ["| | valid | beside `paper` | identity | beside `paper` | place | top-1 |", "| --- |" + " --- |" * 6]
     for name, reading in found.items():
         if groups and reading["group"] not in ("", *groups):
             continue
-        mean = {f: f"{interval(reading['rows'], f)[0]:.2f}" for f in (*_READ, "same")}
+        mean = {f: f"{interval(reading['rows'], f)[0]:.2f}" for f in _READ}
         valid, identity = (_beside(found, name, f) if reading["changes"] else "" for f in ("valid", "identity"))
         cells = [mean["valid"], valid, mean["identity"], identity]
-        cells += [mean[f] for f in ("background", "top1", "same", "right")]
+        cells += [mean["background"], mean["top1"]]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return Markdown("\n".join(lines))
