@@ -520,7 +520,7 @@ def _listed(name: str, offline: bool) -> tuple:
     if offline or constants.HF_HUB_OFFLINE:
         return None, "this machine is set to offline"
     try:
-        return HfApi().list_repo_files(name), ""
+        return [f.rfilename for f in HfApi().model_info(name, timeout=10).siblings], ""  # once, without repeats
     except _line_errors() as e:
         return None, _reason(e)
 
