@@ -378,7 +378,15 @@ MUTANTS = [
     ),
     way("an average that stands", "mini.training", "ema.update_parameters(objective)", "None", "after_each_step"),
     way("nine of ten captions left out", "mini.training", "generator=g) < 0.1", "generator=g) > 0.1", "captions"),
-    way("the place counts more", "mini.training", "(1 + self.weight * mask)", "(3 - 2 * mask)", "three_times"),
+    way("the place counts more", "mini.training", "(1 + self.weight * mask + ", "(3 - 2 * mask + ", "three_times"),
+    way("a sock counts like a tree", "mini.training", " + self.second * second)", ")", "three_times"),
+    Mutant(
+        "words alone that see",
+        "mini.training",
+        "layer.scale = [float(seeing)]",
+        "layer.scale = [1.0]",
+        "test_mini.py::learnt_together",
+    ),
     way("cool before warm", "mini.training", "share < 1 - cool", "share > 1 - cool", "rate_of"),
     Mutant("a view of itself", "mini.training", "roll(shift, 1)", "roll(0, 1)", "test_device.py::larger"),
     Mutant(

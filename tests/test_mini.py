@@ -18,9 +18,10 @@ def written(tmp_path_factory):
 
     run, out, stages = tmp_path_factory.mktemp("run"), tmp_path_factory.mktemp("models") / "mine", {}
     _build_vae().half().save_pretrained(run / "vae_folder")
-    for stage in ("diffusion", "sam", "clip", "judge", "encoder", "adapter"):
-        stages[stage] = _STAGES[stage](**(_needs(stage, run) if stage in ("diffusion", "adapter") else {}))
-        if stage == "adapter":
+    for stage in ("diffusion", "sam", "clip", "judge", "encoder", "adapter", "together"):
+        drawing = stage in ("diffusion", "adapter", "together")
+        stages[stage] = _STAGES[stage](**(_needs(stage, run) if drawing else {}))
+        if stage in ("adapter", "together"):
             with torch.no_grad():
                 [p.normal_(std=0.1) for name, p in stages[stage].named_parameters() if "to_v_ip" in name]
         (run / stage).mkdir()
@@ -80,7 +81,7 @@ def test_written_adapter_is_read(written):
     from layerdiffusion.identity import portrait, see_subject
     from layerdiffusion.mini.world import render
 
-    out, made = written[0], written[1]["adapter"]
+    out, made = written[0], written[1]["together"]  # the last stage
     with safe_open(str(out / "unet" / "diffusion_pytorch_model.safetensors"), "pt") as f:
         assert not [k for k in f.keys() if "processor" in k]  # noqa: SIM118
     pipe = StableDiffusionPipeline.from_pretrained(out)
@@ -285,6 +286,57 @@ def test_an_adapter_adds_nothing_at_first_and_the_base_stays():
     with torch.no_grad():
         answer, other = o.predict(x, 500, words, seen), o.predict(x, 500, words, seen.flip(0))
         assert not torch.allclose(answer, other, atol=1e-6)
+
+
+def test_words_and_sight_are_learnt_together():
+    """In a step of words alone the adapter is off: the answer is the plain U-Net's, and what looks learns nothing. In
+    the other steps all of it learns but the image encoder. A place without a subject shows nothing to look at."""
+    import torch
+    from layerdiffusion.base.sd import load_models
+    from layerdiffusion.mini.training import _AdapterObjective, _draw_scenes, _TogetherObjective
+
+    mini = load_models("mini")
+    o = _TogetherObjective(vae=mini.folder / "vae")
+    o.unet.load_state_dict(mini.unet.state_dict(), strict=False)
+    with torch.no_grad():
+        [p.normal_(std=0.1) for name, p in o.named_parameters() if "to_v_ip" in name]
+    o.reuse, o.batch = 1, 8
+    x, seen, words = torch.randn(2, 4, 16, 16), torch.randn(2, 128), o.embed(["a dog", "a cat"])
+    for seeing in (False, True):
+        o.see_or_not(seeing)
+        o.zero_grad()
+        with torch.no_grad():
+            answer = o.predict(x, 500, words, seen)
+            assert torch.allclose(answer, mini.unet(x, 500, words).sample, atol=1e-6) != seeing
+        scenes, g = _draw_scenes(o, 0)
+        _AdapterObjective.forward(o, scenes, g)[0].backward()
+        learns = {k for k, p in o.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
+        looks = {k for k in learns if "_ip." in k or k.startswith("project.")}
+        assert len(looks) == (24 if seeing else 0) and any(k.startswith("text_encoder.") for k in learns)
+        assert "unet.conv_in.weight" in learns and o.frozen[1].visual_projection.weight.grad is None
+    steps = []
+    for k in range(12):
+        o(*_draw_scenes(o, k))
+        steps.append(o.seeing)
+        item = o.pool[-1]
+        assert torch.equal(item["seen"].abs().sum(1) > 0, item["mask"].flatten(1).any(1))
+    assert set(steps) == {False, True}
+    assert not torch.cat([item["scenes"].present for item in o.pool]).bool().all()
+
+
+def test_where_the_second_colour_shows():
+    "On the subject alone; more of it where there is a saddle."
+    from layerdiffusion.mini.training import _second_colour
+    from layerdiffusion.mini.world import render
+
+    shown = []
+    for saddle in (0.0, 1.0):
+        scenes = with_traits(scenes_of(6, empty=0.0), saddle=saddle, belly=0.0, socks=0.0, tail_tip=0.0)
+        x, mask, _ = render(scenes, 64)
+        area = _second_colour(scenes, x)
+        assert not ((area > 0) & (mask == 0)).any()
+        shown.append(area.mean().item())
+    assert shown[1] > shown[0] + 0.01
 
 
 # --------------------------------------------------------------------------- what the parts are taught and asked

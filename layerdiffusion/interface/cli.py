@@ -940,7 +940,7 @@ def _examples(
         _announce(str(out / f"{name}.png") if out else f"example:{name}")
 
 # %% ../../nbs/interface/30_cli.ipynb #a6968386
-_TRAINING_STAGES = ("all", "vae", "decoder", "sam", "clip", "judge", "diffusion", "encoder", "adapter")
+_TRAINING_STAGES = ("all", "vae", "decoder", "sam", "clip", "judge", "diffusion", "encoder", "adapter", "together")
 
 
 @app.command("train-mini", no_args_is_help=True, epilog="The whole recipe:  layerdiffusion train-mini all")
@@ -948,7 +948,7 @@ def _train_mini(
     stage: Annotated[
         Literal[_TRAINING_STAGES],
         typer.Argument(
-            help="Which part: vae first, adapter last; all: the whole recipe, and the folder of the models in "
+            help="Which part: vae first, together last; all: the whole recipe, and the folder of the models in "
             "DIR/model."
         ),
     ],

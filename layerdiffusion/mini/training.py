@@ -498,11 +498,23 @@ def _build_scheduler():
         set_alpha_to_one=True,
     )
 
+# %% ../../nbs/mini/12_mini.ipynb #193fc80c
+def _second_colour(scenes, x: torch.Tensor  # (B, 3, H, W) in 0-1, as `render` draws them
+                   ) -> torch.Tensor:  # (B, 1, H, W), 0 or 1
+    "Where the subject's second colour shows: what changes if its hue and lightness do."
+    look = scenes.look.clone()
+    for name in ("hue", "light"):
+        look[:, world.TRAITS.index(name)] = (look[:, world.TRAITS.index(name)] + 0.5) % 1
+    turned = render(world.replace(scenes, look=look), x.shape[-1])[0]
+    return ((turned - x).abs().amax(1, keepdim=True) > 0.04).to(x)
+
+
 # %% ../../nbs/mini/12_mini.ipynb #0a66aec1
 class _DiffusionObjective(nn.Module):
-    "Eq. 1 on fresh scenes: noise latents, predict v. The subject counts three times."
+    "Eq. 1 on fresh scenes: noise latents, predict v. The subject counts three times, its second colour 23 times."
 
-    lr, batch, samples, ema, empty, steps_back, reuse, weight = 7e-4, 4, 200_000, 0.9985, 0.06, 1500, 4, 2
+    lr, batch, samples, ema, empty, steps_back, reuse = 7e-4, 4, 200_000, 0.9985, 0.06, 1500, 4
+    weight, second = 2, 20
 
     def __init__(self, level=0.0, vae=None):
         super().__init__()
@@ -529,7 +541,8 @@ class _DiffusionObjective(nn.Module):
     def fill(self, scenes):
         "Draw and encode new scenes into the pool, a dict of what is needed of each; gives pictures and masks."
         x, mask, _ = render(scenes.to(_device_of(self)), _IMAGE_SIZE)
-        item = dict(latents=self.encode(x), mask=F.avg_pool2d(mask, _FACTOR), scenes=scenes)
+        areas = dict(mask=mask, second=_second_colour(scenes.to(x.device), x))
+        item = dict(latents=self.encode(x), scenes=scenes) | {k: F.avg_pool2d(v, _FACTOR) for k, v in areas.items()}
         self.pool = (self.pool + [item])[-self.steps_back :]
         return x, mask
 
@@ -558,8 +571,8 @@ class _DiffusionObjective(nn.Module):
         return self.unet(latents, t, embeds if seen is None else (embeds, [self.project(seen)])).sample
 
     def loss(self, drawn, g, seen=None):
-        "The weighted error of v; the plain one, and that on the subject."
-        latents, mask = (torch.cat([d[k] for d in drawn]) for k in ("latents", "mask"))
+        "The weighted error of v; the plain one, that on the subject, and that on its second colour."
+        latents, mask, second = (torch.cat([d[k] for d in drawn]) for k in ("latents", "mask", "second"))
         texts = captions(world.stack_scenes([d["scenes"] for d in drawn]), g)
         drop = (torch.rand(len(texts), generator=g) < 0.1).tolist()
         embeds = self.embed(["" if d else s for s, d in zip(texts, drop, strict=True)])
@@ -568,8 +581,8 @@ class _DiffusionObjective(nn.Module):
         with _half_precision(latents.device):
             pred = self.predict(self.scheduler.add_noise(latents, noise, t), t, embeds, seen).float()
         error = (pred - self.scheduler.get_velocity(latents, noise, t)).square()
-        subject = (error * mask).mean() / mask.mean().clamp_min(1e-4)
-        return (error * (1 + self.weight * mask)).mean(), dict(plain=error.mean(), subject=subject)
+        on = {k: (error * v).mean() / v.mean().clamp_min(1e-4) for k, v in dict(subject=mask, second=second).items()}
+        return (error * (1 + self.weight * mask + self.second * second)).mean(), dict(plain=error.mean()) | on
 
     def sheet(self):
         "All poses of all species in two places each, half of them in many words, with guidance."
@@ -754,8 +767,8 @@ class _AdapterObjective(_DiffusionObjective):
 
     @torch.no_grad()
     def see(self, x, mask):
-        "Embeddings (B, D) of the subjects of pictures."
-        return _look(self.frozen[1].to(x.device), _portraits(x, mask))
+        "Embeddings (B, D) of the subjects of pictures; zeros where there is none."
+        return _look(self.frozen[1].to(x.device), _portraits(x, mask)) * (mask > 0.5).flatten(1).any(1, keepdim=True)
 
     def fill(self, scenes):
         x, mask = super().fill(_in_views(scenes, self.views))
@@ -780,6 +793,45 @@ class _AdapterObjective(_DiffusionObjective):
         texts = [f"{world.say_subject(s, i, ('colour',))} {world.say_place(s, i)}" for i in range(n)]
         y = self.draw_texts(texts, torch.Generator().manual_seed(0), guidance_scale=2.0, seen=self.see(x, mask))
         return torch.cat([v[i : i + 8] for i in (0, 8, 16) for v in (x, y, true)])
+
+# %% ../../nbs/mini/12_mini.ipynb #51caa4cf
+class _TogetherObjective(_AdapterObjective):
+    "Eq. 1 by words alone in half of the steps, in sight of the individual in the others; all but the eyes learns."
+
+    lr, samples, empty, unused = 5e-4, 300_000, 0.06, True
+
+    def __init__(
+        self,
+        level=0.0,
+        vae=None,
+        start=None,  # a checkpoint of the stage adapter
+        encoder=None,  # a checkpoint of the stage encoder
+    ):
+        super().__init__(level, vae, None, encoder)
+        if start:
+            _averaged(start, self)
+        self.unet.requires_grad_(True)
+        self.text_encoder.requires_grad_(True)
+        self.seeing = True
+
+    def see_or_not(self, seeing: bool):
+        "Switch the adapter on or off."
+        self.seeing = seeing
+        for layer in self.unet.attn_processors.values():
+            if hasattr(layer, "to_k_ip"):
+                layer.scale = [float(seeing)]
+
+    def timesteps(self, n, g):
+        return super().timesteps(n, g) if self.seeing else _DiffusionObjective.timesteps(self, n, g)
+
+    def forward(self, scenes, g):
+        self.see_or_not(bool(torch.rand(1, generator=g) < 0.5))
+        return super().forward(scenes, g)
+
+    def sheet(self):
+        self.see_or_not(True)
+        return super().sheet()
+
 
 # %% ../../nbs/mini/12_mini.ipynb #4dd16dd6
 _SAM_CONFIG = dict(
@@ -1280,7 +1332,11 @@ _STAGES = dict(
     diffusion=_DiffusionObjective,
     encoder=_EncoderObjective,
     adapter=_AdapterObjective,
+    together=_TogetherObjective,
 )
+
+
+_DRAWING = "diffusion", "adapter", "together"
 
 
 def _checkpoint(run, stage, what):
@@ -1303,11 +1359,10 @@ def _vae_folder(run):
 
 def _needs(stage, run):
     "What a stage takes from the stages before it."
-    needs = dict(vae=_vae_folder(run)) if stage in ("decoder", "diffusion", "judge", "adapter") else {}
-    if stage == "adapter":
-        needs |= dict(
-            start=_checkpoint(run, "diffusion", "diffusion model"), encoder=_checkpoint(run, "encoder", "image encoder")
-        )
+    needs = dict(vae=_vae_folder(run)) if stage in ("decoder", "judge", *_DRAWING) else {}
+    if stage in ("adapter", "together"):
+        before = ("diffusion", "diffusion model") if stage == "adapter" else ("adapter", "adapter")
+        needs |= dict(start=_checkpoint(run, *before), encoder=_checkpoint(run, "encoder", "image encoder"))
     return needs
 
 
@@ -1376,9 +1431,10 @@ def _write_mini(
         return objective
 
     out, vae = Path(out), _vae_folder(run)
-    seeing = (Path(run) / "adapter" / "checkpoint.safetensors").exists()
+    last = [s for s in _STAGES if s in _DRAWING and (Path(run) / s / "checkpoint.safetensors").exists()][-1]
+    seeing = last != "diffusion"
     eyes = dict(encoder=_checkpoint(run, "encoder", "image encoder")) if seeing else {}
-    drawing = trained("adapter" if seeing else "diffusion", vae=vae, **eyes)
+    drawing = trained(last, vae=vae, **eyes)
     better = (Path(run) / "decoder" / "checkpoint.safetensors").exists()
     _save_diffusion(out, trained("decoder").vae if better else _load_vae(vae), drawing)
     if seeing:
