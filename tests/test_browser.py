@@ -436,6 +436,7 @@ def test_app_command(browser, tmp_path):
         page.keyboard.press("Tab")
         page.locator(".ld-error").first.wait_for()
         assert serial(page) == before, "Escape leaves a drag undone"
+        page.set_viewport_size(dict(width=1280, height=800))
         unfold(page)  # what it opens comes into view
         page.wait_for_function("document.querySelector('.ld-app > .ld-fold').getBoundingClientRect().top < 60")
         page.evaluate("window.dispatchEvent(new Event('beforeunload', { cancelable: true }))")  # asked, and stayed
