@@ -114,6 +114,7 @@ def test_stop_and_resume(editor, method, monkeypatch):
     assert (
         editor.go.description == "Resume" and "Resume goes on there" in said(editor, "run") and editor.method.unfinished
     )
+    assert 'of "Teaching subject and place (Eq. 4-6)"' in said(editor, "run"), "named as beside its bar"
     turn(editor, lambda_obj=3.0)
     assert editor.go.description == "Run", "with other settings there is nothing to resume"
     turn(editor, lambda_obj=2.0)
@@ -273,7 +274,9 @@ def test_everything_wrong_is_a_sentence(editor, monkeypatch):
     assert (
         "swimming" in said(editor, "run") and "Traceback" not in said(editor, "run") and editor.go.description == "Run"
     )
+    assert not said(editor, "text") and "start the editor with a full model: layerdiffusion app" in said(editor, "run")
     editor.text.value = "a brown dog jumping in a forest"
+    assert not said(editor, "run"), "what is right now is not called wrong any more"
     editor.canvas.clear()
     editor.run()
     assert "mask is empty" in said(editor, "run") and not editor.running and not editor.history
@@ -355,8 +358,20 @@ def test_texts_of_lines():
 
 def test_the_page_of_the_command(tmp_path):
     page = _write_page(tmp_path, dict(image="example:cat", text="it's"))
-    compile(json.loads(page.read_text())["cells"][0]["source"], "cell", "exec")
+    compile(json.loads(page.read_text())["cells"][-1]["source"], "cell", "exec")
     assert "default-src 'self'" in (tmp_path / "voila.json").read_text()
+    for theme in ("auto", "page"):  # only the first one takes the system's colours while it waits
+        before = json.loads(_write_page(tmp_path, dict(theme=theme)).read_text())["cells"][0]["source"]
+        assert ("ld-auto" in before) == (theme == "auto") and "beforeunload" in before
+
+
+def test_the_time_left_after_a_stop(editor):
+    "What was done before the stop took no time since, and is no sign of speed."
+    times = []
+    for start in (0, 100):
+        editor.progress(module.Event("tuning", 110, 210, seconds=10.0), start)
+        times.append(module._time_left(dict(tuning=1), editor.stages, {}))
+    assert times == pytest.approx([10 / 110 * 100, 100])
 
 
 def test_the_page_says_why_there_is_no_editor(tmp_path, monkeypatch):

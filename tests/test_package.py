@@ -61,7 +61,7 @@ def test_pictures_are_there():
 def test_editor_is_there():
     "The canvas and its style come with the package, and fetch nothing."
     texts = {p.name: p.read_text(encoding="utf-8") for p in (DATA / "static").iterdir()}
-    assert {"canvas.js", "canvas.css", "app.js", "app.css"} <= set(texts)
+    assert {"canvas.js", "canvas.css", "app.js", "app.css", "page.html"} <= set(texts)
     assert not [name for name, text in texts.items() if re.search(r"https?://|@import|^import ", text, re.M)]
 
 
@@ -122,6 +122,8 @@ def test_what_is_imported_is_required(told):
             "ipywidgets",
             "anywidget",
             "traitlets",
+            "jupyter_client",
+            "zmq",
             "nbdev",
             "fastcore",
             "smalldocs",

@@ -696,7 +696,7 @@ def ask_card(self: LayerDiffusionApp):
 
 @patch
 def place_and_words(self: LayerDiffusionApp):
-    "How the sentence is split, the new place, and a file beside the kernel."
+    "How the sentence is split, the new place, and a file by its path."
     place = box("ld-flow", self.reroll, self.own_place, self.no_place)
     return self.fold(
         "Words and place",
@@ -705,7 +705,7 @@ def place_and_words(self: LayerDiffusionApp):
         place,
         self.place,
         self.says["place"],
-        self.field("A picture beside the kernel, by its path", self.path),
+        self.field("A picture by its path, where the editor runs", self.path),
         opened=True,
     )
 
@@ -814,6 +814,8 @@ def tell(self: LayerDiffusionApp, where: str, what, wrong: bool = False):
             sentence(what),
             not isinstance(what, KeyboardInterrupt),
         )
+        for stage, name in _STAGES.items():
+            what = what.replace(f"the stage {stage!r}", f'"{name}"')
     self.says[where].value = (
         f'<span class="{"ld-error" if wrong else "ld-note"}" role="status">{html.escape(what)}</span>' if what else ""
     )
@@ -956,6 +958,8 @@ def set_to(self: LayerDiffusionApp, order: _Order, marks: Marks, reference: tupl
 @patch
 def split(self: LayerDiffusionApp):
     "Split the sentence, and show both parts."
+    if "ld-error" in self.says["run"].value:
+        self.tell("run", "")  # what was wrong with the former sentence
     with self.silence():
         self.object.value = self.background.value = ""  # nothing is left of a former sentence
         try:
@@ -975,10 +979,11 @@ def check_words(self: LayerDiffusionApp):
         encode_text(self.method.models, [p for p in (self.text.value, self.object.value, self.background.value) if p])
         self.tell("text", "")
     except BadInput as refused:
-        self.tell("text", refused)
+        self.tell("text", _app_words(refused))
 
 
 _APP_WORDS = {
+    "or a full model with --model": "or start the editor with a full model: layerdiffusion app --model",
     " (in Python object= and background=)": "",
     "give the two parts with --object and --background": "fill in the two fields under Advanced",
     ", and give the rest to --negative-prompt": "",
@@ -1175,6 +1180,8 @@ def run(self: LayerDiffusionApp):
         encode_text(self.method.models, [order.text, *order.parts.values()])  # refuses words that it does not know
     except BadInput as refused:
         self.tell("run", _app_words(refused))
+        if self.says["text"].value == self.says["run"].value:
+            self.tell("text", "")  # twice is no clearer
         return
     if self.running:
         self.queue.append((wish, given))
@@ -1442,9 +1449,10 @@ def _curve(losses: list) -> str:
 
 
 @patch
-def progress(self: LayerDiffusionApp, event: Event, line: str, sheet):
-    "A callback's news."
-    self.stages[event.stage] = event.step, event.total, event.seconds
+def progress(self: LayerDiffusionApp, event: Event, start: int = 0):
+    "A callback's news; `start` steps of the stage were done before a stop, and are taken to have been as quick."
+    seconds = event.seconds * event.step / max(event.step - start, 1)
+    self.stages[event.stage] = event.step, event.total, seconds
     if event.loss is not None:
         self.losses.setdefault(event.stage, []).append(event.loss)
     self.say_stages()
@@ -1490,7 +1498,8 @@ def watch(self: LayerDiffusionApp, job: _Job) -> Callable:
         self.draft = decode_latents(self.method.models, latents)
         return self.draft
 
-    return join_callbacks(Preview(decode, self.progress, 0.3), job)
+    preview = Preview(decode, lambda event, line, sheet: self.progress(event, preview.start), 0.3)
+    return join_callbacks(preview, job)
 
 # %% ../../nbs/interface/23_app.ipynb #171ef8c2
 @patch
@@ -1835,14 +1844,18 @@ def come_back(self: LayerDiffusionApp):
     self.ready = True
 
 # %% ../../nbs/interface/23_app.ipynb #12e00e63
-_NOWHERE_ELSE = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:"
+_TORNADO = dict(
+    headers={"Content-Security-Policy": "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:"},
+    ws_ping_interval=0,  # milliseconds to Jupyter but seconds to Tornado, which would warn of its own default
+    ws_ping_timeout=0,
+)
 
 
 def begin(
     folder: str,  # where relative paths begin
     **options,
 ):  # of `LayerDiffusionApp`
-    "The one cell of the page: the editor, or the sentence that says why there is none."
+    "The code cell of the page: the editor, or the sentence that says why there is none."
     from IPython.display import HTML, display
 
     os.chdir(folder)
@@ -1852,16 +1865,21 @@ def begin(
         display(HTML(f"<p>{html.escape(sentence(error))}</p>"))
 
 
+def _page_itself(theme: str) -> str:
+    "What stands in the page before the editor: it waits in the system's colours, and may be left or not."
+    page, style = ((package_folder() / "static" / n).read_text(encoding="utf-8") for n in ("page.html", "app.css"))
+    return page + (f'<style>\n{style}</style>\n<i class="ld-auto"></i>\n' if theme == "auto" else "")
+
+
 def _write_page(folder: Path, options: dict) -> Path:
     "The notebook for Voila, and its settings beside it."
+    page = dict(cell_type="markdown", id="page", metadata={}, source=_page_itself(options.get("theme", "page")))
     code = f"from layerdiffusion.interface.app import begin\nbegin({str(Path.cwd())!r}{arguments(**options)})"
     cell = dict(cell_type="code", id="editor", metadata={}, execution_count=None, outputs=[], source=code)
     kernel = dict(kernelspec=dict(name="python3", display_name="Python 3", language="python"))
-    write_json(
-        folder / "voila.json", {"Voila": {"tornado_settings": {"headers": {"Content-Security-Policy": _NOWHERE_ELSE}}}}
-    )
+    write_json(folder / "voila.json", dict(Voila=dict(tornado_settings=_TORNADO)))
     return write_json(
-        folder / "layerdiffusion.ipynb", dict(cells=[cell], metadata=kernel, nbformat=4, nbformat_minor=5)
+        folder / "layerdiffusion.ipynb", dict(cells=[page, cell], metadata=kernel, nbformat=4, nbformat_minor=5)
     )
 
 # %% ../../nbs/interface/23_app.ipynb #9e450c87
@@ -1882,6 +1900,15 @@ def _free_port(port: int | None = None) -> int:
 _FREED = ["--MappingKernelManager.cull_idle_timeout=45", "--MappingKernelManager.cull_interval=10"]
 
 
+def _sealed() -> list:
+    "Nobody else on this machine reads what goes to a kernel, where Jupyter can do that; a kernel warns where not."
+    import jupyter_client
+    import zmq
+
+    able = zmq.has("curve") and hasattr(jupyter_client.KernelManager, "transport_encryption")
+    return ["--KernelManager.transport_encryption=auto"] if able else []
+
+
 def _start_voila(page: Path, port: int, theme: str, browser: bool) -> subprocess.Popen:
     "A process that serves a page."
     where = dict(PYTHONPATH=os.pathsep.join(filter(None, [str(package_folder().parent), os.environ.get("PYTHONPATH")])))
@@ -1894,10 +1921,22 @@ def _start_voila(page: Path, port: int, theme: str, browser: bool) -> subprocess
         f"--port={port}",
         f"--theme={'dark' if theme == 'dark' else 'light'}",
         *_FREED,
+        *_sealed(),
         "--Voila.log_level=ERROR",
         *([] if browser else ["--no-browser"]),
     ]
     return subprocess.Popen(command, cwd=page.parent, env=dict(os.environ, **where))
+
+
+def _answers(server: subprocess.Popen, port: int) -> bool:
+    "Wait until a server can be reached; False where it ended before."
+    import socket
+
+    while server.poll() is None:
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
+            return True
+        time.sleep(0.1)
+    return False
 
 
 def serve(
@@ -1916,11 +1955,13 @@ def serve(
     port = _free_port(port)
     with tempfile.TemporaryDirectory() as folder:
         page = _write_page(Path(folder), dict(keep="edits", theme="auto" if theme == "auto" else "page") | options)
-        say(f"The editor is at http://127.0.0.1:{port} (it takes a few seconds to appear; Ctrl-C ends it).")
+        say("Starting the editor ...")
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, signal.default_int_handler)  # ended like by Ctrl-C
         server = _start_voila(page, port, theme, browser)
         try:
+            if _answers(server, port):
+                say(f"The editor is at http://127.0.0.1:{port} (Ctrl-C ends it).")
             server.wait()
         except KeyboardInterrupt:
             say("The editor is closed.")

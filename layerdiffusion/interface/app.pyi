@@ -235,7 +235,7 @@ class LayerDiffusionApp:
         ...
 
     def place_and_words(self):
-        """How the sentence is split, the new place, and a file beside the kernel."""
+        """How the sentence is split, the new place, and a file by its path."""
         ...
 
     def setting_groups(self) -> list:
@@ -396,8 +396,8 @@ class LayerDiffusionApp:
         """Names and states of the buttons."""
         ...
 
-    def progress(self, event: Event, line: str, sheet):
-        """A callback's news."""
+    def progress(self, event: Event, start: int=0):
+        """A callback's news; `start` steps of the stage were done before a stop, and are taken to have been as quick."""
         ...
 
     def say_stages(self):
@@ -519,7 +519,7 @@ def _free_folder(image: str) -> str:
 def _read_upload(name: str, data: bytes) -> Any:
     """A picture that was uploaded."""
     ...
-_APP_WORDS = {' (in Python object= and background=)': '', 'give the two parts with --object and --background': 'fill in the two fields under Advanced', ', and give the rest to --negative-prompt': '', 'its parts go to --object and --background, what shall not be there to --negative-prompt': 'its parts go into the two fields under Advanced', 'what shall not be there goes to --negative-prompt': 'say only what is there', 'options stand outside the sentence, and --help shows those there are': 'leave it out', 'a picture of the place goes to --reference': 'a picture of the place can be uploaded under Advanced'}
+_APP_WORDS = {'or a full model with --model': 'or start the editor with a full model: layerdiffusion app --model', ' (in Python object= and background=)': '', 'give the two parts with --object and --background': 'fill in the two fields under Advanced', ', and give the rest to --negative-prompt': '', 'its parts go to --object and --background, what shall not be there to --negative-prompt': 'its parts go into the two fields under Advanced', 'what shall not be there goes to --negative-prompt': 'say only what is there', 'options stand outside the sentence, and --help shows those there are': 'leave it out', 'a picture of the place goes to --reference': 'a picture of the place can be uploaded under Advanced'}
 
 def _app_words(refused: BadInput) -> BadInput:
     """A sentence about options of the command line, as the editor would say it."""
@@ -586,10 +586,14 @@ _LEARNT, _LARGEST = (8, 200 * 2 ** 20)
 def _forget_learnt(folder: Path):
     """Take the U-Net's change out of a saved edit; its pictures and settings stay."""
     ...
-_NOWHERE_ELSE = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:"
+_TORNADO = dict(headers={'Content-Security-Policy': "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:"}, ws_ping_interval=0, ws_ping_timeout=0)
 
 def begin(folder: str, **options):
-    """The one cell of the page: the editor, or the sentence that says why there is none."""
+    """The code cell of the page: the editor, or the sentence that says why there is none."""
+    ...
+
+def _page_itself(theme: str) -> str:
+    """What stands in the page before the editor: it waits in the system's colours, and may be left or not."""
     ...
 
 def _write_page(folder: Path, options: dict) -> Path:
@@ -601,8 +605,16 @@ def _free_port(port: int | None=None) -> int:
     ...
 _FREED = ['--MappingKernelManager.cull_idle_timeout=45', '--MappingKernelManager.cull_interval=10']
 
+def _sealed() -> list:
+    """Nobody else on this machine reads what goes to a kernel, where Jupyter can do that; a kernel warns where not."""
+    ...
+
 def _start_voila(page: Path, port: int, theme: str, browser: bool) -> subprocess.Popen:
     """A process that serves a page."""
+    ...
+
+def _answers(server: subprocess.Popen, port: int) -> bool:
+    """Wait until a server can be reached; False where it ended before."""
     ...
 
 def serve(theme: str='auto', port: int | None=None, browser: bool=True, say: Callable=print, **options):

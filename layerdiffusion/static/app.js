@@ -73,7 +73,10 @@ class Hand {
       const file = [...e.clipboardData.files].find((f) => f.type.startsWith("image/"));
       if (file && (this.alone || app.contains(document.activeElement))) { e.preventDefault(); this.take(file); }
     });
-    on(window, "beforeunload", (e) => { if (this.model.get("busy")) { e.preventDefault(); e.returnValue = true; } });
+    const leaving = (e) => { if (this.model.get("busy")) { e.preventDefault(); e.returnValue = true; } };
+    if (this.alone) window.leaving = leaving;  // page.html asks it
+    else on(window, "beforeunload", leaving);
+    on(app, "click", (e) => e.target.closest(".ld-fold > button") && this.unfold(e.target.closest(".ld-fold > button")));
     on(app, "click", (e) => e.target.matches(".ld-cell img") && e.target.closest(".ld-cell").querySelector("button").click());
     on(app, "keydown", (e) => {
       if (e.key !== "Enter" || e.shiftKey || !e.target.matches(".ld-sentence textarea")) return;
@@ -84,6 +87,14 @@ class Hand {
     this.observer = new MutationObserver(() => { cancelAnimationFrame(this.due); this.due = requestAnimationFrame(() => this.name()); });
     this.observer.observe(app, { childList: true, subtree: true, attributes: true, attributeFilter: ["class"] });
     this.name();
+  }
+
+  unfold(button) {  // as soon as Python has opened it, bring it into view
+    requestAnimationFrame(() => {
+      if (!button.classList.contains("mod-active") || !button.isConnected) return;
+      if (button.nextElementSibling.offsetHeight) button.parentElement.scrollIntoView({ behavior: "smooth", block: "nearest" });
+      else this.unfold(button);
+    });
   }
 
   name() {  // what ipywidgets leaves without a name or a state
