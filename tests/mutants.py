@@ -379,7 +379,7 @@ MUTANTS = [
     way("an average that stands", "mini.training", "ema.update_parameters(objective)", "None", "after_each_step"),
     way("nine of ten captions left out", "mini.training", "generator=g) < 0.1", "generator=g) > 0.1", "captions"),
     way("the place counts more", "mini.training", "(1 + self.weight * mask + ", "(3 - 2 * mask + ", "three_times"),
-    way("a sock counts like a tree", "mini.training", " + self.second * second)", ")", "three_times"),
+    way("a sock counts like a tree", "mini.training", " + self.own * own)", ")", "three_times"),
     Mutant(
         "words alone that see",
         "mini.training",

@@ -830,7 +830,7 @@ def test_a_tenth_of_the_captions_are_left_out(diffusion, monkeypatch):
 
     scenes = sample_scenes(600, stream("captions"))
     nothing = torch.zeros(600, 1, 16, 16)
-    drawn = [dict(latents=torch.zeros(600, 4, 16, 16), mask=nothing, second=nothing, scenes=scenes)]
+    drawn = [dict(latents=torch.zeros(600, 4, 16, 16), mask=nothing, own=nothing, scenes=scenes)]
     monkeypatch.setattr(diffusion, "draw", lambda scenes, g: drawn, raising=False)
     monkeypatch.setattr(diffusion, "embed", embed, raising=False)
     with pytest.raises(Seen) as seen:
@@ -840,19 +840,19 @@ def test_a_tenth_of_the_captions_are_left_out(diffusion, monkeypatch):
 
 
 def test_the_subject_counts_three_times(diffusion, monkeypatch):
-    "And its second colour as often as is said."
+    "And what is its own as often as is said."
     from layerdiffusion.mini.world import sample_scenes, stream
 
     scenes = sample_scenes(2, stream("weights"))
     monkeypatch.setattr(diffusion, "embed", lambda texts: torch.zeros(len(texts), 1, 1), raising=False)
     losses, no, yes = [], torch.zeros(2, 1, 16, 16), torch.ones(2, 1, 16, 16)
-    for mask, second in ((no, no), (yes, no), (yes, yes)):
-        drawn = [dict(latents=torch.zeros(2, 4, 16, 16), mask=mask, second=second, scenes=scenes)]
+    for mask, own in ((no, no), (yes, no), (yes, yes)):
+        drawn = [dict(latents=torch.zeros(2, 4, 16, 16), mask=mask, own=own, scenes=scenes)]
         monkeypatch.setattr(diffusion, "draw", lambda s, g, drawn=drawn: drawn, raising=False)
         monkeypatch.setattr(diffusion.unet, "forward", lambda x, t, e: SimpleNamespace(sample=torch.zeros_like(x)))
         losses.append(diffusion(scenes, stream("noise"))[0].item())
     assert losses[1] == pytest.approx(3 * losses[0], rel=1e-4) and losses[0] > 0
-    assert losses[2] == pytest.approx((3 + diffusion.second) * losses[0], rel=1e-4) and diffusion.second > 10
+    assert losses[2] == pytest.approx((3 + diffusion.own) * losses[0], rel=1e-4) and diffusion.own > 10
 
 
 def test_the_rate_of_a_training():

@@ -324,19 +324,21 @@ def test_words_and_sight_are_learnt_together():
     assert not torch.cat([item["scenes"].present for item in o.pool]).bool().all()
 
 
-def test_where_the_second_colour_shows():
-    "On the subject alone; more of it where there is a saddle."
-    from layerdiffusion.mini.training import _second_colour
+def test_where_an_individual_is_itself():
+    "Where its socks or its ears would change, not where only its coat would, nor where nobody is."
+    import torch
+    from layerdiffusion.mini.training import _where_individual
     from layerdiffusion.mini.world import render
 
-    shown = []
-    for saddle in (0.0, 1.0):
-        scenes = with_traits(scenes_of(6, empty=0.0), saddle=saddle, belly=0.0, socks=0.0, tail_tip=0.0)
-        x, mask, _ = render(scenes, 64)
-        area = _second_colour(scenes, x)
-        assert not ((area > 0) & (mask == 0)).any()
-        shown.append(area.mean().item())
-    assert shown[1] > shown[0] + 0.01
+    scenes = with_traits(scenes_of(8, empty=0.0), socks=1.0, ear=0.0)
+    x, mask, _ = render(scenes, 64)
+    area = _where_individual(scenes, x) > 0
+    for changes in (dict(socks=0.0), dict(ear=1.0)):
+        differs = (render(with_traits(scenes, **changes), 64)[0] - x).abs().amax(1, keepdim=True) > 0.1
+        assert differs.any() and (differs & area).sum() > 0.6 * differs.sum()
+    assert (area & (mask > 0.5)).sum() < 0.9 * (mask > 0.5).sum() and area.float().mean() < 0.3
+    nobody = scenes_of(2, empty=1.0)
+    assert not torch.any(_where_individual(nobody, render(nobody, 64)[0]))
 
 
 # --------------------------------------------------------------------------- what the parts are taught and asked

@@ -499,22 +499,21 @@ def _build_scheduler():
     )
 
 # %% ../../nbs/mini/12_mini.ipynb #193fc80c
-def _second_colour(scenes, x: torch.Tensor  # (B, 3, H, W) in 0-1, as `render` draws them
-                   ) -> torch.Tensor:  # (B, 1, H, W), 0 or 1
-    "Where the subject's second colour shows: what changes if its hue and lightness do."
-    look = scenes.look.clone()
-    for name in ("hue", "light"):
-        look[:, world.TRAITS.index(name)] = (look[:, world.TRAITS.index(name)] + 0.5) % 1
-    turned = render(world.replace(scenes, look=look), x.shape[-1])[0]
-    return ((turned - x).abs().amax(1, keepdim=True) > 0.04).to(x)
+def _where_individual(scenes, x: torch.Tensor  # (B, 3, H, W) in 0-1, as `render` draws them
+                      ) -> torch.Tensor:  # (B, 1, H, W), 0 or 1
+    "Where another individual in the same coat would look different: second colour, marks and build."
+    look, coat = scenes.look.clone(), [world.TRAITS.index(name) for name in ("tone", "tint")]
+    look[:, [i for i in range(look.shape[1]) if i not in coat]] += 0.5
+    other = render(world.replace(scenes, look=look % 1), x.shape[-1])[0]
+    return ((other - x).abs().amax(1, keepdim=True) > 0.04).to(x)
 
 
 # %% ../../nbs/mini/12_mini.ipynb #0a66aec1
 class _DiffusionObjective(nn.Module):
-    "Eq. 1 on fresh scenes: noise latents, predict v. The subject counts three times, its second colour 23 times."
+    "Eq. 1 on fresh scenes: noise latents, predict v. The subject counts three times, what is its own 15 more."
 
     lr, batch, samples, ema, empty, steps_back, reuse = 7e-4, 4, 200_000, 0.9985, 0.06, 1500, 4
-    weight, second = 2, 20
+    weight, own = 2, 15
 
     def __init__(self, level=0.0, vae=None):
         super().__init__()
@@ -541,7 +540,7 @@ class _DiffusionObjective(nn.Module):
     def fill(self, scenes):
         "Draw and encode new scenes into the pool, a dict of what is needed of each; gives pictures and masks."
         x, mask, _ = render(scenes.to(_device_of(self)), _IMAGE_SIZE)
-        areas = dict(mask=mask, second=_second_colour(scenes.to(x.device), x))
+        areas = dict(mask=mask, own=_where_individual(scenes.to(x.device), x))
         item = dict(latents=self.encode(x), scenes=scenes) | {k: F.avg_pool2d(v, _FACTOR) for k, v in areas.items()}
         self.pool = (self.pool + [item])[-self.steps_back :]
         return x, mask
@@ -571,8 +570,8 @@ class _DiffusionObjective(nn.Module):
         return self.unet(latents, t, embeds if seen is None else (embeds, [self.project(seen)])).sample
 
     def loss(self, drawn, g, seen=None):
-        "The weighted error of v; the plain one, that on the subject, and that on its second colour."
-        latents, mask, second = (torch.cat([d[k] for d in drawn]) for k in ("latents", "mask", "second"))
+        "The weighted error of v; the plain one, that on the subject, and that on what is its own."
+        latents, mask, own = (torch.cat([d[k] for d in drawn]) for k in ("latents", "mask", "own"))
         texts = captions(world.stack_scenes([d["scenes"] for d in drawn]), g)
         drop = (torch.rand(len(texts), generator=g) < 0.1).tolist()
         embeds = self.embed(["" if d else s for s, d in zip(texts, drop, strict=True)])
@@ -581,8 +580,8 @@ class _DiffusionObjective(nn.Module):
         with _half_precision(latents.device):
             pred = self.predict(self.scheduler.add_noise(latents, noise, t), t, embeds, seen).float()
         error = (pred - self.scheduler.get_velocity(latents, noise, t)).square()
-        on = {k: (error * v).mean() / v.mean().clamp_min(1e-4) for k, v in dict(subject=mask, second=second).items()}
-        return (error * (1 + self.weight * mask + self.second * second)).mean(), dict(plain=error.mean()) | on
+        on = {k: (error * v).mean() / v.mean().clamp_min(1e-4) for k, v in dict(subject=mask, own=own).items()}
+        return (error * (1 + self.weight * mask + self.own * own)).mean(), dict(plain=error.mean()) | on
 
     def sheet(self):
         "All poses of all species in two places each, half of them in many words, with guidance."
