@@ -598,7 +598,7 @@ def _check_pointing(mask, point, box, point_labels):
 def prepare(
     self: LayerDiffusion,
     image: Any,  # anything `load_image` reads
-    text: str | None,  # T, what the picture shall show
+    text: str,  # T, what the picture shall show
     *,
     mask: Any = None,  # the subject, see `LayerDiffusion.edit`; None: ask SAM
     point: Sequence | None = None,  # a click on it, (x, y) in pixels of `image`, or several
@@ -1203,7 +1203,7 @@ def edit(
         _check_given(image, text)
         config = self.settings(config, preset, **settings)
         _check_sam(self, config)
-        scene = self.prepare(image, text, **parts, config=config, callback=callback)
+        scene = self.prepare(image, cast(str, text), **parts, config=config, callback=callback)
     else:
         _check_alone(dict(image=image, text=text, **parts))
         config = self.settings_for(scene, config, preset, settings)

@@ -122,7 +122,7 @@ class LayerDiffusion(Resumable):
         """The subject's mask (1, H, W) on the fitted picture."""
         ...
 
-    def prepare(self, image: Any, text: str | None, *, mask: Any=None, point: Sequence | None=None, box: Sequence | None=None, point_labels: Sequence | int | None=None, reference: Any=None, object: str | None=None, background: str | None=None, object_reference: Any=None, object_mask: Any=None, move: Sequence=(0.0, 0.0), scale: float=1.0, source: str | None=None, preset: str | None=None, config: EditConfig | None=None, callback: Callable | None=None, **settings: Any) -> Scene:
+    def prepare(self, image: Any, text: str, *, mask: Any=None, point: Sequence | None=None, box: Sequence | None=None, point_labels: Sequence | int | None=None, reference: Any=None, object: str | None=None, background: str | None=None, object_reference: Any=None, object_mask: Any=None, move: Sequence=(0.0, 0.0), scale: float=1.0, source: str | None=None, preset: str | None=None, config: EditConfig | None=None, callback: Callable | None=None, **settings: Any) -> Scene:
         """Stage 1: read, find the subject, split the words, get the reference.
 
     A scene can be given to several edits. Raises `BadInput` for whatever cannot be read, found or meant.
