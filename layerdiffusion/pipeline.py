@@ -215,7 +215,7 @@ class LayerDiffusion(Resumable):
     @shielded
     def from_pipe(
         cls,
-        pipe,  # a loaded `StableDiffusionPipeline` of diffusers
+        pipe: Any,  # a loaded `StableDiffusionPipeline` of diffusers
         sam: Any = None,  # see `LayerDiffusion`
     ) -> "LayerDiffusion":
         """An editor around a diffusers pipeline, whose parts it shares and freezes; it stays on the pipe's device.

@@ -64,7 +64,7 @@ class LayerDiffusion(Resumable):
         ...
 
     @classmethod
-    def from_pipe(cls, pipe, sam: Any=None) -> 'LayerDiffusion':
+    def from_pipe(cls, pipe: Any, sam: Any=None) -> 'LayerDiffusion':
         """An editor around a diffusers pipeline, whose parts it shares and freezes; it stays on the pipe's device.
 
         Raises `BadInput` for another kind of pipeline, or one whose parts are on different devices, in different

@@ -55,7 +55,7 @@ def brief(sym, name: str) -> str:
     bare = [p.replace(annotation=p.empty) for p in sig.parameters.values() if p.name not in ("self", "cls")]
     return textwrap.fill(
         name + str(sig.replace(parameters=bare, return_annotation=sig.empty)),
-        92,
+        76,
         subsequent_indent="    ",
         break_long_words=False,
     )
@@ -180,7 +180,8 @@ def _words_before(cells: list, at: int) -> str:
     for cell in reversed(cells[:at]):
         paragraphs = re.split(r"\n\s*\n", "".join(cell["source"]).strip()) if cell["cell_type"] == "markdown" else []
         if told := [p for p in paragraphs if p and not re.match(r"[#`|>:!<$-]", p)]:
-            words = re.sub(r"\[([^]]*)\]\([^)]*\)|\\(?:hat|bar|text|tilde)|[`*$\\{}]", r"\1", told[-1])
+            words = re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", told[-1])
+            words = re.sub(r"\\(?:hat|bar|text|tilde)|[`*$\\{}]", "", words)
             sentences = re.split(r"(?<=[.!?:]) ", " ".join(words.split()).rstrip(":"))
             while len(" ".join(sentences)) > 300 and len(sentences) > 1:
                 sentences.pop(0)
