@@ -215,7 +215,7 @@ class LayerDiffusion(Resumable):
     @shielded
     def from_pipe(
         cls,
-        pipe,  # a loaded `StableDiffusionPipeline` of diffusers
+        pipe: Any,  # a loaded `StableDiffusionPipeline` of diffusers
         sam: Any = None,  # see `LayerDiffusion`
     ) -> "LayerDiffusion":
         """An editor around a diffusers pipeline, whose parts it shares and freezes; it stays on the pipe's device.
@@ -597,25 +597,25 @@ def _check_pointing(mask, point, box, point_labels):
 @shielded
 def prepare(
     self: LayerDiffusion,
-    image,  # anything `load_image` reads
-    text,  # T
+    image: Any,  # anything `load_image` reads
+    text: str,  # T, what the picture shall show
     *,
-    mask=None,
-    point=None,
-    box=None,
-    point_labels=None,
-    reference=None,  # see `edit`
-    object: str | None = None,
-    background: str | None = None,  # T_a and T_b
-    object_reference=None,
-    object_mask=None,
-    move: Sequence = (0.0, 0.0),
-    scale: float = 1.0,
-    source: str | None = None,  # see `edit`
-    preset: str | None = None,
-    config: EditConfig | None = None,
-    callback: Callable | None = None,
-    **settings,  # see `edit`
+    mask: Any = None,  # the subject, see `LayerDiffusion.edit`; None: ask SAM
+    point: Sequence | None = None,  # a click on it, (x, y) in pixels of `image`, or several
+    box: Sequence | None = None,  # a box around it, (x0, y0, x1, y1)
+    point_labels: Sequence | int | None = None,  # 1 (on the subject) or 0 for each point; None: all are on it
+    reference: Any = None,  # the new background, O_r; None: drawn from T_b
+    object: str | None = None,  # T_a; None: split by rule
+    background: str | None = None,  # T_b; None: split by rule
+    object_reference: Any = None,  # another picture of the object, for Eq. 4; None: as `object_picture` says
+    object_mask: Any = None,  # the object in `object_reference`; None: ask SAM
+    move: Sequence = (0.0, 0.0),  # where the subject goes, in shares of width and height: right and down, -1 to 1
+    scale: float = 1.0,  # size of the subject afterwards, about its feet; 1: as it is
+    source: str | None = None,  # what `image` shows, in words; None: CLIP proposes it, where a setting needs it
+    preset: str | None = None,  # "paper" or "best"; None: "paper"
+    config: EditConfig | None = None,  # all settings, instead of a preset
+    callback: Callable | None = None,  # called after every step of the reference's drawing
+    **settings: Any,  # of `EditConfig`, such as alpha=.5
 ) -> Scene:
     """Stage 1: read, find the subject, split the words, get the reference.
 
@@ -781,10 +781,10 @@ def small(self: LayerDiffusion, mask: torch.Tensor, config: EditConfig) -> torch
 @shielded
 def embed(
     self: LayerDiffusion,
-    scene: Scene,
-    config: EditConfig | None = None,
-    callback: Callable | None = None,
-    folder=None,
+    scene: Scene,  # from `LayerDiffusion.prepare`
+    config: EditConfig | None = None,  # None: the preset "paper"
+    callback: Callable | None = None,  # called after every step
+    folder: str | Path | None = None,  # where checkpoints go; None: nowhere
 ) -> tuple:
     "Stage 2, Eq. 2: the fitted embeddings of subject and place, and the losses."
     config = self.settings(config)
@@ -927,13 +927,13 @@ def _tuning_words(method: LayerDiffusion, scene: Scene, words: tuple, config: Ed
 @shielded
 def tune(
     self: LayerDiffusion,
-    scene: Scene,
-    words: tuple,
-    config: EditConfig | None = None,
-    callback: Callable | None = None,
-    folder=None,
-    look_every: int = 0,
-    look_seed: int = 0,  # see `_Looks`
+    scene: Scene,  # from `LayerDiffusion.prepare`
+    words: tuple,  # from `LayerDiffusion.embed`
+    config: EditConfig | None = None,  # None: the preset "paper"
+    callback: Callable | None = None,  # called after every step
+    folder: str | Path | None = None,  # where checkpoints go; None: nowhere
+    look_every: int = 0,  # tuning steps between two early looks; 0: none
+    look_seed: int = 0,  # of the early looks
     start: dict | None = None,  # a difference to begin with; None: the loaded U-Net as it is
 ) -> tuple:
     "Stage 3, Eq. 3-6: what changes in the U-Net (see `weight_difference`), and the losses."
@@ -1013,8 +1013,8 @@ def sample(
     difference: dict,  # from `tune`
     size: tuple,  # height, width in px
     seeds: Sequence[int] = range(8),  # one picture each
-    config: EditConfig | None = None,
-    callback: Callable | None = None,
+    config: EditConfig | None = None,  # None: the preset "paper"
+    callback: Callable | None = None,  # called after every step
     batch: int = 8,  # pictures drawn at a time
     callback_on_step_end: Callable | None = None,  # as in diffusers, see `LayerDiffusion.__call__`
     photo: tuple = (None, None),  # (3, H, W) and its subject's mask (1, H, W), which `subject_scale` lets it see
@@ -1159,17 +1159,17 @@ def _in_its_folder(edit: Callable) -> Callable:
 @_in_its_folder
 def edit(
     self: LayerDiffusion,
-    image=None,  # a file, `example:dog`, a Pillow picture, a tensor (3, H, W), 0-1, or an array (H, W, 3) of bytes
+    image: Any = None,  # a file, `example:dog`, a Pillow picture, a tensor (3, H, W), 0-1, an array (H, W, 3) of bytes
     text: str | None = None,  # T, what the picture shall show
     *,
     scene: Scene | None = None,  # from `prepare`, instead of all that a scene is made of
-    mask=None,  # the subject: a file, an array or tensor as large as `image`, or SAM's own dict; None: ask SAM
-    point=None,  # a click on it, (x, y) in pixels of `image`, or several
-    point_labels=None,  # for each of them 1 (on the subject) or 0 (not the subject), as in SAM; None: all are on it
-    box=None,  # a box around it, (x0, y0, x1, y1)
-    reference=None,  # the new background, O_r; None: drawn from T_b
-    object_reference=None,  # another picture of the object, for Eq. 4; None: as `object_picture` says
-    object_mask=None,  # the object in `object_reference`, a file or (1, H, W) of its size; None: ask SAM
+    mask: Any = None,  # the subject: a file, an array or tensor of `image`'s size, or SAM's dict; None: ask SAM
+    point: Sequence | None = None,  # a click on it, (x, y) in pixels of `image`, or several
+    point_labels: Sequence | int | None = None,  # 1 (on the subject) or 0 for each, as SAM; None: all on it
+    box: Sequence | None = None,  # a box around it, (x0, y0, x1, y1)
+    reference: Any = None,  # the new background, O_r; None: drawn from T_b
+    object_reference: Any = None,  # another picture of the object, for Eq. 4; None: as `object_picture` says
+    object_mask: Any = None,  # the object in `object_reference`, a file or (1, H, W) of its size; None: ask SAM
     move: Sequence = (
         0.0,
         0.0,
@@ -1184,9 +1184,9 @@ def edit(
     callback: Callable[[Event], None] | None = None,  # called after every step of every stage
     callback_on_step_end: Callable | None = None,  # after every step of the drawing, see `LayerDiffusion.__call__`
     look_every: int = 0,  # tuning steps between two early looks, see `_Looks`; 0: none
-    folder=None,  # where checkpoints go; None: nowhere
+    folder: str | Path | None = None,  # where checkpoints go; None: nowhere
     resume: bool = False,  # go on from checkpoints in `folder`
-    **settings,  # of `EditConfig`, such as alpha=.5; they win over those of preset or config
+    **settings: Any,  # of `EditConfig`, such as alpha=.5; they win over those of preset or config
 ) -> EditResult:
     """LayerDiffusion: change what the subject does and where it is.
 
@@ -1203,7 +1203,7 @@ def edit(
         _check_given(image, text)
         config = self.settings(config, preset, **settings)
         _check_sam(self, config)
-        scene = self.prepare(image, text, **parts, config=config, callback=callback)
+        scene = self.prepare(image, cast(str, text), **parts, config=config, callback=callback)
     else:
         _check_alone(dict(image=image, text=text, **parts))
         config = self.settings_for(scene, config, preset, settings)
@@ -1372,10 +1372,10 @@ def _seeds_of(seeds, generator, count: int | None) -> list:
 @patch
 def __call__(
     self: LayerDiffusion,
-    image=None,  # a file, a Pillow picture, a tensor (3, H, W), 0-1, or an array (H, W, 3) of bytes
+    image: Any = None,  # a file, a Pillow picture, a tensor (3, H, W), 0-1, or an array (H, W, 3) of bytes
     text: str | None = None,  # what the picture shall show
     *,
-    mask=None,  # the subject, see `edit`; None: ask SAM
+    mask: Any = None,  # the subject, see `edit`; None: ask SAM
     scene: Scene | None = None,  # from `prepare`, instead of image, text and mask
     preset: str | None = None,  # "paper" or "best"; None: "paper", or the scene's settings
     num_inference_steps: int | None = None,  # 1 to 1000; None: the preset's
@@ -1464,9 +1464,9 @@ def load_edit(
     path: str | Path,  # edit.safetensors or its folder
     method: Any = None,  # a loaded model, `Models` or a name; None: the one named in the file
     seeds: Sequence[int] | None = None,  # None: those it was saved with
-    callback: Callable | None = None,
+    callback: Callable | None = None,  # called after every step of the drawing
     draw: bool = True,  # False: no pictures, only what they are drawn with
-    **changes,  # settings of the drawing to change, see `DRAWN`
+    **changes: Any,  # settings of the drawing to change, see `DRAWN`
 ) -> EditResult:
     "Draw a saved edit again: with nothing changed, the same pictures, on the same device in the same precision."
     path = as_path(path, "The saved edit")
@@ -1546,20 +1546,20 @@ def reuse(
     self: LayerDiffusion,
     result: EditResult,  # from `edit` or `load_edit`
     text: str,  # T, what the new pictures shall show
-    reference=None,  # the new background; None: drawn from T_b, or the old one where T_b is the same
+    reference: Any = None,  # the new background; None: drawn from T_b, or the old one where T_b is the same
     *,
-    object_reference=None,
-    object_mask=None,  # as in `edit`; None: the old ones where they were given and T_a is the same
-    object: str | None = None,
-    background: str | None = None,  # T_a and T_b; None: split by rule
-    move: Sequence = (0.0, 0.0),
-    scale: float = 1.0,  # as in `edit`, from where the subject was then
+    object_reference: Any = None,  # another picture of the object; None: the old one, where T_a is the same
+    object_mask: Any = None,  # the object in it; None: the old one, where T_a is the same
+    object: str | None = None,  # T_a; None: split by rule
+    background: str | None = None,  # T_b; None: split by rule
+    move: Sequence = (0.0, 0.0),  # in shares of width and height, from where the subject was then
+    scale: float = 1.0,  # as in `edit`, from its size then
     seeds: Sequence[int] = range(8),  # one picture each
     steps: int | None = None,  # of tuning; None: half of the edit's
     learning_rate: float | None = None,  # of tuning; None: the edit's
     sampling_steps: int | None = None,  # None: half of the edit's
     keep: float = 0.0,  # share of the U-Net's change to begin with, 0-1
-    callback: Callable[[Event], None] | None = None,
+    callback: Callable[[Event], None] | None = None,  # called after every step
     look_every: int = 0,  # see `edit`
 ) -> EditResult:
     "Another text or place for a subject that was learnt, by a short tuning instead of a whole edit."

@@ -64,7 +64,7 @@ class LayerDiffusion(Resumable):
         ...
 
     @classmethod
-    def from_pipe(cls, pipe, sam: Any=None) -> 'LayerDiffusion':
+    def from_pipe(cls, pipe: Any, sam: Any=None) -> 'LayerDiffusion':
         """An editor around a diffusers pipeline, whose parts it shares and freezes; it stays on the pipe's device.
 
         Raises `BadInput` for another kind of pipeline, or one whose parts are on different devices, in different
@@ -122,7 +122,7 @@ class LayerDiffusion(Resumable):
         """The subject's mask (1, H, W) on the fitted picture."""
         ...
 
-    def prepare(self, image, text, *, mask=None, point=None, box=None, point_labels=None, reference=None, object: str | None=None, background: str | None=None, object_reference=None, object_mask=None, move: Sequence=(0.0, 0.0), scale: float=1.0, source: str | None=None, preset: str | None=None, config: EditConfig | None=None, callback: Callable | None=None, **settings) -> Scene:
+    def prepare(self, image: Any, text: str, *, mask: Any=None, point: Sequence | None=None, box: Sequence | None=None, point_labels: Sequence | int | None=None, reference: Any=None, object: str | None=None, background: str | None=None, object_reference: Any=None, object_mask: Any=None, move: Sequence=(0.0, 0.0), scale: float=1.0, source: str | None=None, preset: str | None=None, config: EditConfig | None=None, callback: Callable | None=None, **settings: Any) -> Scene:
         """Stage 1: read, find the subject, split the words, get the reference.
 
     A scene can be given to several edits. Raises `BadInput` for whatever cannot be read, found or meant.
@@ -153,7 +153,7 @@ class LayerDiffusion(Resumable):
         """A mask (1, 1, h, w) at latent size."""
         ...
 
-    def embed(self, scene: Scene, config: EditConfig | None=None, callback: Callable | None=None, folder=None) -> tuple:
+    def embed(self, scene: Scene, config: EditConfig | None=None, callback: Callable | None=None, folder: str | Path | None=None) -> tuple:
         """Stage 2, Eq. 2: the fitted embeddings of subject and place, and the losses."""
         ...
 
@@ -177,7 +177,7 @@ class LayerDiffusion(Resumable):
         """The pictures and masks of Eq. 4 and 5: subject latents, M_t, reference latents (None: the same), M_r."""
         ...
 
-    def tune(self, scene: Scene, words: tuple, config: EditConfig | None=None, callback: Callable | None=None, folder=None, look_every: int=0, look_seed: int=0, start: dict | None=None) -> tuple:
+    def tune(self, scene: Scene, words: tuple, config: EditConfig | None=None, callback: Callable | None=None, folder: str | Path | None=None, look_every: int=0, look_seed: int=0, start: dict | None=None) -> tuple:
         """Stage 3, Eq. 3-6: what changes in the U-Net (see `weight_difference`), and the losses."""
         ...
 
@@ -189,7 +189,7 @@ class LayerDiffusion(Resumable):
         """One batch of pictures (B, 3, H, W) by any U-Net."""
         ...
 
-    def edit(self, image=None, text: str | None=None, *, scene: Scene | None=None, mask=None, point=None, point_labels=None, box=None, reference=None, object_reference=None, object_mask=None, move: Sequence=(0.0, 0.0), scale: float=1.0, source: str | None=None, object: str | None=None, background: str | None=None, seeds: Sequence[int]=range(8), preset: str | None=None, config: EditConfig | None=None, callback: Callable[[Event], None] | None=None, callback_on_step_end: Callable | None=None, look_every: int=0, folder=None, resume: bool=False, **settings) -> EditResult:
+    def edit(self, image: Any=None, text: str | None=None, *, scene: Scene | None=None, mask: Any=None, point: Sequence | None=None, point_labels: Sequence | int | None=None, box: Sequence | None=None, reference: Any=None, object_reference: Any=None, object_mask: Any=None, move: Sequence=(0.0, 0.0), scale: float=1.0, source: str | None=None, object: str | None=None, background: str | None=None, seeds: Sequence[int]=range(8), preset: str | None=None, config: EditConfig | None=None, callback: Callable[[Event], None] | None=None, callback_on_step_end: Callable | None=None, look_every: int=0, folder: str | Path | None=None, resume: bool=False, **settings: Any) -> EditResult:
         """LayerDiffusion: change what the subject does and where it is.
 
     The long name of the call: `LayerDiffusion.__call__` does the same with the names of diffusers and gives Pillow
@@ -205,7 +205,7 @@ class LayerDiffusion(Resumable):
         """An `EditResult` of what the four stages gave."""
         ...
 
-    def __call__(self, image=None, text: str | None=None, *, mask=None, scene: Scene | None=None, preset: str | None=None, num_inference_steps: int | None=None, guidance_scale: float | None=None, negative_prompt: str | None=None, num_images_per_prompt: int | None=None, generator: torch.Generator | Sequence[torch.Generator] | None=None, seeds: Sequence[int] | None=None, callback_on_step_end: Callable | None=None, output_type: str='pil', **more: Any) -> EditOutput:
+    def __call__(self, image: Any=None, text: str | None=None, *, mask: Any=None, scene: Scene | None=None, preset: str | None=None, num_inference_steps: int | None=None, guidance_scale: float | None=None, negative_prompt: str | None=None, num_images_per_prompt: int | None=None, generator: torch.Generator | Sequence[torch.Generator] | None=None, seeds: Sequence[int] | None=None, callback_on_step_end: Callable | None=None, output_type: str='pil', **more: Any) -> EditOutput:
         """`edit` in the words of diffusers: the result's `images` are Pillow pictures, and its `edit` is what `edit` gives.
 
     `callback_on_step_end` is called after each step of the drawing with `callback_kwargs["latents"]`, (B, C, h, w);
@@ -222,7 +222,7 @@ class LayerDiffusion(Resumable):
         """The new words, with what Eq. 2 learnt about the subject."""
         ...
 
-    def reuse(self, result: EditResult, text: str, reference=None, *, object_reference=None, object_mask=None, object: str | None=None, background: str | None=None, move: Sequence=(0.0, 0.0), scale: float=1.0, seeds: Sequence[int]=range(8), steps: int | None=None, learning_rate: float | None=None, sampling_steps: int | None=None, keep: float=0.0, callback: Callable[[Event], None] | None=None, look_every: int=0) -> EditResult:
+    def reuse(self, result: EditResult, text: str, reference: Any=None, *, object_reference: Any=None, object_mask: Any=None, object: str | None=None, background: str | None=None, move: Sequence=(0.0, 0.0), scale: float=1.0, seeds: Sequence[int]=range(8), steps: int | None=None, learning_rate: float | None=None, sampling_steps: int | None=None, keep: float=0.0, callback: Callable[[Event], None] | None=None, look_every: int=0) -> EditResult:
         """Another text or place for a subject that was learnt, by a short tuning instead of a whole edit."""
         ...
 _PIPE_PARTS = ('vae', 'unet', 'text_encoder', 'tokenizer', 'scheduler')
@@ -408,7 +408,7 @@ def _check_drawn(changes: dict, path: Path):
     """Refuse a change of what a saved edit has learnt."""
     ...
 
-def load_edit(path: str | Path, method: Any=None, seeds: Sequence[int] | None=None, callback: Callable | None=None, draw: bool=True, **changes) -> EditResult:
+def load_edit(path: str | Path, method: Any=None, seeds: Sequence[int] | None=None, callback: Callable | None=None, draw: bool=True, **changes: Any) -> EditResult:
     """Draw a saved edit again: with nothing changed, the same pictures, on the same device in the same precision."""
     ...
 

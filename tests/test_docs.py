@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from layerdiffusion.base.core import BadInput
-from layerdiffusion.evidence.docs import _Page, build_site, _faults
+from layerdiffusion.evidence.docs import _Page, _faults, _words_before, build_site
 
 ROOT = Path(__file__).resolve().parents[1]
 CHROMIUM = next(
@@ -101,10 +101,21 @@ def test_links_pictures_and_markup(site):
 def test_a_fault_is_seen(site, tmp_path):
     text = (site / "guidance.html").read_text(encoding="utf-8")
     (tmp_path / "guidance.html").write_text(
-        text.replace("</main>", '<a href="nowhere.html">x</a> {{< x >}}</main>'), encoding="utf-8"
+        text.replace("</main>", '<a href="nowhere.html">x</a> {{< x >}}<img src="data:,"></main>'), encoding="utf-8"
     )
     found = "\n".join(_faults(tmp_path))
     assert "nowhere.html is not there" in found and "'{{' is left over" in found and "site_libs" in found
+    assert "pictures without alternative text: 1" in found
+
+
+def test_a_figure_says_what_the_words_before_it_say():
+    "The last paragraph of prose before its cell, in plain words; never a heading, a table, or what comes after."
+    cells = ["# Title\n\nWe look at `M`. See [the *two* masks](a.ipynb) in $x_t$:", "## Next", "", "| a |", "After"]
+    cells = [dict(cell_type="code" if not text else "markdown", source=[text]) for text in cells]
+    assert _words_before(cells, 2) == "We look at M. See the two masks in x_t"
+    assert _words_before(cells[1:], 1) == "A figure of this page"
+    cells[0]["source"] = ["a. " + "b" * 299 + ". c."]
+    assert _words_before(cells, 2) == "c."
 
 
 @needs_tools
@@ -115,6 +126,27 @@ def test_functions_have_tables(site):
         all(f"<code>{name}</code>" in table for name in ("models", "lambda_obj", "lambda_bg", "steps"))
         and "250" in table
     )
+
+
+@needs_tools
+def test_the_calls_of_a_user_are_told_whole(site):
+    "What makes a model stands first; each argument of the public calls has its type and its meaning."
+    text = (site / "pipeline.html").read_text(encoding="utf-8")
+    assert 0 < text.index('id="layerdiffusion.from_pretrained"') < text.index('id="layerdiffusion"')
+    calls = ["from_pretrained", "from_pipe", "prepare", "embed", "tune", "sample", "edit", "__call__", "reuse"]
+    for name in (*(f"layerdiffusion.{call}" for call in calls), "load_edit"):
+        told = text[text.index(f'id="{name}"') :]
+        row = r"<tr>\s*<td>(.*?)</td>\s*<td>(.*?)</td>.*?<td>([^\n]*)</td>\s*</tr>"
+        rows = re.findall(row, told.split("</table>")[0], re.S)
+        assert len(rows) >= 2 and all(kind.strip() and meaning.strip() for _, kind, meaning in rows), (name, rows)
+    assert "pipeline.py" in text[: text.index('id="layerdiffusion.edit"')][-200:]
+
+
+@needs_tools
+def test_long_sources_are_folded(site):
+    text = (site / "pipeline.html").read_text(encoding="utf-8")
+    folds = re.findall(r"<details([^>]*)>(.*?)</details>", text, re.S)
+    assert {(source.count("\n") > 24, "open" in how) for how, source in folds} == {(True, False), (False, True)}
 
 
 @needs_tools
@@ -173,7 +205,8 @@ LOOK = """() => ({
     maths: document.querySelectorAll('span.math').length,
     katex: document.querySelectorAll('.katex').length,
     failed: document.querySelectorAll('.katex-error').length,
-    cut: [...document.querySelectorAll(innerWidth > 700 ? 'main pre, main .sd-table' : 'main div.sourceCode > pre')]
+    cut: [...document.querySelectorAll(innerWidth > 700 ? 'main pre, main .sd-table'
+        : 'main div.sourceCode > pre, main .cell-output:not(.columns) > pre')]
         .filter(e => e.scrollWidth > e.clientWidth + 1).length,
     broken: [...document.images].filter(i => !i.complete || !i.naturalWidth).map(i => i.src.slice(0, 80)),
     over: [...document.querySelectorAll('main img')]
@@ -209,13 +242,31 @@ def test_every_page_in_a_browser(site, address, browser, width, scheme):
     assert (found, errors, away) == ({}, [], [])
 
 
+FIRST = {  # what is typed: what is found first
+    "edit": "pipeline.html#layerdiffusion.edit",
+    "from_pretrained": "pipeline.html#layerdiffusion.from_pretrained",
+    "LayerDiffusion": "pipeline.html#layerdiffusion",
+    "EditConfig": "settings.html#editconfig",
+    "take_turns": "guidance.html#take_turns",
+    "Every setting": "settings.html",
+    "the same individual": "identity.html",
+    "What breaks": "failures.html",
+}
+
+
 @needs_tools
 def test_search_answers_offline(address, browser):
     context = browser.new_context(viewport=dict(width=1280, height=800))
     page = context.new_page()
     page.goto(address + "index.html", wait_until="networkidle")
-    page.locator(".smalldocs-search input").first.fill("iterative guidance")
-    first = page.locator(".search-result").first
-    first.wait_for(timeout=60_000)  # busy machines are slow
-    assert ".html" in first.get_attribute("href")
+    typed = page.locator(".smalldocs-search input").first
+    typed.fill("iterative guidance")
+    page.locator(".search-result").first.wait_for(timeout=60_000)  # busy machines are slow
+    for words, place in FIRST.items():
+        typed.fill(words)
+        page.wait_for_function(
+            "place => [document.querySelector('.search-result')].every(a => a && a.pathname + a.hash === place)",
+            arg=f"/{place}",
+            timeout=60_000,
+        )
     context.close()

@@ -167,9 +167,13 @@ def test_a_browser_that_cannot_says_so(first_page, page, tmp_path):
     models.mkdir()
     (models / "demo.json").write_text('{"seeds": 32, "megabytes": 19}', encoding="utf-8")
     first_page(models)
+    asked = []
+    page.on("request", lambda r: asked.append(r.url.rpartition("/")[2]))
     page.locator("#demo [type=submit]").click()
     page.wait_for_function("document.querySelector('.demo-state').textContent.includes('recorded: this browser')")
     assert not page.locator("#demo [type=submit]").is_visible() and far(seen(page)[:1], seen(page)[1:2]) > 4
+    assert page.locator("#demo canvas.old").count() == 0
+    assert sorted(asked) == ["decoder.bin", "ort.wasm.bin", "unet.bin"], "each file once, whatever the number of cores"
 
 
 def test_a_browser_draws_what_torch_draws(pipe, result, first_page, page, tmp_path):

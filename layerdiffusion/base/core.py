@@ -1358,7 +1358,8 @@ def _as_html(event, line, sheet):
         return bar
     jpeg = io.BytesIO()
     sheet.save(jpeg, "JPEG", quality=85)
-    return f'{bar}<br><img src="data:image/jpeg;base64,{base64.b64encode(jpeg.getvalue()).decode()}">'
+    data = base64.b64encode(jpeg.getvalue()).decode()
+    return f'{bar}<br><img alt="the picture so far" src="data:image/jpeg;base64,{data}">'
 
 # %% ../../nbs/base/00_core.ipynb #ff746c62
 def _in_file(path):

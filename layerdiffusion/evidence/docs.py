@@ -6,6 +6,7 @@
 __all__ = []
 
 # %% ../../nbs/evidence/26_docs.ipynb #15460b5d
+import ast
 import inspect
 import json
 import os
@@ -51,10 +52,10 @@ def _need_tools():
 def brief(sym, name: str) -> str:
     "The signature with names and defaults only."
     sig = inspect.signature(sym)
-    bare = [p.replace(annotation=p.empty) for p in sig.parameters.values() if p.name != "self"]
+    bare = [p.replace(annotation=p.empty) for p in sig.parameters.values() if p.name not in ("self", "cls")]
     return textwrap.fill(
         name + str(sig.replace(parameters=bare, return_annotation=sig.empty)),
-        92,
+        76,
         subsequent_indent="    ",
         break_long_words=False,
     )
@@ -68,17 +69,29 @@ def _as_cell(value) -> str:
     return re.sub(r"([|*\[\]])", r"\\\1", text.replace("<", "&lt;").replace("\n", " "))
 
 # %% ../../nbs/evidence/26_docs.ipynb #e2d22181
+def _comments_behind(sym) -> dict:  # name: comment
+    "The comments that fastcore does not see: of `**names`, and behind a default of several lines."
+    if not inspect.isfunction(sym := inspect.unwrap(sym)):
+        return {}
+    source = textwrap.dedent(inspect.getsource(sym))
+    lines, args = source.splitlines(), ast.parse(source).body[0].args
+    pairs = [*zip(args.args[::-1], args.defaults[::-1], strict=False)]
+    pairs += [*zip(args.kwonlyargs, args.kw_defaults, strict=True), (args.vararg, None), (args.kwarg, None)]
+    ends = {arg.arg: (default or arg).end_lineno for arg, default in pairs if arg}
+    return {name: m[1] for name, end in ends.items() if (m := re.search(r",?  # (.*)", lines[end - 1]))}
+
+
 def parameters(sym) -> list[tuple]:
     "(name, type, default, comment) of each argument, and of what is returned; of each field, for settings."
     from fastcore.docments import docments
 
     if hasattr(sym, "model_fields"):
         return [(n, f.annotation, repr(f.default), f.description) for n, f in sym.model_fields.items()]
-    found = docments(sym, full=True)
+    found, behind, empty = docments(sym, full=True), _comments_behind(sym), inspect.Parameter.empty
     kept = [
-        (name, row.anno, "" if row.default is inspect.Parameter.empty else repr(row.default), row.docment)
+        (name, row.anno, "" if row.default is empty else repr(row.default), row.docment or behind.get(name))
         for name, row in found.items()
-        if name not in ("self", "return")
+        if name not in ("self", "cls", "return")
     ]
     back = found.get("return")
     return kept + ([("returns", back.anno, "", back.docment)] if back and back.docment else [])
@@ -96,19 +109,31 @@ def _parameter_table(sym) -> str:
     return "\n".join(["| argument | type | default | meaning |", "| --- | --- | --- | --- |", *body])
 
 # %% ../../nbs/evidence/26_docs.ipynb #6fdf6ddc
+def _makers(sym) -> list:
+    "The methods of a class that make one and have a table, such as `LayerDiffusion.from_pretrained`."
+    found = [name for name, kept in vars(sym).items() if isinstance(kept, classmethod)] if inspect.isclass(sym) else []
+    return [maker for name in found if _parameter_table(maker := getattr(sym, name))]
+
+
 def render_doc(sym, name: str | None = None, title_level: int = 3):
-    "What nbdev shows of a symbol: heading, link to the source, short signature, docstring, table."
+    "What nbdev shows of a symbol: heading, link to the source, short signature, docstring, table; what makes it first."
     from nbdev.showdoc import BasicMarkdownRenderer
 
     class WithTable(BasicMarkdownRenderer):
         def _repr_markdown_(self):
             text, table = super()._repr_markdown_().replace("#LNone", ""), _parameter_table(self.sym)
-            if not table:
-                return text
-            short = f"```python\n{brief(self.sym, self.nm.split('.')[-1])}\n```"
-            return re.sub(r"```python\n.*?\n```", lambda _: short, text, count=1, flags=re.S) + "\n\n" + table
+            text = text.replace("__call__\n", r"\_\_call\_\_" + "\n", 1)  # a heading's words, not bold ones
+            if table:
+                short = f"```python\n{brief(self.sym, self.nm.split('.')[-1])}\n```"
+                text = re.sub(r"```python\n.*?\n```", lambda _: short, text, count=1, flags=re.S) + "\n\n" + table
+            return "\n\n".join([*(render_doc(maker)._repr_markdown_() for maker in _makers(sym)), text])
 
-    return WithTable(sym, name=name, title_level=title_level)
+    own = getattr(sym, "__qualname__", None)  # nbdev takes the name of what is wrapped, which is another's too
+    shown = WithTable(sym, name=name or own, title_level=title_level)
+    if own:
+        shown.fn = own if sym.__module__ == "__main__" else f"{sym.__module__}.{own}"
+    return shown
+
 
 # %% ../../nbs/evidence/26_docs.ipynb #23baff63
 _NUMBERED = re.compile(r"\b\d\d_(\w+\.ipynb)\b")
@@ -150,14 +175,37 @@ def _still(output: dict) -> list:  # an output of a cell
     return [dict(output, data={"text/markdown": ["*In a notebook a live widget stands here.*"]})]
 
 
+def _words_before(cells: list, at: int) -> str:
+    "The last paragraph before a cell, in plain words and at most 300 letters: a figure's alternative text."
+    for cell in reversed(cells[:at]):
+        paragraphs = re.split(r"\n\s*\n", "".join(cell["source"]).strip()) if cell["cell_type"] == "markdown" else []
+        if told := [p for p in paragraphs if p and not re.match(r"[#`|>:!<$-]", p)]:
+            words = re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", told[-1])
+            words = re.sub(r"\\(?:hat|bar|text|tilde)|[`*$\\{}]", "", words)
+            sentences = re.split(r"(?<=[.!?:]) ", " ".join(words.split()).rstrip(":"))
+            while len(" ".join(sentences)) > 300 and len(sentences) > 1:
+                sentences.pop(0)
+            return " ".join(sentences)
+    return "A figure of this page"
+
+
 def _still_pages(folder: Path):  # nbdev's processed notebooks, changed in place
-    "Take the words for widgets out of the pages."
+    "Take the words for widgets out of the pages, give figures their words, and fold sources of more than 20 lines."
     for page in folder.glob("*.ipynb"):
         notebook = json.loads(page.read_text(encoding="utf-8"))
-        for cell in notebook["cells"]:
-            if "outputs" in cell:
-                cell["outputs"] = [kept for output in cell["outputs"] for kept in _still(output)]
+        for at, cell in enumerate(notebook["cells"]):
+            if cell["cell_type"] != "code":
+                continue
+            cell["outputs"] = [kept for output in cell["outputs"] for kept in _still(output)]
+            source, kinds = "".join(cell["source"]), [k for output in cell["outputs"] for k in output.get("data", {})]
+            if source.count("\n") > 22:  # two are directives
+                source = source.replace("#| code-fold: show", "#| code-fold: true", 1)
+            if any(kind.startswith("image/") for kind in kinds) and "#| fig-alt:" not in source:
+                words = json.dumps(_words_before(notebook["cells"], at), ensure_ascii=False)
+                source = f"#| fig-alt: {words}\n{source}"
+            cell["source"] = source
         page.write_text(json.dumps(notebook), encoding="utf-8")
+
 
 # %% ../../nbs/evidence/26_docs.ipynb #9ead7113
 _IMPORT = re.compile(r"""@import\s*(?:url\()?["']?https?://[^"')]*["']?\)?;""")
@@ -187,7 +235,7 @@ class _Page(HTMLParser):
         text: str,  # the file's contents
     ):
         super().__init__()
-        self.ids, self.links, self.loads, self.words, self.inside = set(), [], [], [], []
+        self.ids, self.links, self.loads, self.words, self.inside, self.unsaid = set(), [], [], [], [], 0
         self.feed(re.sub(r';base64,[^"]*', "", text))  # pictures within the page
 
     def handle_starttag(self, tag, attrs):
@@ -197,6 +245,7 @@ class _Page(HTMLParser):
             self.links.append(attrs["href"])
         if attrs.get(_LOADED.get(tag)) and attrs.get("rel") not in ("canonical", "alternate"):
             self.loads.append(attrs[_LOADED[tag]])
+        self.unsaid += tag == "img" and not attrs.get("alt")
         if tag in ("pre", "code", "script", "style") or tag == "span" and "math" in (attrs.get("class") or ""):
             self.inside.append(tag)
 
@@ -212,7 +261,7 @@ class _Page(HTMLParser):
 def _faults(
     folder: Path,  # a built site
 ) -> list[str]:  # one sentence each
-    "Dead links and anchors, missing pictures, files of other machines, markup left over."
+    "Dead links and anchors, pictures that are missing or unsaid, files of other machines, markup left over."
     pages = {p.name: _Page(p.read_text(encoding="utf-8")) for p in sorted(Path(folder).glob("*.html"))}
     found = []
     for name, page in pages.items():
@@ -221,6 +270,8 @@ def _faults(
             for text in page.words
             for raw in _RAW.findall(text)[:1]
         ]
+        if page.unsaid:
+            found.append(f"{name}: pictures without alternative text: {page.unsaid}")
         for link in page.links + page.loads:
             to = urlsplit(link)
             if to.scheme or to.netloc:
@@ -314,6 +365,16 @@ def _link_notebooks(
         page.write_text(text, encoding="utf-8")
 
 
+def _mark_columns(html: str) -> str:
+    "Say of each output that is set in columns, so that only those keep their lines on a phone."
+    return re.sub(
+        r'<div class="(cell-output[^"]*)">\s*<pre><code>(.*?)</code></pre>',
+        lambda m: m[0].replace(m[1], f"{m[1]} columns", 1) if re.search(r"\S {2,}\S", m[2]) else m[0],
+        html,
+        flags=re.S,
+    )
+
+
 def finish(site: Path, root: Path, demo: Path | None = None):
     "Add the demo and the links to the notebooks, and make a built site independent of other machines."
     cfg = _settings_of(root)
@@ -324,7 +385,12 @@ def finish(site: Path, root: Path, demo: Path | None = None):
     pages = {p: p.read_text(encoding="utf-8") for p in site.glob("*.html")}
     anchors = {p.name: _Page(text).ids for p, text in pages.items()}
     for page, text in pages.items():
-        page.write_text(_localise(text, host, anchors), encoding="utf-8")
+        if page.name != "method.html":  # on every other page `edit` is the method of LayerDiffusion
+            text = text.replace('/method.html#edit"', '/pipeline.html#layerdiffusion.edit"')
+        page.write_text(_mark_columns(_localise(text, host, anchors)), encoding="utf-8")
+    if (order := root / "nbs/search.js").is_file():
+        with (site / "site_libs/fuse/fuse.min.js").open("a", encoding="utf-8") as search:
+            search.write("\n" + order.read_text(encoding="utf-8"))
     for style in site.rglob("*.css"):
         style.write_text(_IMPORT.sub("", style.read_text(encoding="utf-8")), encoding="utf-8")  # typefaces of a server
     shutil.copytree(root / "nbs/katex", site / "site_libs/katex")

@@ -573,7 +573,7 @@ def _read_settings(file: Path | None) -> tuple:
     raise BadInput(f"--config {str(file)!r} holds no settings; give the edit.json of an earlier edit.")
 
 # %% ../../nbs/interface/30_cli.ipynb #d1ecbee6
-def typed(ctx: typer.Context, options: dict, rows: list[_Opt]) -> dict:
+def _typed(ctx: typer.Context, options: dict, rows: list[_Opt]) -> dict:
     "Those of the options that stand on the command line."
     return {
         o.name: options[o.name] for o in rows if getattr(ctx.get_parameter_source(o.name), "name", "") == "COMMANDLINE"
@@ -602,7 +602,7 @@ def _read_sets(
 
 def _chosen_settings(ctx: typer.Context, options: dict, earlier: dict) -> dict:
     "Those of an earlier edit, and those that were typed, as options or by --set."
-    given, sets = typed(ctx, options, _METHOD), _read_sets(options["set"])
+    given, sets = _typed(ctx, options, _METHOD), _read_sets(options["set"])
     if twice := [name for name in sets if name in given]:
         flag = next(opt.flag for opt in _METHOD if opt.name == twice[0])
         raise BadInput(f"{flag} and --set {twice[0]} say the same setting twice; give one of them.")
@@ -662,9 +662,9 @@ def _read_request(image: str, options: dict, text: str = "") -> dict:
     return request | {name: options[name] for name in (*_GIVEN, "look_every", "resume")}
 
 
-def placement(ctx: typer.Context, options: dict, earlier: dict) -> dict:
+def _placement(ctx: typer.Context, options: dict, earlier: dict) -> dict:
     "move and scale: typed, or those of an earlier edit."
-    chosen = earlier | typed(ctx, options, _PLACE[:2])
+    chosen = earlier | _typed(ctx, options, _PLACE[:2])
     move = chosen.get("move")
     return dict(
         move=_parse_numbers(move, "--move", "DX,DY", "0.2,0", "in shares of the picture")
@@ -684,7 +684,7 @@ def _describe_mask(mask  # (1, H, W) in 0-1
     return f"{mask.mean().item():.0%} of the picture, x {x0}-{x1}, y {y0}-{y1} of {mask.shape[-1]} x {mask.shape[-2]}"
 
 # %% ../../nbs/interface/30_cli.ipynb #6b3fe4f8
-def prepare(method, text: str, request: dict, config, show: Callable):
+def _prepare(method, text: str, request: dict, config, show: Callable):
     "Mask, words and reference; tells what was found."
     import warnings
 
@@ -751,7 +751,7 @@ def _run_edit(method, text: str, request: dict, config, level: str = "full"):
                 looks.append((f"step {event.step}", event.image[0]))
 
     def work(config):
-        scene, given = prepare(method, text, request, config, watch)
+        scene, given = _prepare(method, text, request, config, watch)
         if not request["resume"]:
             clear_checkpoints(out)  # of an earlier edit; what a higher level of memory leaves is gone on with
         request["resume"] = True
@@ -806,7 +806,7 @@ def _workplace(request: dict, text: str):
             raise
 
 # %% ../../nbs/interface/30_cli.ipynb #7adbca07
-def save(result, out: Path, photo=None, rank: int | None = None):
+def _save(result, out: Path, photo=None, rank: int | None = None):
     "Write the results; until they are there, the checkpoints stay."
     result.save(out, rank, photo)
 
@@ -833,9 +833,9 @@ def _save_looks(looks: list, file: Path):
         print(f"Warning: {error}", file=sys.stderr)
 
 # %% ../../nbs/interface/30_cli.ipynb #dfeb6d5d
-@app.command(epilog=f"Try:  {_FIRST}", no_args_is_help=True)
+@app.command("edit", epilog=f"Try:  {_FIRST}", no_args_is_help=True)
 @_with_options(_PANELS, _SHORT)
-def edit(
+def _edit(
     ctx: typer.Context,
     image: Annotated[
         str,
@@ -853,7 +853,7 @@ def edit(
     text = plain_words(text, "TEXT")
     split_text(text, options["object"], options["background"])  # refuses what is no description, before loading
     request, (settings, earlier) = _read_request(image, options, text), _read_settings(options["config"])
-    settings, request = _chosen_settings(ctx, options, settings), request | placement(ctx, options, earlier)
+    settings, request = _chosen_settings(ctx, options, settings), request | _placement(ctx, options, earlier)
     chosen = settings.pop("preset", None) or options["preset"]
     _check_adapter(options, preset(chosen, **settings))  # refuses what is wrong before anything is loaded
     from layerdiffusion.pipeline import LayerDiffusion
@@ -870,7 +870,7 @@ def edit(
             method, text, request, config, _choose_level(method, options["memory"], request, config)
         )
         at_end.append(method.keep_learnt)
-        save(result, request["out"], request["image"] if options["paste_back"] else None, options["rank"])
+        _save(result, request["out"], request["image"] if options["paste_back"] else None, options["rank"])
         at_end.clear()
         if options["rank"]:
             _tell_rank(request["out"])
@@ -881,11 +881,12 @@ def edit(
 
 # %% ../../nbs/interface/30_cli.ipynb #dfeb6d5f
 @app.command(
+    "export",
     no_args_is_help=True,
     epilog="A LoRA of the first edit:  layerdiffusion export edits/dog-1 --kind lora\n\nThen, in Python:  "
     "pipe.load_lora_weights('edits/dog-1-lora')",
 )
-def export(
+def _export(
     folder: Annotated[Path, typer.Argument(help="Folder of an edit, such as edits/dog-1.")],
     out: Annotated[
         Path | None, typer.Option(help="Folder for the export. Unset: FOLDER-unet or FOLDER-lora.", metavar="DIR")
@@ -984,7 +985,7 @@ def _train_mini(
 
 # %% ../../nbs/interface/30_cli.ipynb #d4f5c26d
 @app.command("check-mini")
-def check_mini(
+def _check_mini(
     model: Annotated[
         Path | None, typer.Option(help="A folder of mini models. Unset: the shipped one.", metavar="DIR")
     ] = None,
@@ -993,7 +994,7 @@ def check_mini(
     out: Annotated[Path | None, typer.Option(help="Write the rows as JSON.", metavar="FILE")] = None,
     debug: Annotated[bool, typer.Option("--debug", help=_RUN[-1].help)] = False,
 ):
-    "Measure the mini models on held-out pictures: every gate with its number, its 95 % interval and the bar."
+    "Measure the mini models on held-out pictures, some minutes: every gate, its number, its 95 % interval, the bar."
     from layerdiffusion.base.core import environment, pick_device
     from layerdiffusion.mini.training import check_mini, show_gates
     from layerdiffusion.evidence.scores import check_individuals
@@ -1001,14 +1002,15 @@ def check_mini(
 
     _check_file(out)
     folder, device = model and load_models(model).folder, pick_device(device)
+    _announce("Measuring, some minutes; --quick takes a tenth to a quarter of the pictures.")
     rows = check_mini(folder, quick, device) + check_individuals(folder, quick, device)
     _announce(show_gates(rows))
     if out:
         write_json(out, dict(rows=rows, **environment(device)))
 
 # %% ../../nbs/interface/30_cli.ipynb #954ac74d
-@app.command()
-def bench(
+@app.command("bench")
+def _bench(
     quick: Annotated[bool, typer.Option("--quick", help="A tenth of the steps.")] = False,
     size: Annotated[
         Literal["mini", "sd14", "tiny"],
@@ -1056,11 +1058,12 @@ def bench(
 
 # %% ../../nbs/interface/30_cli.ipynb #f668c2bc
 @app.command(
+    "experiment",
     no_args_is_help=True,
     epilog="Start small:  layerdiffusion experiment ablation --size quick\n\nCtrl-C keeps what is drawn; the same "
     "command goes on.",
 )
-def experiment(
+def _experiment(
     name: Annotated[
         Literal["all", "validity", "alpha", "ablation", "steps", "comparison"],
         typer.Argument(
@@ -1122,10 +1125,11 @@ def experiment(
 
 # %% ../../nbs/interface/30_cli.ipynb #c09b1091
 @app.command(
+    "score",
     no_args_is_help=True,
     epilog="Other tasks:  layerdiffusion score FOLDER --tasks basic_edit.json --photos DIR",
 )
-def score(
+def _score(
     folder: Annotated[Path, typer.Argument(help="The pictures: TASK/SEED.png for joint, KEY.png for a file of tasks.")],
     tasks: Annotated[
         str,
@@ -1180,8 +1184,8 @@ def _docs(
         serve_site(folder, port)
 
 # %% ../../nbs/interface/30_cli.ipynb #0a18feb7
-@app.command()
-def export_web(
+@app.command("export-web")
+def _export_web(
     out: Annotated[Path, typer.Option(help="Folder for the files; docs --demo takes it.", metavar="DIR")] = Path("web"),
     ort: Annotated[
         Path | None,
@@ -1202,7 +1206,7 @@ def export_web(
     "layerdiffusion app me.jpg --model CompVis/stable-diffusion-v1-4 --sam sam_vit_h_4b8939.pth --device "
     "cuda",
 )
-def editor(
+def _editor(
     image: Annotated[
         str, typer.Argument(help="The picture to begin with: a file, or example:dog, example:cat, example:rabbit.")
     ] = "example:dog",

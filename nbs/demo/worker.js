@@ -1,12 +1,7 @@
-// Loads the exported models once and draws with them, away from the page so that it stays quick.
+// Draws with the models that the page hands over once, away from the page so that it stays quick.
 import * as ort from './ort.mjs'
 import { denoise, interpolate, take_turns } from './method.js'
 
-const unpacked = async name => {
-  const reply = await fetch(name)
-  if (!reply.ok) throw new Error(`${name} is not there`)
-  return new Uint8Array(await new Response(reply.body.pipeThrough(new DecompressionStream('gzip'))).arrayBuffer())
-}
 const numbers = text => new Float32Array(Uint8Array.from(atob(text), c => c.charCodeAt(0)).buffer)
 const tensor = (data, ...shape) => new ort.Tensor('float32', data, shape)
 const joined = arrays => {
@@ -15,13 +10,13 @@ const joined = arrays => {
   return all
 }
 
-async function load() {
-  const card = await (await fetch('demo.json')).json()
+async function load(packed, [wasm, unet_file, vae_file]) {
+  const card = { ...packed }
   for (const name of ['e_a', 'e_b', 'nothing', 'noise', 'alphas_cumprod']) card[name] = numbers(card[name])
   ort.env.wasm.numThreads = 1
-  ort.env.wasm.wasmBinary = await unpacked('ort.wasm.bin')
-  const unet = await ort.InferenceSession.create(await unpacked('unet.bin'))
-  const vae = await ort.InferenceSession.create(await unpacked('decoder.bin'))
+  ort.env.wasm.wasmBinary = wasm
+  const unet = await ort.InferenceSession.create(unet_file)
+  const vae = await ort.InferenceSession.create(vae_file)
   return { card, unet, vae }
 }
 
@@ -43,10 +38,11 @@ async function to_pictures({ card, vae }, latents) {
 }
 
 let models, newest = 0
-onmessage = async ({ data: { id, part, alpha, turns, seed, count } }) => {
+onmessage = async ({ data: { card: packed, files, id, part, alpha, turns, seed, count } }) => {
+  if (files) return (models = load(packed, files)).catch(() => {}) // what went wrong is told at the first wish
   newest = id
   try {
-    const { card } = models = await (models ||= load())
+    const { card } = models = await models
     const e_opt = interpolate(card.e_a, card.e_b, alpha), each = card.channels * card.size ** 2
     const watch = async (i, x_0) => {
       await new Promise(go_on => setTimeout(go_on)) // a newer wish may have come
