@@ -1775,27 +1775,33 @@ def check_mini(
     device: str = "cpu",
 ):
     "Every gate on held-out seeds of the world the model was trained on; gives a list of rows."
+    from tqdm.auto import tqdm
     from layerdiffusion.base.masks import load_sam
 
     folder = Path(folder or resolve_model("mini"))
     models, judge = load_models(folder, device), load_judge(folder)
-    level, scale, few = (
-        models.card.get("level", 0.0),
-        models.card.get("guidance_scale", 3.0),
-        lambda n, least: max(least, n // 10) if quick else n,
+    level, scale = models.card.get("level", 0.0), models.card.get("guidance_scale", 3.0)
+
+    def few(n, least):
+        return max(least, n // 10) if quick else n
+
+    parts = dict(
+        autoencoder=lambda: _check_vae(models, level, few(256, 64)),
+        drawing=lambda: check_drawing(models, judge, level, scale, few(4, 1)),
+        SAM=lambda: _check_sam(load_sam(folder / "sam"), level, few(256, 20)),
+        CLIP=lambda: _check_clip(folder, level, few(4, 1)),
+        judge=lambda: _check_judge(judge, level, few(1000, 100)),
+        broken=lambda: _check_broken(judge, level, few(200, 40), models),
+        said=lambda: _check_said(models, judge, level, scale),
     )
-    rows = (
-        _check_vae(models, level, few(256, 64))
-        + check_drawing(models, judge, level, scale, few(4, 1))
-        + _check_sam(load_sam(folder / "sam"), level, few(256, 20))
-        + _check_clip(folder, level, few(4, 1))
-        + _check_judge(judge, level, few(1000, 100))
-        + _check_broken(judge, level, few(200, 40), models)
-        + _check_said(models, judge, level, scale)
-    )
+    rows, bar = [], tqdm(parts.items(), unit="part", leave=False)
+    for name, part in bar:
+        bar.set_description(name)
+        rows += part()
     if quick:
         rows = [r | dict(quick=True) for r in rows]
     return rows + _check_labelled(judge, folder / "labels.json")
+
 
 # %% ../../nbs/mini/12_mini.ipynb #222e84b3
 def _verdict(row) -> str:
