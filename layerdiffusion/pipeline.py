@@ -1195,7 +1195,7 @@ def edit(
     """
     _check_names(settings, LayerDiffusion.edit)
     _check_calls(callback, callback_on_step_end)
-    parts = dict(mask=mask, point=point, point_labels=point_labels, box=box, reference=reference)
+    parts: dict[str, Any] = dict(mask=mask, point=point, point_labels=point_labels, box=box, reference=reference)
     parts |= dict(object=object, background=background, object_reference=object_reference, object_mask=object_mask)
     parts |= dict(move=move, scale=scale, source=source)
     seeds = check_seeds(seeds)
